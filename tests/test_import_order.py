@@ -1,8 +1,8 @@
 """Imports run downwards only.
 
-cli > app > http, xenapi, fuse_mount > access > transfers > repository > core > images. `images`, `access.client`
-and `nbd_plugin` stand at the bottom: they import images and the standard library alone, because nbdkit's embedded
-interpreter runs them without our environment.
+cli > app > http, xenapi, fuse_mount > access > transfers > repository > core > images. `images`,
+`access.client` and `nbd_plugin` stand at the bottom: they import images and the standard library alone,
+because nbdkit's embedded interpreter runs them without our environment.
 """
 
 import ast
