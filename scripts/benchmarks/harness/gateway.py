@@ -1,0 +1,118 @@
+"""The gateway as a contestant: the installed `vdi-gateway serve`, with one SR on disk and one in memory.
+
+What is set up goes through XML-RPC and the small commands, as a user would do it; what is measured is curl.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmarks.harness.peers import Peer, answers, wait_for
+
+PROGRAM = Path(sys.executable).with_name("vdi-gateway")
+
+
+class Gateway(Peer):
+    """A running gateway. `seconds_to_answer` is the time from its start to its first HTTP answer."""
+
+    def __init__(self, directory: Path, disk: Path, memory: Path) -> None:
+        self.state = directory / "state"
+        directory.mkdir(parents=True)
+        self._log = (directory / "log").open("w")
+        start = time.perf_counter()
+        self.process = subprocess.Popen(
+            [
+                str(PROGRAM),
+                "serve",
+                "--state-dir",
+                str(self.state),
+                "--http=127.0.0.1:0",
+                "--https=127.0.0.1:0",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+        )
+        wait_for((self.state / "gateway.json").exists, "vdi-gateway", self.process)
+        addresses: dict[str, Any] = json.loads((self.state / "gateway.json").read_text())
+        self.http, self.https = str(addresses["http"][0]), str(addresses["https"][0])
+        port = int(self.http.rpartition(":")[2].rstrip("/"))
+        wait_for(lambda: answers(port), "vdi-gateway", self.process)
+        self._api: Any = xmlrpc.client.ServerProxy(self.http)
+        password = (self.state / "admin-password").read_text().strip()
+        self.session = self._call("session.login_with_password", "root", password)
+        self.seconds_to_answer = time.perf_counter() - start
+        self.directories = {"disk": disk, "memory": memory}
+        self.repositories = {name: self._create_sr(name, path) for name, path in self.directories.items()}
+
+    def _call(self, method: str, *parameters: Any) -> Any:
+        answer = getattr(self._api, method)(*parameters)
+        if answer["Status"] != "Success":
+            raise RuntimeError(f"{method}: {answer['ErrorDescription']}")
+        return answer["Value"]
+
+    def _create_sr(self, name: str, path: Path) -> str:
+        done = subprocess.run(
+            [str(PROGRAM), "sr-create", "--state-dir", str(self.state), name, str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"sr-create: {done.stderr}")
+        return str(self._call("SR.get_by_name_label", self.session, name)[0])
+
+    def create_vdi(self, repository: str, size: int, image_format: str = "vhd") -> str:
+        """A new VDI's uuid. `image_format` is "vhd" or "raw"."""
+        record = {
+            "name_label": "bench",
+            "name_description": "",
+            "SR": self.repositories[repository],
+            "virtual_size": str(size),
+            "type": "user",
+            "sharable": False,
+            "read_only": False,
+            "other_config": {},
+            "sm_config": {"type": image_format} if image_format == "raw" else {},
+        }
+        return str(self._call("VDI.get_uuid", self.session, self._call("VDI.create", self.session, record)))
+
+    def destroy_vdi(self, uuid: str) -> None:
+        self._call("VDI.destroy", self.session, self._call("VDI.get_by_uuid", self.session, uuid))
+
+    def put_url(self, uuid: str, *, tls: bool = False) -> str:
+        return f"{self._base(tls)}/import_raw_vdi?vdi={uuid}&session_id={self.session}"
+
+    def get_url(self, uuid: str, *, tls: bool = False) -> str:
+        return f"{self._base(tls)}/export_raw_vdi?vdi={uuid}&session_id={self.session}"
+
+    def image(self, repository: str, uuid: str) -> Path:
+        """The file of a VDI, whichever its format."""
+        return next(self.directories[repository].glob(f"{uuid}.*"))
+
+    @property
+    def certificate(self) -> tuple[Path, Path, Path]:
+        """The server's chain and key and the authority that clients trust, as PEM files."""
+        tls = self.state / "tls"
+        return tls / "server.pem", tls / "server-key.pem", tls / "ca.pem"
+
+    def peak_memory(self) -> int:
+        """The largest resident size so far, in bytes, of the gateway's process."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError("no VmHWM in /proc")
+
+    def processor_seconds(self) -> float:
+        """User and system time of the gateway so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _base(self, tls: bool) -> str:
+        return (self.https.replace("127.0.0.1", "localhost") if tls else self.http).rstrip("/")
