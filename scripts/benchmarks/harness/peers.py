@@ -1,7 +1,8 @@
 """The peers of the HTTP benchmark: nginx, ovirt-imageio and the bare receiver, each run in its best setting.
 
 Every peer listens on loopback on a port of its own, keeps all its files under the directory it is given, and
-is ended by its process id. A peer that can't be had says why in `PeerUnavailableError`; no figure is invented for it.
+is ended by its process id. A peer that can't be had says why in
+`PeerUnavailableError`; no figure is invented for it.
 """
 
 import json
@@ -152,7 +153,7 @@ class Imageio(Peer):
     """The ovirt-imageio daemon with one ticket for one file, over plain HTTP and its Unix socket.
 
     Installed from PyPI into `build/benchmarks/imageio` at first use: it is no dependency of the gateway. Its
-    file backend opens the file with O_DIRECT and flushes at the end of an upload: what it answered is durable.
+    file backend opens the file with O_DIRECT and flushes at the end of an upload: its answer means durable.
     """
 
     def __init__(self, directory: Path, target: Path, size: int) -> None:
