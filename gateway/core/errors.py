@@ -1,0 +1,147 @@
+"""The one error of the API: a XenAPI code with its parameters, and one English sentence for each code.
+
+Doors translate it: RPC sends `error_info`, HTTP bodies and the command line print `message`, a task keeps
+`error_info`. Code names and parameter order are XenServer's where XenServer has the code
+(idl/datamodel_errors.ml); the others are our own and follow the same form. The trap: a parameter may hold a
+secret (SESSION_INVALID carries the session ref back to its sender), so a sentence names only parameters that
+may be logged, and `str(error)` is that sentence.
+"""
+
+import errno
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from gateway.images.errors import ImageError
+
+MESSAGES: Final[dict[str, str]] = {
+    # Who you are and what you may do.
+    "SESSION_INVALID": "The session is not known or has ended; log in again and use the new one.",
+    "SESSION_AUTHENTICATION_FAILED": "The credentials of user {0!r} could not be verified ({1}); "
+    "check the user name and the password.",
+    "RBAC_PERMISSION_DENIED": "Your role does not allow {0} ({1}); ask an administrator for a higher role.",
+    "HOST_IS_SLAVE": "This host is not the pool's master; send the request to {0}.",
+    # What was asked.
+    "MESSAGE_METHOD_UNKNOWN": "There is no method {0}; check its name and the class before the dot.",
+    "MESSAGE_PARAMETER_COUNT_MISMATCH": "{0} takes {1} parameters and was given {2}; correct the call.",
+    "MESSAGE_DEPRECATED": "{0} is not offered any more; use its replacement.",
+    "NOT_IMPLEMENTED": "{0} is not implemented here; use another way to do it.",
+    "FIELD_TYPE_ERROR": "The value given for {0} has the wrong type; correct it.",
+    "VALUE_NOT_SUPPORTED": "{0} cannot be {1!r}: {2}; give another value.",
+    "MAP_DUPLICATE_KEY": "{0}.{1} of {2} has the key {3!r} already; remove it before adding it again.",
+    "HANDLE_INVALID": "There is no {0} with the reference {1}; it may have been destroyed: look it up again.",
+    "UUID_INVALID": "There is no {0} with the uuid {1}; check the uuid.",
+    "DB_UNIQUENESS_CONSTRAINT_VIOLATION": "There is a {0} with the {1} {2} already; "
+    "use that one or give another value.",
+    "OPERATION_NOT_ALLOWED": "The operation is not allowed: {0}; see what has to be done first.",
+    "OTHER_OPERATION_IN_PROGRESS": "Another operation is using the {0} {1}; "
+    "wait until it has finished and try again.",
+    # Disks and repositories.
+    "VDI_MISSING": "The image of the VDI is missing from its SR; put the file back or destroy the VDI.",
+    "VDI_IN_USE": "The VDI {0} is in use ({1}); wait until that has finished and try again.",
+    "VDI_READONLY": "The VDI {0} is read-only or a snapshot; write to a writable VDI instead.",
+    "VDI_TOO_SMALL": "There is more data than the VDI {0} of {1} bytes holds; "
+    "make the VDI larger or send a smaller disk.",
+    "VDI_TOO_LARGE": "A disk of {0} bytes is larger than the maximum of {1} bytes; ask for a smaller one.",
+    "VDI_IO_ERROR": "Reading or writing the disk failed ({0}); check the storage under the SR.",
+    "SR_NOT_ATTACHED": "The SR {0} is not attached to any host; attach it and try again.",
+    "SR_FULL": "There is no space left on the SR ({0} bytes were asked for, {1} bytes are free); "
+    "free some space and try again.",
+    "SR_HAS_PBD": "The SR {0} is still attached; unplug its PBDs first.",
+    "SR_HAS_NO_PBDS": "The SR {0} has no PBD; attach it to a host first.",
+    "SR_NOT_EMPTY": "The SR {0} still holds VDIs; destroy or move them first.",
+    "SR_UNKNOWN_DRIVER": "There is no SR type {0}; use a type that SR.get_supported_types lists.",
+    # Transfers.
+    "IMPORT_ERROR_PREMATURE_EOF": "The body ended after {1} of {0} bytes; "
+    "nothing was changed: send it again.",
+    "IMPORT_ERROR_LENGTH_REQUIRED": "The body had no length and ended after {1} of the {0} bytes that "
+    "the VDI holds, so it may be cut short; nothing was changed: send it with a Content-Length.",
+    "IMPORT_ERROR_CLIENT_STALLED": "No data came for {0} seconds; nothing was changed: send the disk again.",
+    "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "A transfer-encoding is not accepted; send the body as it is, "
+    "with a Content-Length.",
+    "IMPORT_ERROR_UNKNOWN_FORMAT": "There is no format {0!r}; use raw.",
+    "TOO_MANY_TRANSFERS": "{0} transfers are running, the most that this gateway allows; try again later.",
+    # Tasks.
+    "TASK_CANCELLED": "The task {0} was cancelled; start the operation again if you still want it.",
+    "TASK_INTERRUPTED": "The gateway was stopped while the task ran; start the operation again.",
+    "TOO_MANY_PENDING_TASKS": "There are {0} pending tasks, the most that are allowed; "
+    "destroy those that nobody needs.",
+    "INTERNAL_ERROR": "The gateway failed unexpectedly ({0}); see its log.",
+}
+
+
+class _Lenient(string.Formatter):
+    """Fills in what there is: an error that fails while it is being told helps nobody."""
+
+    def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if isinstance(key, int) and key < len(args):
+            return args[key]
+        return "unknown"
+
+
+_FORMATTER: Final = _Lenient()
+
+
+class XenAPIError(Exception):
+    """A refusal or failure that the client is told, as XenAPI tells it: a code and string parameters."""
+
+    def __init__(self, code: str, *params: str) -> None:
+        super().__init__(code, *params)
+        self.code: Final = code
+        self.params: Final[tuple[str, ...]] = tuple(str(param) for param in params)
+
+    @property
+    def error_info(self) -> list[str]:
+        """The code followed by its parameters: `ErrorDescription` on the wire, `task.error_info`."""
+        return [self.code, *self.params]
+
+    @property
+    def message(self) -> str:
+        """One sentence, "what is wrong; what to do", without a line break. Never fails, whatever the
+        parameters are.
+        """
+        template = MESSAGES.get(self.code)
+        if template is None:
+            detail = ", ".join(self.params)
+            text = f"The operation failed with {self.code} ({detail})." if detail else f"{self.code}."
+        else:
+            text = _FORMATTER.vformat(template, self.params, {})
+        return " ".join(text.split())
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+    def __repr__(self) -> str:
+        return f"XenAPIError({str(self)!r})"
+
+
+def as_xenapi_error(error: BaseException) -> XenAPIError:
+    """What a client is told about `error`.
+
+    A group tells its most telling member: a XenAPIError before an I/O error before anything else. No space
+    left (also over quota) is SR_FULL, other I/O errors and broken images are VDI_IO_ERROR, all else is
+    INTERNAL_ERROR.
+    """
+    leaves = _leaves(error)
+    for leaf in leaves:
+        if isinstance(leaf, XenAPIError):
+            return leaf
+    for leaf in leaves:
+        if isinstance(leaf, OSError):
+            if leaf.errno in {errno.ENOSPC, errno.EDQUOT}:
+                return XenAPIError("SR_FULL", "unknown", "0")
+            return XenAPIError("VDI_IO_ERROR", _described(leaf))
+        if isinstance(leaf, ImageError):
+            return XenAPIError("VDI_IO_ERROR", str(leaf))
+    return XenAPIError("INTERNAL_ERROR", _described(leaves[0] if leaves else error))
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for member in error.exceptions for leaf in _leaves(member)]
+    return [error]
+
+
+def _described(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
