@@ -1,4 +1,4 @@
-"""The real gateway as a process: `vdi-gateway serve` on free ports of the loopback, with a state of its own."""
+"""The real gateway as a process: `vdi-gateway serve` on free ports of the loopback, with its own state."""
 
 import os
 import re
