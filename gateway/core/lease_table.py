@@ -1,0 +1,194 @@
+"""The upper layer of a lease: who in this gateway uses which files, and who waits for them.
+
+One request names a set of files, each with a mode, and is granted all of them at once or none: nobody
+holds one file while waiting for another, so there is no deadlock. Requests are served in the order in which
+they first asked, except that one which disturbs nobody in front of it need not wait. So nobody starves: what
+a waiting request waits for was there before it.
+
+The table knows files by device and inode and opens none. It belongs to one trio run; every method but
+`acquire` is a plain call without checkpoints, so that what it says is true until the caller next awaits.
+"""
+
+import itertools
+from bisect import insort
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+import trio
+
+from gateway.images.files import FileIdentity
+
+
+class LeaseMode(Enum):
+    """What the holder of a lease may do with a file, and whom it bears beside itself."""
+
+    READ = "read"
+    """Reads; beside other readers and beside one that prepares a replacement."""
+
+    REPLACE = "replace"
+    """The name will get another file: readers stay with the old one, no writer, no second replacer."""
+
+    WRITE = "write"
+    """Writes in place, coalesces into it or destroys it: alone."""
+
+    def conflicts_with(self, other: "LeaseMode") -> bool:
+        """Whether two holders of one file may not have these modes together."""
+        if LeaseMode.WRITE in (self, other):
+            return True
+        return self is LeaseMode.REPLACE and other is LeaseMode.REPLACE
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease and what for, as it is told to those who are refused because of it.
+
+    `vdi` and `task` are references; `operation` is one of XenAPI's VDI operations ("destroy") or a word of
+    the door it came through ("import_raw_vdi").
+    """
+
+    who: str
+    operation: str
+    vdi: str
+    task: str | None = None
+
+    def __str__(self) -> str:
+        task = f", task {self.task}" if self.task else ""
+        return f"{self.operation} by {self.who}{task}"
+
+
+@dataclass(eq=False)
+class Grant:
+    """One request in the table, waiting or granted."""
+
+    ticket: int
+    holder: Holder
+    files: Mapping[FileIdentity, LeaseMode]
+    since: float
+    granted: bool = False
+    arrival: trio.Event = field(default_factory=trio.Event)
+
+
+class TableBusy(Exception):  # noqa: N818 - a state of the table, not a fault
+    """The wait is over and somebody else, `holder`, still stands in the way."""
+
+    def __init__(self, holder: Holder) -> None:
+        super().__init__(str(holder))
+        self.holder = holder
+
+
+class LeaseTable:
+    """All grants of one gateway."""
+
+    def __init__(self) -> None:
+        self._tickets = itertools.count()
+        self._held: dict[FileIdentity, list[Grant]] = {}
+        self._waiting: list[Grant] = []
+
+    def ticket(self) -> int:
+        """A place in the queue. Who has to ask again for other files keeps the one it has."""
+        return next(self._tickets)
+
+    async def acquire(
+        self, files: Mapping[FileIdentity, LeaseMode], holder: Holder, *, ticket: int, deadline: float
+    ) -> Grant:
+        """Wait for all of `files` until `deadline` (trio's clock), then raise TableBusy.
+
+        Cancelled or refused, the request leaves nothing behind. A request that can be granted at once is,
+        even when its deadline has passed.
+        """
+        await trio.lowlevel.checkpoint()
+        grant = Grant(ticket, holder, MappingProxyType(dict(files)), trio.current_time())
+        insort(self._waiting, grant, key=lambda waiting: waiting.ticket)
+        self._serve()
+        try:
+            if not grant.granted:
+                with trio.move_on_at(deadline):
+                    await grant.arrival.wait()
+        except BaseException:
+            # Also when the grant came in the same instant as the cancellation.
+            self.release(grant)
+            raise
+        if grant.granted:
+            return grant
+        in_the_way = self._in_the_way(grant)
+        self.release(grant)
+        raise TableBusy(in_the_way)
+
+    def release(self, grant: Grant) -> None:
+        """End a grant, or take a waiting request back. Doing so twice changes nothing."""
+        if grant.granted:
+            grant.granted = False
+            for file in grant.files:
+                self._held[file].remove(grant)
+                if not self._held[file]:
+                    del self._held[file]
+        elif grant in self._waiting:
+            self._waiting.remove(grant)
+        else:
+            return
+        self._serve()
+
+    def extend(self, grant: Grant, file: FileIdentity, mode: LeaseMode) -> None:
+        """Hold one more file, which nobody else can have asked for yet: a replacement before its rename."""
+        if not grant.granted:
+            raise ValueError("a grant that has ended cannot be extended")
+        if any(other is not grant for other in self._held.get(file, ())):
+            raise ValueError(f"{file} is held by somebody else already")
+        if file not in grant.files:
+            self._held.setdefault(file, []).append(grant)
+        grant.files = MappingProxyType({**grant.files, file: mode})
+
+    def holders_of(self, file: FileIdentity) -> tuple[Holder, ...]:
+        """Who holds `file` now, first come first."""
+        return tuple(grant.holder for grant in self._held.get(file, ()))
+
+    def grants(self) -> tuple[Grant, ...]:
+        """All that is granted, in the order of asking."""
+        grants = {grant.ticket: grant for held in self._held.values() for grant in held}
+        return tuple(grants[ticket] for ticket in sorted(grants))
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._waiting)
+
+    def _serve(self) -> None:
+        """Grant what nobody in front of it stands in the way of, in one pass over the queue.
+
+        Granting never makes room for an earlier request, so one pass is enough.
+        """
+        passed_over: list[Grant] = []
+        for grant in self._waiting:
+            if any(self._conflicts(grant, other) for other in passed_over) or next(
+                self._conflicting_holders(grant), None
+            ):
+                passed_over.append(grant)
+                continue
+            grant.granted = True
+            grant.since = trio.current_time()
+            for file in grant.files:
+                self._held.setdefault(file, []).append(grant)
+            grant.arrival.set()
+        self._waiting = passed_over
+
+    def _conflicting_holders(self, grant: Grant) -> Iterator[Grant]:
+        for file, mode in grant.files.items():
+            for other in self._held.get(file, ()):
+                if mode.conflicts_with(other.files[file]):
+                    yield other
+
+    def _in_the_way(self, grant: Grant) -> Holder:
+        for other in self._conflicting_holders(grant):
+            return other.holder
+        for other in self._waiting:
+            if other is not grant and other.ticket < grant.ticket and self._conflicts(grant, other):
+                return other.holder
+        raise AssertionError("a request that nobody stands in the way of is granted")
+
+    @staticmethod
+    def _conflicts(one: Grant, other: Grant) -> bool:
+        return any(
+            mode.conflicts_with(other.files[file]) for file, mode in one.files.items() if file in other.files
+        )
