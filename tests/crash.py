@@ -248,7 +248,7 @@ class RecordingFileCalls(FileCalls):
                     survivor.apply(tree)
                 lost = len(pending) - len(survivors)
                 there = "; ".join(survivor.text for survivor in survivors[-8:])
-                story = f"power failed after call {index}: {call.text}; {lost} unsafe calls lost, there are [{there}]"
+                story = f"power failed after call {index}: {call.text}; {lost} calls lost, not lost: {there}"
                 yield self._state(builder, tree, index + 1, story)
 
     def _state(self, builder: "_Builder", tree: Tree, calls: int, story: str) -> CrashState:
