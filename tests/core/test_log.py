@@ -1,0 +1,87 @@
+import io
+import json
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from gateway.core.errors import XenAPIError
+from gateway.core.log import configure, masked
+
+REF = "OpaqueRef:0a1b2c3d-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(autouse=True)
+def configuration_put_back() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"PUT /import_raw_vdi?session_id={REF}&vdi=x",
+        f"PUT /import_raw_vdi?session_id={REF.replace(':', '%3A')}&vdi=x",
+        f"cookie: session_id={REF}; vdi=x",
+        f"export name /vdi?session_id={REF}",
+        f"session_id%3D{REF}",
+        f"Authorization: Basic {REF}",
+        f"authorization: {REF}",
+        f"AUTHORIZATION=Bearer {REF}",
+        f"{{'authorization': 'Basic {REF}'}}",
+        f"(b'Authorization', b'Basic {REF}')",
+    ],
+)
+def test_secrets_are_masked_wherever_a_line_may_hold_them(text: str) -> None:
+    assert "0a1b2c3d" not in masked(text)
+    assert "***" in masked(text)
+
+
+def test_masking_leaves_everything_else() -> None:
+    assert masked(f"vdi={REF}&session_id={REF}&task_id={REF}") == f"vdi={REF}&session_id=***&task_id={REF}"
+
+
+def test_lines_are_json_when_nobody_watches_and_hold_no_secret() -> None:
+    stream = io.StringIO()
+    configure("info", stream)
+    log = structlog.get_logger()
+    log.debug("not shown")
+    log.info(
+        "request",
+        url=f"/x?session_id={REF}",
+        headers={"Authorization": f"Basic {REF}", "host": "h"},
+        pairs=[(b"authorization", f"Basic {REF}".encode())],
+        password=REF,
+        length=3,
+    )
+    (line,) = stream.getvalue().splitlines()
+    assert "0a1b2c3d" not in line
+    fields = json.loads(line)
+    assert (fields["event"], fields["level"], fields["length"]) == ("request", "info", 3)
+    assert fields["headers"] == {"Authorization": "***", "host": "h"}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_tracebacks_show_neither_local_variables_nor_session_references(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    configure("info", stream)
+
+    def login(password: str) -> None:
+        raise XenAPIError("SESSION_INVALID", f"OpaqueRef:{password}")
+
+    secret = uuid.uuid4().hex
+    try:
+        login(secret)
+    except XenAPIError:
+        structlog.get_logger().exception("login failed")
+    assert "SESSION_INVALID" in stream.getvalue()
+    assert secret not in stream.getvalue()
+
+
+def test_an_unknown_level_is_named() -> None:
+    with pytest.raises(ValueError, match="no log level 'loud'"):
+        configure("loud")
