@@ -79,7 +79,7 @@ class Gateway(Peer):
             "sharable": False,
             "read_only": False,
             "other_config": {},
-            "sm_config": {"type": image_format} if image_format == "raw" else {},
+            "sm_config": {"image-format": image_format} if image_format == "raw" else {},
         }
         return str(self._call("VDI.get_uuid", self.session, self._call("VDI.create", self.session, record)))
 
