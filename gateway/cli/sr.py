@@ -1,0 +1,157 @@
+"""`vdi-gateway sr-create` and `sr-attach`: storage repositories of a running gateway."""
+
+import os
+import uuid as uuids
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.output import CommandError, print_json
+
+
+def sr_create(
+    path: str,
+    /,
+    *,
+    name: str | None = None,
+    description: str = "",
+    json: Annotated[bool, Parameter(negative=())] = False,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Make a new SR in an empty or new directory, attach it, and print its uuid.
+
+    Parameters
+    ----------
+    path
+        Directory, on the machine of the gateway.
+    name
+        Name of the SR; the last part of PATH when it is left out.
+    description
+        Description of the SR.
+    json
+        Print a JSON document.
+    """
+    location = os.path.abspath(path)
+    with (gateway or GatewayChoice()).connect() as connection:
+        reference = connection.call(
+            "SR.create",
+            this_host(connection),
+            {"location": location},
+            "0",
+            os.path.basename(location) if name is None else name,
+            description,
+            "file",
+            "user",
+            False,
+            {},
+        )
+        return _print_sr(connection, reference, json=json)
+
+
+def sr_attach(
+    path: str,
+    /,
+    *,
+    writable: Annotated[bool, Parameter(negative=())] = False,
+    name: str | None = None,
+    uuid: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Attach a directory that is an SR already, and print its uuid. Read-only unless --writable is given.
+
+    A gateway and a XenServer or XCP-ng host don't see each other's locks. Before you attach an SR with
+    --writable, make sure that no XenServer or XCP-ng host may have the SR plugged: unplug its PBD on every
+    host, and don't plug it again before this gateway has let go of it. Otherwise disks will be damaged.
+    Read-only, nothing at all is written to the directory, and disks that a host writes meanwhile may be
+    read half old, half new.
+
+    Parameters
+    ----------
+    path
+        Directory, on the machine of the gateway.
+    writable
+        Allow uploads, new disks and everything else that changes the SR.
+    name
+        Name of the SR; the last part of PATH when it is left out.
+    uuid
+        Uuid of the SR. When it is left out: what the SR says of itself, else the last part of PATH if that is
+        a uuid, else a new one.
+    json
+        Print a JSON document.
+    """
+    location = os.path.abspath(path)
+    own_name = os.path.basename(location)
+    with (gateway or GatewayChoice()).connect() as connection:
+        reference = connection.call(
+            "SR.introduce",
+            uuid or _uuid_of(location),
+            own_name if name is None else name,
+            "",
+            "file",
+            "user",
+            False,
+            {},
+        )
+        try:
+            pbd = connection.call(
+                "PBD.create",
+                {
+                    "host": this_host(connection),
+                    "SR": reference,
+                    "device_config": {"location": location, "writable": "true" if writable else "false"},
+                    "other_config": {},
+                },
+            )
+            connection.call("PBD.plug", pbd)
+        except CommandError:
+            # Whoever corrects the mistake must be able to attach it under the same uuid.
+            connection.call("SR.forget", reference)
+            raise
+        return _print_sr(connection, reference, json=json)
+
+
+def this_host(connection: Connection) -> str:
+    """Reference of the host that the gateway is."""
+    pools: dict[str, dict[str, Any]] = connection.call("pool.get_all_records")
+    host: str = next(iter(pools.values()))["master"]
+    return host
+
+
+def find_sr(connection: Connection, wanted: str | None) -> str:
+    """Reference of the SR with this uuid or name; of the only one when `wanted` is None."""
+    records: dict[str, dict[str, Any]] = connection.call("SR.get_all_records")
+    if wanted is None:
+        found = list(records)
+        if not found:
+            raise CommandError("there is no SR yet; make one with sr-create or attach one with sr-attach")
+    else:
+        found = [ref for ref, record in records.items() if record["uuid"] == wanted]
+        found = found or [ref for ref, record in records.items() if record["name_label"] == wanted]
+        if not found:
+            raise CommandError(f"--sr: there is no SR {wanted!r}; give one of: {_choices(records)}")
+    if len(found) > 1:
+        raise CommandError(f"there are several SRs; name one with --sr UUID: {_choices(records)}")
+    return found[0]
+
+
+def _choices(records: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{record['uuid']} ({record['name_label']})" for record in records.values()) or "(none)"
+
+
+def _uuid_of(location: str) -> str:
+    name = os.path.basename(location)
+    try:
+        return str(uuids.UUID(name)) if len(name) == 36 else str(uuids.uuid4())
+    except ValueError:
+        return str(uuids.uuid4())
+
+
+def _print_sr(connection: Connection, reference: str, *, json: bool) -> int:
+    record: dict[str, Any] = connection.call("SR.get_record", reference)
+    if json:
+        print_json({"uuid": record["uuid"], "ref": reference, "name_label": record["name_label"]})
+    else:
+        print(record["uuid"])
+    return 0
