@@ -6,12 +6,25 @@ VDI.snapshots) are not stored: `Records` answers them from its indexes. Records 
 through its table, never by its dicts.
 """
 
-from dataclasses import dataclass, field
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Literal
+from typing import Any, Final, Literal
 
+from sqlalchemy import Connection, insert, select
+
+from gateway.core import schema
 from gateway.core.clock import EPOCH
-from gateway.core.refs import NULL_REF
+from gateway.core.database import Database
+from gateway.core.events import Events
+from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.core.tables import Table
+
+__all__ = ["PBD", "SR", "VDI", "Host", "ImageFormat", "Pool", "Records", "Table"]
+
+# The row of the settings that says which host record is this machine's.
+_THIS_HOST: Final = "this_host"
 
 ImageFormat = Literal["vhd", "raw"]
 
@@ -125,3 +138,90 @@ class VDI:
     cbt_enabled: bool = False
     content_id: str = ""
     image_format: ImageFormat = "vhd"
+
+
+class Records:
+    """Every record of the gateway. Made by `Records.load`."""
+
+    def __init__(self, database: Database, events: Events) -> None:
+        self._database = database
+        self._this_host = NULL_REF
+        self.pools: Final = Table(Pool, "pool", schema.pools, database, events, indexed=("name_label",))
+        self.hosts: Final = Table(Host, "host", schema.hosts, database, events, indexed=("name_label",))
+        self.srs: Final = Table(SR, "SR", schema.srs, database, events, indexed=("name_label",))
+        self.pbds: Final = Table(PBD, "PBD", schema.pbds, database, events, indexed=("host", "sr"))
+        self.vdis: Final = Table(
+            VDI, "VDI", schema.vdis, database, events, indexed=("name_label", "sr", "snapshot_of")
+        )
+
+    @classmethod
+    async def load(
+        cls,
+        database: Database,
+        events: Events,
+        *,
+        host_name: str | None = None,
+        address: str = "127.0.0.1",
+        software_version: Mapping[str, str] | None = None,
+    ) -> "Records":
+        """Read everything; at the first start a pool and the record of this host are made.
+
+        The host's name and uuid stay as they are from then on; its host name, address and versions follow
+        what is given.
+        """
+        records = cls(database, events)
+        name = socket.gethostname() if host_name is None else host_name
+        records._this_host = await database.run(lambda connection: _ensure_host(connection, name))
+        for table in (records.pools, records.hosts, records.srs, records.pbds, records.vdis):
+            await table.load()
+        await records.hosts.change(
+            records._this_host,
+            hostname=name,
+            address=address,
+            software_version=dict(software_version or {}),
+        )
+        return records
+
+    @property
+    def this_host(self) -> Host:
+        """The record of the host that this gateway runs on."""
+        return self.hosts.get(self._this_host)
+
+    @property
+    def pool(self) -> Pool:
+        """The one pool."""
+        return self.pools.all()[0]
+
+    def vdis_of_sr(self, sr: str) -> list[VDI]:
+        """SR.VDIs, as records."""
+        return self.vdis.referring("sr", sr)
+
+    def snapshots_of_vdi(self, vdi: str) -> list[VDI]:
+        """VDI.snapshots, as records."""
+        return self.vdis.referring("snapshot_of", vdi)
+
+    def pbds_of_sr(self, sr: str) -> list[PBD]:
+        """SR.PBDs, as records."""
+        return self.pbds.referring("sr", sr)
+
+    def pbds_of_host(self, host: str) -> list[PBD]:
+        """host.PBDs, as records."""
+        return self.pbds.referring("host", host)
+
+
+def _ensure_host(connection: Connection, name: str) -> str:
+    """The reference of this host's record; made with its pool in the same transaction if there is none."""
+    query = select(schema.settings.c.value).where(schema.settings.c.name == _THIS_HOST)
+    known = connection.execute(query).scalar_one_or_none()
+    if known is not None:
+        return str(known)
+    host = Host(ref=new_ref(), uuid=new_uuid(), name_label=name)
+    pool = Pool(ref=new_ref(), uuid=new_uuid(), master=host.ref)
+    connection.execute(insert(schema.hosts).values(_fields(host)))
+    connection.execute(insert(schema.pools).values(_fields(pool)))
+    connection.execute(insert(schema.settings).values(name=_THIS_HOST, value=host.ref))
+    return host.ref
+
+
+def _fields(record: Host | Pool) -> dict[str, Any]:
+    return {item.name: getattr(record, item.name) for item in fields(record)}
