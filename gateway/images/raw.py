@@ -1,0 +1,131 @@
+"""A disk whose bytes lie in a file as they are: a raw image, or a fixed VHD without its footer.
+
+The size is fixed at opening and nothing is written beyond it, so a fixed VHD's footer stays untouched.
+Holes of the file are holes of the disk.
+"""
+
+import os
+from collections.abc import Iterator
+
+from gateway.images.disk import (
+    Extent,
+    ExtentKind,
+    FileRange,
+    Hole,
+    check_range,
+    check_writable,
+    merge_extents,
+)
+from gateway.images.errors import CorruptImage
+from gateway.images.files import FILES, Buffer, FileCalls, next_data, next_hole
+
+_ZEROES = bytes(1 << 20)
+
+
+class RawDisk:
+    """A `Disk` over the first `size` bytes of `fd`, which it owns."""
+
+    def __init__(self, fd: int, size: int, *, read_only: bool, path: str, files: FileCalls = FILES) -> None:
+        self.size = size
+        self.read_only = read_only
+        self._fd = fd
+        self._path = path
+        self._files = files
+        self._dirty = False
+        self._failed: OSError | None = None
+        self._closed = False
+
+    def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
+        """Fill `buf` with the bytes at `offset`."""
+        length = len(buf)
+        check_range(offset, length, self.size)
+        if os.preadv(self._fd, (buf,), offset) != length:
+            read_range(self._fd, memoryview(buf), offset, self._path)
+
+    def pwrite(self, buf: Buffer, offset: int) -> None:
+        """Write `buf` at `offset`. Durable only after `flush`."""
+        check_writable(self.read_only)
+        check_range(offset, len(buf), self.size)
+        self._files.pwrite(self._fd, buf, offset)
+        self._dirty = True  # only now: a flush that runs meanwhile must not take this write as its own
+
+    def zero(self, offset: int, length: int, *, trim: bool) -> None:
+        """Make a range read as zeroes: a hole with `trim`, written zeroes without."""
+        check_writable(self.read_only)
+        check_range(offset, length, self.size)
+        if trim:
+            self._files.punch(self._fd, offset, length)
+        else:
+            stop = offset + length
+            for position in range(offset, stop, len(_ZEROES)):
+                self._files.pwrite(self._fd, _ZEROES[: min(len(_ZEROES), stop - position)], position)
+        self._dirty = True
+
+    def flush(self) -> None:
+        """Make every completed write durable.
+
+        A sync that failed fails for good: the kernel reports a lost page once, and a second sync would lie.
+        """
+        if self._failed is not None:
+            raise OSError(
+                self._failed.errno, f"{self._path}: an earlier sync failed: {self._failed.strerror}"
+            )
+        if self._dirty:
+            self._dirty = False
+            try:
+                self._files.datasync(self._fd)
+            except OSError as error:
+                self._failed = error
+                raise
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield the data and the holes of the range."""
+        check_range(offset, length, self.size)
+        return merge_extents(file_extents(self._fd, offset, length, offset, ExtentKind.HOLE))
+
+    def segments(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
+        """Yield where the bytes of the range lie."""
+        for extent in self.extents(offset, length):
+            if extent.kind is ExtentKind.DATA:
+                yield FileRange(self._fd, extent.offset, extent.length)
+            else:
+                yield Hole(extent.length)
+
+    def close(self) -> None:
+        """Flush what was written and close the file."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            os.close(self._fd)
+
+
+def read_range(fd: int, view: memoryview, offset: int, path: str) -> None:
+    """Fill `view` from `offset`. Raises CorruptImage when the file ends first."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, (view[done:],), offset + done)
+        if count == 0:
+            raise CorruptImage(path, "the file was cut shorter while it was open")
+        done += count
+
+
+def file_extents(
+    fd: int, position: int, length: int, offset: int, hole: ExtentKind
+) -> Iterator[tuple[int, int, ExtentKind]]:
+    """Yield (disk offset, length, kind) for a range of a file that backs the disk from `offset` on."""
+    stop = position + length
+    shift = offset - position
+    while position < stop:
+        data = next_data(fd, position, stop)
+        if data > position:
+            yield position + shift, data - position, hole
+        if data < stop:
+            position = next_hole(fd, data, stop)
+            if position <= data:  # a file that changes meanwhile; what is left counts as data
+                position = stop
+            yield data + shift, position - data, ExtentKind.DATA
+        else:
+            position = stop

@@ -1,0 +1,512 @@
+"""A disk made of a chain of VHD files: a leaf over any number of parents.
+
+The virtual disk is cut into granules, the smallest block size of the chain. Each granule has one place in a
+compact map: not looked up yet, a hole, the file and offset where all of it lies, or mixed. A request inside
+one granule is two look-ups and one preadv. Places are found on first use, by merging the sector bitmaps
+from the leaf down; the runs of mixed granules are kept in a cache of bounded size.
+
+The traps: a place is one integer, so that a reader never pairs a file with the offset of another; it is
+stored under the lock, so that a slow reader never overwrites what a writer has put there since. Look-ups
+take no lock. Nobody may close a disk while a request of another thread runs.
+"""
+
+import mmap
+import os
+import re
+import threading
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
+
+from gateway.images.disk import (
+    Extent,
+    ExtentKind,
+    FileRange,
+    Hole,
+    check_range,
+    check_writable,
+    merge_extents,
+)
+from gateway.images.files import FILES, Buffer, FileCalls, next_data
+from gateway.images.raw import file_extents, read_range
+from gateway.images.vhd.format import BLOCK_SIZE, SECTOR, DiskType
+from gateway.images.vhd.image import VhdFile
+from gateway.images.vhd.writer import LeafWriter
+
+# Places: the offset in the file, a multiple of 512, plus the number of the level, which begins at 1.
+_UNKNOWN: Final = 0
+_HOLE: Final = -1
+_MIXED: Final = -2
+_LEVEL: Final = 511
+_OFFSET: Final = ~511
+
+_CACHED_RUNS: Final = 1 << 20  # of mixed granules: 12 bytes each
+_ZEROES: Final = bytes(1 << 20)
+_BYTES_WITH_BITS: Final = re.compile(rb"\xff+|[^\x00\xff]", re.DOTALL)
+
+
+class _Level(Protocol):
+    """One file of the chain, as the map sees it."""
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        """Return (file offset of the byte at `start`, mask of the sectors this level has), or None.
+
+        The first sector is the highest of the mask's `sectors` bits.
+        """
+        ...
+
+
+class _Sparse:
+    """A dynamic or differencing image that is only read."""
+
+    def __init__(self, image: VhdFile) -> None:
+        self._image = image
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        image = self._image
+        block = start // image.block_size
+        if block >= image.blocks:
+            return None
+        offset = image.block_offset(block)
+        if offset is None:
+            return None
+        within = start % image.block_size
+        mask = sectors_present(image.read_bitmap(offset), within, sectors)
+        return offset + image.bitmap_size + within, clip(mask, start, sectors, image.size)
+
+
+class _Flat:
+    """A raw parent, or a fixed VHD: everything up to its size lies there."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        if start >= self._size:
+            return None
+        return start, clip((1 << sectors) - 1, start, sectors, self._size)
+
+
+class _WrittenLeaf:
+    """The leaf of a disk that is open for writing: what is in memory counts."""
+
+    def __init__(self, writer: LeafWriter, image: VhdFile) -> None:
+        self._writer = writer
+        self._image = image
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        image = self._image
+        block = start // image.block_size
+        offset = self._writer.data_offset(block)
+        if offset is None:
+            return None
+        within = start % image.block_size
+        mask = sectors_present(self._writer.bitmap(block), within, sectors)
+        return offset + within, clip(mask, start, sectors, image.size)
+
+
+class VhdChain:
+    """A `Disk` over [leaf … root]; owns the descriptors.
+
+    `raw_root` is the (descriptor, path) of a raw root. Raises ImageError when a BAT cannot be read or the
+    leaf cannot be written to.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[VhdFile],
+        raw_root: tuple[int, str] | None = None,
+        *,
+        read_only: bool = True,
+        files: FileCalls = FILES,
+        published: bool = True,
+    ) -> None:
+        leaf = images[0]
+        self.size: Final = leaf.size
+        self.read_only: Final = read_only
+        self._leaf = leaf
+        self._files = files
+        self._lock = threading.Lock()
+        self._edge_lock = threading.Lock()
+        self._writer: LeafWriter | None = None
+        if not read_only:
+            self._writer = LeafWriter(leaf, self._lock, files=files, published=published)
+        self._fds = [-1, *(image.fd for image in images)]
+        self._paths = ["", *(image.path for image in images)]
+        self._levels: list[_Level] = []
+        self._flat_level = 0
+        self._flat_size = 0
+        sizes = [image.block_size for image in images if image.header is not None]
+        for image in images:
+            if image.footer.disk_type is DiskType.FIXED:
+                self._add_flat(image.size)
+            else:
+                _ = image.bat  # its errors belong to opening the disk
+                self._levels.append(_Sparse(image))
+        if self._writer is not None:
+            self._levels[0] = _WrittenLeaf(self._writer, leaf)
+        if raw_root is not None:
+            self._fds.append(raw_root[0])
+            self._paths.append(raw_root[1])
+            self._add_flat(os.fstat(raw_root[0]).st_size)
+        self._granule = min(sizes, default=BLOCK_SIZE)
+        self._sectors = self._granule // SECTOR
+        self._shift = self._granule.bit_length() - 1
+        self._within = self._granule - 1
+        # Anonymous memory: pages that were never touched cost nothing, whatever the size of the disk.
+        self._map = memoryview(mmap.mmap(-1, 8 * max(1, -(-self.size // self._granule)))).cast("q")
+        self._mixed: dict[int, tuple[array[int], array[int]]] = {}
+        self._cached_runs = 0
+        self._closed = False
+
+    def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
+        """Fill `buf` with the bytes at `offset`."""
+        length = len(buf)
+        within = offset & self._within
+        if offset >= 0 and 0 < length <= self.size - offset and within + length <= self._granule:
+            place = self._map[offset >> self._shift]
+            if place > 0:
+                position = (place & _OFFSET) + within
+                if os.preadv(self._fds[place & _LEVEL], (buf,), position) == length:
+                    return
+        else:
+            check_range(offset, length, self.size)
+        view = memoryview(buf)
+        done = 0
+        for level, position, size in self._pieces(offset, length):
+            part = view[done : done + size]
+            if level:
+                read_range(self._fds[level], part, position, self._paths[level])
+            else:
+                for start in range(0, size, len(_ZEROES)):
+                    piece = min(len(_ZEROES), size - start)
+                    part[start : start + piece] = _ZEROES[:piece]
+            done += size
+
+    def pwrite(self, buf: Buffer, offset: int) -> None:
+        """Write `buf` at `offset`. Durable only after `flush`."""
+        writer = self._writing()
+        length = len(buf)
+        check_range(offset, length, self.size)
+        block_size = self._leaf.block_size
+        if (offset | length) % SECTOR:
+            self._write_edges(writer, memoryview(buf), offset)
+            return
+        within = offset % block_size
+        if 0 < length <= block_size - within:
+            self._write(writer, offset // block_size, within, buf)
+            return
+        view = memoryview(buf)
+        for block, start, done, size in self._blocks(offset, length):
+            self._write(writer, block, start, view[done : done + size])
+
+    def zero(self, offset: int, length: int, *, trim: bool) -> None:
+        """Make a range read as zeroes.
+
+        With `trim`, blocks that nobody has stay that way, stored sectors become holes of the file, and only
+        what would show a parent's data is hidden by a block of its own. Without it zeroes are written.
+        """
+        writer = self._writing()
+        check_range(offset, length, self.size)
+        stop = offset + length
+        first = min(-(-offset // SECTOR) * SECTOR, stop)
+        last = max(stop // SECTOR * SECTOR, first)
+        for edge, size in ((offset, first - offset), (last, stop - last)):
+            if size:
+                self._write_edges(writer, memoryview(_ZEROES)[:size], edge)
+        for block, within, done, size in self._blocks(first, last - first):
+            if not trim:
+                for start in range(0, size, len(_ZEROES)):
+                    piece = memoryview(_ZEROES)[: min(len(_ZEROES), size - start)]
+                    self._write(writer, block, within + start, piece)
+                continue
+            start = first + done
+            hide = self._stored_below(start, start + size)
+            if writer.punch(block, within, size, allocate=hide):
+                with self._lock:
+                    if hide:
+                        writer.set_written(block, within, size)
+                    self._place_block(writer, block)
+
+    def flush(self) -> None:
+        """Make every completed write durable."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield what the range is made of."""
+        check_range(offset, length, self.size)
+        return merge_extents(self._kinds(offset, length))
+
+    def segments(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
+        """Yield where the bytes of the range lie, joined where they follow each other in one file."""
+        check_range(offset, length, self.size)
+        return self._joined(offset, length)
+
+    def close(self) -> None:
+        """Flush what was written, cut the leaf to its end, and close all files."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._writer is not None:
+                self._writer.finish()
+        finally:
+            descriptors = self._fds[1:]
+            self._fds = [-1] * len(self._fds)
+            for fd in descriptors:
+                os.close(fd)
+
+    # Reading
+
+    def _add_flat(self, size: int) -> None:
+        self._levels.append(_Flat(size))
+        self._flat_level = len(self._levels)
+        self._flat_size = size
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (level or 0 for zeroes, file offset, length) for a range."""
+        while length > 0:
+            granule = offset >> self._shift
+            within = offset & self._within
+            size = min(length, self._granule - within)
+            place = self._map[granule] or self._find(granule)
+            if place > 0:
+                yield place & _LEVEL, (place & _OFFSET) + within, size
+            elif place == _HOLE:
+                yield 0, 0, size
+            else:
+                yield from self._mixed_pieces(granule, within, size)
+            offset += size
+            length -= size
+
+    def _mixed_pieces(self, granule: int, within: int, length: int) -> Iterator[tuple[int, int, int]]:
+        cached = self._mixed.get(granule)
+        if cached is None:
+            with self._lock:
+                cached = self._runs(granule)
+        starts, places = cached
+        index = bisect_right(starts, within) - 1
+        stop = within + length
+        while within < stop:
+            end = starts[index + 1] if index + 1 < len(starts) else self._granule
+            size = min(end, stop) - within
+            place = places[index]
+            if place > 0:
+                yield place & _LEVEL, (place & _OFFSET) + within - starts[index], size
+            else:
+                yield 0, 0, size
+            within += size
+            index += 1
+
+    def _find(self, granule: int) -> int:
+        """Look a granule up in the files and remember its place."""
+        with self._lock:
+            place = self._map[granule]
+            if place == _UNKNOWN:
+                starts, places = self._runs(granule)
+                if len(starts) == 1:
+                    place = places[0]
+                else:
+                    place = _MIXED
+                    self._remember(granule, (starts, places))
+                self._map[granule] = place
+            return place
+
+    def _remember(self, granule: int, runs: "tuple[array[int], array[int]]") -> None:
+        self._cached_runs += len(runs[0])
+        self._mixed[granule] = runs
+        while self._cached_runs > _CACHED_RUNS and len(self._mixed) > 1:
+            self._forget(next(iter(self._mixed)))
+
+    def _forget(self, granule: int) -> None:
+        runs = self._mixed.pop(granule, None)
+        if runs is not None:
+            self._cached_runs -= len(runs[0])
+
+    def _runs(self, granule: int) -> "tuple[array[int], array[int]]":
+        """Return the runs of a granule: where each begins, in bytes from its start, and its place."""
+        sectors = self._sectors
+        start = granule * self._granule
+        found: list[tuple[int, int, int]] = []
+        missing = (1 << sectors) - 1
+        for number, level in enumerate(self._levels, 1):
+            answer = level.find(start, sectors)
+            if answer is None:
+                continue
+            taken = answer[1] & missing
+            if not taken:
+                continue
+            base = answer[0] + number
+            if taken == missing == (1 << sectors) - 1 and not self._ends_oddly(number, start):
+                return array("I", (0,)), array("q", (base,))
+            found += [
+                (first * SECTOR, last * SECTOR, base + first * SECTOR)
+                for first, last in bit_runs(taken, sectors)
+            ]
+            missing ^= taken
+            if not missing:
+                break
+        if not found:
+            return array("I", (0,)), array("q", (_HOLE,))
+        found.sort()
+        starts, places = array("I"), array("q")
+        position = 0
+        for first, last, place in found:
+            if first > position:
+                starts.append(position)
+                places.append(_HOLE)
+            starts.append(first)
+            places.append(place)
+            position = last
+            if place & _LEVEL == self._flat_level and start + last > self._flat_size:
+                position = self._flat_size - start  # a raw parent may end within a sector
+        if position < self._granule:
+            starts.append(position)
+            places.append(_HOLE)
+        return starts, places
+
+    def _ends_oddly(self, number: int, start: int) -> bool:
+        return number == self._flat_level and start + self._granule > self._flat_size
+
+    def _joined(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
+        current, begin, size = -1, 0, 0
+        for level, position, piece in self._pieces(offset, length):
+            if level == current and (not level or position == begin + size):
+                size += piece
+                continue
+            if size:
+                yield FileRange(self._fds[current], begin, size) if current else Hole(size)
+            current, begin, size = level, position, piece
+        if size:
+            yield FileRange(self._fds[current], begin, size) if current else Hole(size)
+
+    def _kinds(self, offset: int, length: int) -> Iterator[tuple[int, int, ExtentKind]]:
+        for level, position, size in self._pieces(offset, length):
+            if level:
+                hole = ExtentKind.HOLE if level == self._flat_level else ExtentKind.ZERO
+                yield from file_extents(self._fds[level], position, size, offset, hole)
+            else:
+                yield offset, size, ExtentKind.HOLE
+            offset += size
+
+    # Writing
+
+    def _writing(self) -> LeafWriter:
+        check_writable(self.read_only)
+        assert self._writer is not None
+        return self._writer
+
+    def _blocks(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """Cut a range at the leaf's blocks: (block, offset within it, bytes before this part, length)."""
+        block_size = self._leaf.block_size
+        done = 0
+        while done < length:
+            within = (offset + done) % block_size
+            size = min(length - done, block_size - within)
+            yield (offset + done) // block_size, within, done, size
+            done += size
+
+    def _write(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
+        """Write whole sectors inside one block."""
+        if writer.write(block, within, data):
+            return
+        with self._lock:
+            writer.set_written(block, within, len(data))
+            self._place_block(writer, block)
+        writer.relieve()
+
+    def _write_edges(self, writer: LeafWriter, data: memoryview, offset: int) -> None:
+        """Write bytes that do not fill their first or last sector: read, change and write those sectors.
+
+        One at a time: two requests for different bytes of one sector must not undo each other.
+        """
+        stop = offset + len(data)
+        with self._edge_lock:
+            position = offset
+            while position < stop:
+                start = position // SECTOR * SECTOR
+                if position == start and stop - position >= SECTOR:
+                    end = stop // SECTOR * SECTOR
+                    for block, within, done, size in self._blocks(position, end - position):
+                        at = position - offset + done
+                        self._write(writer, block, within, data[at : at + size])
+                else:
+                    end = min(start + SECTOR, stop)
+                    sector = bytearray(SECTOR)
+                    self.pread_into(sector, start)
+                    sector[position - start : end - start] = data[position - offset : end - offset]
+                    block_size = self._leaf.block_size
+                    self._write(writer, start // block_size, start % block_size, sector)
+                position = end
+
+    def _place_block(self, writer: LeafWriter, block: int) -> None:
+        """Bring the map up to date after a write into a block of the leaf; the lock is held."""
+        block_size = self._leaf.block_size
+        first = block * block_size >> self._shift
+        last = min(first + (block_size >> self._shift), len(self._map))
+        offset = writer.data_offset(block)
+        if writer.is_full(block) and offset is not None:
+            for granule in range(first, last):
+                self._map[granule] = offset + (granule - first) * self._granule + 1
+        else:
+            for granule in range(first, last):
+                self._map[granule] = _UNKNOWN
+        if self._mixed:
+            for granule in range(first, last):
+                self._forget(granule)
+
+    def _stored_below(self, start: int, stop: int) -> bool:
+        """Return whether a parent has anything but holes in a range of whole sectors."""
+        for granule in range(start >> self._shift, -(-stop // self._granule)):
+            base = granule * self._granule
+            first = max(start - base, 0) // SECTOR
+            last = min(stop - base, self._granule) // SECTOR
+            wanted = (1 << (self._sectors - first)) - (1 << (self._sectors - last))
+            for number, level in enumerate(self._levels[1:], 2):
+                answer = level.find(base, self._sectors)
+                if answer is None or not answer[1] & wanted:
+                    continue
+                if number != self._flat_level:
+                    return True
+                end = min(base + last * SECTOR, self._flat_size)
+                if next_data(self._fds[number], base + first * SECTOR, end) < end:
+                    return True
+        return False
+
+
+def sectors_present(bitmap: Buffer, within: int, sectors: int) -> int:
+    """Return the part of a bitmap that begins `within` bytes into the block, as an integer."""
+    first = within // SECTOR // 8
+    return int.from_bytes(bitmap[first : first + sectors // 8], "big")
+
+
+def clip(mask: int, start: int, sectors: int, size: int) -> int:
+    """Clear the bits of sectors that begin at or beyond `size` bytes."""
+    beyond = sectors - max(0, -(-(size - start) // SECTOR))
+    return mask if beyond <= 0 else mask >> beyond << beyond
+
+
+def bit_runs(mask: int, sectors: int) -> list[tuple[int, int]]:
+    """Return the runs [first, last) of set bits, the highest of `sectors` bits being number 0."""
+    runs: list[tuple[int, int]] = []
+    for match in _BYTES_WITH_BITS.finditer(mask.to_bytes(sectors // 8, "big")):
+        base = 8 * match.start()
+        if match.group()[0] == 0xFF:
+            parts: Sequence[tuple[int, int]] = ((0, 8 * len(match.group())),)
+        else:
+            parts = _RUNS_OF_BYTE[match.group()[0]]
+        for first, last in parts:
+            if runs and runs[-1][1] == base + first:
+                runs[-1] = (runs[-1][0], base + last)
+            else:
+                runs.append((base + first, base + last))
+    return runs
+
+
+def _runs_of_byte(byte: int) -> tuple[tuple[int, int], ...]:
+    return tuple(match.span() for match in re.finditer("1+", f"{byte:08b}"))
+
+
+_RUNS_OF_BYTE: Final = tuple(_runs_of_byte(byte) for byte in range(256))
