@@ -1,0 +1,318 @@
+"""XML-RPC as XenServer speaks it: request bodies in, answers out, byte for byte what xapi writes.
+
+The writer puts nothing between tags, leaves strings bare (`<value>text</value>`), writes the empty string as
+`<value/>` and integers as strings: the parser in Xen Orchestra's library breaks on anything else, and so does
+every client that knows that XenAPI's integers are strings. The reader is expat with every door to entities
+shut: a document type declaration ends the parse before anything in it is looked at. Whatever bytes arrive,
+the answer is one of two: a XenAPI result (Status, Value or ErrorDescription) or an XML-RPC fault that says
+why the request could not be read.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+from xml.parsers import expat
+
+import trio
+
+from gateway.core.errors import XenAPIError
+from gateway.xenapi.types import WireValue, moment_text, parse_moment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gateway.xenapi.dispatch import Api, Caller
+
+CONTENT_TYPE: Final = "text/xml"
+"""Without a charset parameter: clients compare the header literally."""
+
+MAX_DEPTH: Final = 100
+"""Open XML elements at once. One XenAPI value inside another costs up to five; no XenAPI type nests deeper
+than 4."""
+
+MAX_ELEMENTS: Final = 100_000
+"""XML elements in one request: ten times a VDI record with a thousand other_config keys, read in a tenth of a
+second."""
+
+PARSE_ERROR: Final = -32700
+"""faultCode of a request that cannot be read, from the specification for fault code interoperability."""
+
+_LARGE: Final = 64 << 10
+"""Bodies and answers from this many bytes or values on are read and written in a worker thread."""
+
+_PROLOGUE = '<?xml version="1.0"?><methodResponse><params><param>'
+_EPILOGUE = "</param></params></methodResponse>"
+
+_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,20})\s*\Z", re.ASCII)
+_DOUBLE = re.compile(
+    r"\s*([+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,4})?)\s*\Z", re.ASCII
+)
+_TO_ESCAPE = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]')
+_ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\r": "&#13;"}
+
+
+class MalformedRequestError(Exception):
+    """A body that is no XML-RPC call; the text says in one line why."""
+
+
+# Writing
+
+
+def _escape(match: re.Match[str]) -> str:
+    return _ESCAPED.get(match.group(), "\ufffd")
+
+
+def _write(value: WireValue, out: list[str]) -> None:
+    kind = type(value)
+    if kind is str:
+        if not value:
+            out.append("<value/>")
+        elif _TO_ESCAPE.search(value):  # type: ignore[arg-type]  # kind says so, and isinstance costs a call per value
+            out.append(f"<value>{_TO_ESCAPE.sub(_escape, value)}</value>")  # type: ignore[arg-type]
+        else:
+            out.append(f"<value>{value}</value>")
+    elif kind is bool:
+        out.append("<value><boolean>1</boolean></value>" if value else "<value><boolean>0</boolean></value>")
+    elif kind is int:
+        out.append(f"<value>{value}</value>")
+    elif isinstance(value, dict):
+        out.append("<value><struct>")
+        for name, item in value.items():
+            out.append(f"<member><name>{_TO_ESCAPE.sub(_escape, name)}</name>")
+            _write(item, out)
+            out.append("</member>")
+        out.append("</struct></value>")
+    elif isinstance(value, list | tuple):
+        out.append("<value><array><data>")
+        for item in value:
+            _write(item, out)
+        out.append("</data></array></value>")
+    elif isinstance(value, float):
+        out.append(f"<value><double>{value:.16g}</double></value>")
+    elif isinstance(value, datetime):
+        out.append(f"<value><dateTime.iso8601>{moment_text(value)}</dateTime.iso8601></value>")
+    elif value is None:
+        out.append("<value/>")
+    else:  # subclasses of str, bool and int: enumerations
+        _write(str(value) if isinstance(value, str) else int(value), out)
+
+
+def dump_value(value: WireValue) -> str:
+    """One `<value>` element. Characters that XML cannot carry become U+FFFD."""
+    out: list[str] = []
+    _write(value, out)
+    return "".join(out)
+
+
+def dump_success(value: WireValue) -> bytes:
+    """The answer to a call that succeeded."""
+    return _document({"Status": "Success", "Value": value})
+
+
+def dump_failure(error_info: list[str]) -> bytes:
+    """The answer to a call that failed: the error's code and its parameters."""
+    return _document({"Status": "Failure", "ErrorDescription": error_info})
+
+
+def dump_fault(code: int, text: str) -> bytes:
+    """The answer to a body that is no call. Here an integer is an integer, as XML-RPC has it."""
+    return (
+        '<?xml version="1.0"?><methodResponse><fault><value><struct>'
+        f"<member><name>faultCode</name><value><int>{code}</int></value></member>"
+        f"<member><name>faultString</name>{dump_value(text)}</member>"
+        "</struct></value></fault></methodResponse>"
+    ).encode()
+
+
+def _document(value: WireValue) -> bytes:
+    return f"{_PROLOGUE}{dump_value(value)}{_EPILOGUE}".encode()
+
+
+# Reading
+
+
+def _read_integer(text: str) -> int:
+    match = _INTEGER.match(text)
+    if match is None:
+        raise MalformedRequestError("an integer is not made of up to 20 decimal digits")
+    return int(match.group(1))
+
+
+def _read_boolean(text: str) -> bool:
+    if text.strip() not in ("0", "1"):
+        raise MalformedRequestError("a boolean is neither 0 nor 1")
+    return text.strip() == "1"
+
+
+def _read_double(text: str) -> float:
+    match = _DOUBLE.match(text)
+    if match is None:
+        raise MalformedRequestError("a double is not a decimal number")
+    return float(match.group(1))
+
+
+def _read_moment(text: str) -> datetime:
+    moment = parse_moment(text.strip())
+    if moment is None:
+        raise MalformedRequestError("a dateTime.iso8601 is not of the form 20261231T23:59:59Z")
+    return moment
+
+
+def _read_nil(text: str) -> None:
+    if text.strip():
+        raise MalformedRequestError("nil holds text")
+
+
+_SCALARS: Final[dict[str, Callable[[str], WireValue]]] = {
+    "string": str,
+    "int": _read_integer,
+    "i4": _read_integer,
+    "i8": _read_integer,
+    "boolean": _read_boolean,
+    "double": _read_double,
+    "dateTime.iso8601": _read_moment,
+    "nil": _read_nil,
+}
+
+_CHILDREN: Final[dict[str, frozenset[str]]] = {
+    "": frozenset({"methodCall"}),
+    "methodCall": frozenset({"methodName", "params"}),
+    "params": frozenset({"param"}),
+    "param": frozenset({"value"}),
+    "value": frozenset({*_SCALARS, "struct", "array"}),
+    "struct": frozenset({"member"}),
+    "member": frozenset({"name", "value"}),
+    "array": frozenset({"data"}),
+    "data": frozenset({"value"}),
+}
+"""Which elements an element may hold. What is not here holds text alone."""
+
+_WITH_TEXT = frozenset({"value", "methodName", "name", *_SCALARS})
+
+
+class _Element:
+    __slots__ = ("children", "name", "text")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.text: list[str] = []
+        self.children: list[tuple[str, Any]] = []
+
+
+class _Reader:
+    """The state of one parse: the open elements, and what the closed ones came to."""
+
+    def __init__(self) -> None:
+        self._open = [_Element("")]
+        self._elements = 0
+        parser = expat.ParserCreate("UTF-8")
+        parser.buffer_text = True
+        parser.StartDoctypeDeclHandler = self._refuse_doctype
+        parser.StartElementHandler = self._start
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._data
+        self._parser = parser
+
+    def read(self, body: bytes) -> tuple[str, list[Any]]:
+        try:
+            self._parser.Parse(body, True)
+        except expat.ExpatError as error:
+            raise MalformedRequestError(f"it is not well-formed XML: {error}") from None
+        ((_, call),) = self._open[0].children
+        method, params = call
+        return method, params
+
+    def _refuse_doctype(self, *_: object) -> None:
+        raise MalformedRequestError("it has a document type declaration, which XML-RPC has no use for")
+
+    def _start(self, name: str, _attributes: dict[str, str]) -> None:
+        parent = self._open[-1]
+        self._elements += 1
+        if name not in _CHILDREN.get(parent.name, ()):
+            raise MalformedRequestError(f"<{name[:40]}> must not stand in <{parent.name}>")
+        if len(self._open) > MAX_DEPTH:
+            raise MalformedRequestError(f"it nests more than {MAX_DEPTH} elements")
+        if self._elements > MAX_ELEMENTS:
+            raise MalformedRequestError(f"it has more than {MAX_ELEMENTS} elements")
+        self._open.append(_Element(name))
+
+    def _data(self, text: str) -> None:
+        element = self._open[-1]
+        if element.name in _WITH_TEXT:
+            element.text.append(text)
+        elif not text.isspace():
+            raise MalformedRequestError(f"<{element.name}> holds text")
+
+    def _end(self, name: str) -> None:
+        element = self._open.pop()
+        self._open[-1].children.append((name, _close(element)))
+
+
+def _close(element: _Element) -> Any:
+    """What a closed element comes to. Its children are of the kinds that _CHILDREN allows, so counting is
+    enough."""
+    name, children = element.name, element.children
+    text = "".join(element.text)
+    if name == "value":
+        if not children:
+            return text
+        if text.strip():
+            raise MalformedRequestError("a value holds both text and a typed value")
+        return _only(element)
+    if name in _SCALARS:
+        return _SCALARS[name](text)
+    if name in ("methodName", "name"):
+        return text
+    if name in ("data", "params"):
+        return [child for _, child in children]
+    if name == "struct":
+        struct = dict(child for _, child in children)
+        if len(struct) != len(children):
+            raise MalformedRequestError("a struct has two members of the same name")
+        return struct
+    if name == "member":
+        if [kind for kind, _ in children] != ["name", "value"]:
+            raise MalformedRequestError("a member is not one name followed by one value")
+        return children[0][1], children[1][1]
+    if name == "methodCall":
+        if [kind for kind, _ in children] not in (["methodName", "params"], ["methodName"]):
+            raise MalformedRequestError("a methodCall is not one methodName followed by params")
+        return children[0][1].strip(), children[1][1] if len(children) == 2 else []
+    return _only(element)
+
+
+def _only(element: _Element) -> Any:
+    if len(element.children) != 1:
+        raise MalformedRequestError(f"<{element.name}> does not hold exactly one value")
+    return element.children[0][1]
+
+
+def parse_call(body: bytes) -> tuple[str, list[Any]]:
+    """The method name and the parameters of a methodCall; MalformedRequestError for any other body. Documents
+    are UTF-8."""
+    return _Reader().read(body)
+
+
+async def answer_xmlrpc(api: Api, body: bytes, caller: Caller) -> bytes:
+    """The body of the answer (HTTP status 200, content type text/xml) to the body of a request.
+
+    Like xapi, system.listMethods answers a bare array, as XML-RPC introspection has it, without Status and
+    Value.
+    """
+    try:
+        if len(body) < _LARGE:
+            method, params = parse_call(body)
+        else:
+            method, params = await trio.to_thread.run_sync(parse_call, body)
+    except MalformedRequestError as error:
+        return dump_fault(PARSE_ERROR, f"The request cannot be read as XML-RPC: {error}.")
+    try:
+        value = await api.call(method, params, caller)
+    except XenAPIError as error:
+        return dump_failure(error.error_info)
+    write = _document if method == "system.listMethods" else dump_success
+    if isinstance(value, dict | list) and len(value) > 1000:
+        return await trio.to_thread.run_sync(write, value)
+    return write(value)
