@@ -1,0 +1,308 @@
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder, LeaseMode, Leases, Step
+from gateway.core.limits import Limits
+from gateway.images.files import identity_of
+
+READ, REPLACE, WRITE = LeaseMode.READ, LeaseMode.REPLACE, LeaseMode.WRITE
+STEPS: tuple[Step, ...] = ("resolved", "granted", "locked", "checked")
+HOLDER = Holder("root", "export_raw_vdi", "OpaqueRef:vdi")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    return make_image(tmp_path / "disk.raw", b"old")
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_stays_open() -> Iterator[None]:
+    before = open_images()
+    yield
+    assert open_images() == before
+
+
+def make_image(path: Path, content: bytes) -> str:
+    path.write_bytes(content * 512)
+    return str(path)
+
+
+def open_images() -> list[str]:
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue
+        if ".raw" in target or ".vhd" in target:
+            found.append(target)
+    return found
+
+
+def rename_in_another_process(source: str, target: str) -> None:
+    script = "import os, sys; os.rename(sys.argv[1], sys.argv[2])"
+    subprocess.run([sys.executable, "-ISc", script, source, target], check=True)
+
+
+class ForeignUser:
+    """Another process that has the file open as QEMU would, until it is ended."""
+
+    SCRIPT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from gateway.images.file_locks import FileUse, lock_file
+fd = os.open(sys.argv[2], os.O_RDONLY)
+lock_file(fd, FileUse[sys.argv[3]], sys.argv[2])
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+    def __init__(self, path: str, use: str) -> None:
+        root = str(Path(__file__).parents[2])
+        self.process = subprocess.Popen(
+            [sys.executable, "-ISc", self.SCRIPT, root, path, use],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"locked\n"
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+def calling_at(step: Step, call: Callable[[], object]) -> Callable[[Step], Awaitable[None]]:
+    pending = [call]
+
+    async def at(reached: Step) -> None:
+        if reached == step and pending:
+            await trio.to_thread.run_sync(pending.pop())
+
+    return at
+
+
+def content_of(chain_fd: int) -> bytes:
+    return os.pread(chain_fd, 3, 0)
+
+
+@pytest.mark.parametrize("step", STEPS[:3])
+@pytest.mark.parametrize("mode", list(LeaseMode))
+async def test_a_rename_between_two_steps_leads_to_the_new_file(
+    image: str, tmp_path: Path, step: Step, mode: LeaseMode
+) -> None:
+    new = make_image(tmp_path / "new", b"new")
+    leases = Leases(step=calling_at(step, lambda: rename_in_another_process(new, image)))
+    async with leases.hold(image, mode, HOLDER) as lease:
+        assert content_of(lease.chain.nodes[0].fd) == b"new"
+        assert lease.chain.nodes[0].identity.inode == os.stat(image).st_ino
+        assert leases.holders_of(lease.chain.nodes[0].identity) == (HOLDER,)
+        assert len(leases.holders_for(HOLDER.vdi)) == 1
+
+
+async def test_a_rename_after_the_last_step_leaves_the_lease_with_the_old_file(
+    image: str, tmp_path: Path
+) -> None:
+    new = make_image(tmp_path / "new", b"new")
+    leases = Leases(step=calling_at("checked", lambda: rename_in_another_process(new, image)))
+    async with leases.hold(image, READ, HOLDER) as lease:
+        assert content_of(lease.chain.nodes[0].fd) == b"old"
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+async def test_what_ends_between_two_steps_leaves_no_descriptor_and_no_grant(
+    image: str, step: Step, how: str
+) -> None:
+    async def at(reached: Step) -> None:
+        if reached == step and not ended:
+            ended.append(reached)
+            if how == "failed":
+                raise RuntimeError("on purpose")
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+
+    ended: list[Step] = []
+    leases = Leases(step=at)
+    scope = trio.CancelScope()
+    try:
+        with scope:
+            await leases.acquire(image, WRITE, HOLDER)
+    except RuntimeError:
+        assert how == "failed"
+    assert ended == [step]
+    assert open_images() == []
+    async with leases.hold(image, WRITE, HOLDER, wait=0):
+        pass
+
+
+async def test_a_cancellation_during_any_await_leaves_no_descriptor(image: str) -> None:
+    # Cancelled before the first checkpoint, before the second and so on, until nothing is left to cancel.
+    leases = Leases()
+    for checkpoints in range(60):
+        with trio.CancelScope() as scope:
+            await acquire_with_cancellation_after(leases, image, checkpoints, scope)
+        assert open_images() == []
+        if not scope.cancelled_caught:
+            break
+    else:
+        pytest.fail("an acquire has fewer steps than that")
+    assert leases.holders_for(HOLDER.vdi) == ()
+
+
+async def acquire_with_cancellation_after(
+    leases: Leases, image: str, checkpoints: int, scope: trio.CancelScope
+) -> None:
+    class Counter(trio.abc.Instrument):
+        def __init__(self, task: trio.lowlevel.Task) -> None:
+            self.task = task
+            self.left = checkpoints
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            if task is self.task:
+                self.left -= 1
+                if self.left == 0:
+                    scope.cancel()
+
+    counter = Counter(trio.lowlevel.current_task())
+    trio.lowlevel.add_instrument(counter)
+    try:
+        lease = await leases.acquire(image, READ, HOLDER)
+        trio.lowlevel.remove_instrument(counter)
+        lease.release()
+        with trio.CancelScope(shield=True):
+            await lease.released()
+    except BaseException:
+        trio.lowlevel.remove_instrument(counter)
+        raise
+
+
+async def test_a_refusal_names_the_holder(image: str) -> None:
+    leases = Leases()
+    async with leases.hold(image, WRITE, Holder("root", "import_raw_vdi", "OpaqueRef:vdi", "OpaqueRef:task")):
+        with pytest.raises(XenAPIError) as refused:
+            await leases.acquire(image, READ, HOLDER, wait=0)
+    assert refused.value.error_info == [
+        "VDI_IN_USE",
+        "OpaqueRef:vdi",
+        "import_raw_vdi by root, task OpaqueRef:task",
+    ]
+
+
+async def test_a_waiting_request_gets_the_lease_when_it_ends(image: str, nursery: trio.Nursery) -> None:
+    leases = Leases()
+    first = await leases.acquire(image, WRITE, HOLDER)
+    got = trio.Event()
+
+    async def wait() -> None:
+        async with leases.hold(image, WRITE, HOLDER):
+            got.set()
+
+    nursery.start_soon(wait)
+    first.release()
+    await got.wait()
+
+
+async def test_readers_stay_while_a_replacement_is_prepared(image: str) -> None:
+    leases = Leases()
+    async with leases.hold(image, READ, HOLDER), leases.hold(image, REPLACE, HOLDER, wait=0):
+        async with leases.hold(image, READ, HOLDER, wait=0):
+            for mode in (REPLACE, WRITE):
+                with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+                    await leases.acquire(image, mode, HOLDER, wait=0)
+
+
+async def test_a_foreign_writer_is_waited_for_and_then_named_by_its_file(image: str) -> None:
+    foreign = ForeignUser(image, "WRITE")
+    leases = Leases(Limits(lease_wait=0.05))
+    try:
+        with pytest.raises(XenAPIError, match="VDI_IN_USE") as refused:
+            await leases.acquire(image, READ, HOLDER)
+        assert image in refused.value.params[1]
+    finally:
+        foreign.end()
+    async with leases.hold(image, READ, HOLDER):
+        pass
+
+
+async def test_a_lease_comes_when_the_foreign_reader_ends(image: str) -> None:
+    foreign = ForeignUser(image, "READ")
+    refusals = 0
+
+    async def at(step: Step) -> None:
+        nonlocal refusals
+        if step == "resolved":
+            refusals += 1
+            if refusals == 3:
+                await trio.to_thread.run_sync(foreign.end)
+
+    leases = Leases(step=at)
+    async with leases.hold(image, WRITE, HOLDER, wait=60):
+        assert refusals >= 3
+
+
+async def test_a_moved_lease_meets_others_at_the_new_file(image: str, tmp_path: Path) -> None:
+    leases = Leases()
+    new = make_image(tmp_path / "new", b"new")
+    async with leases.hold(image, REPLACE, HOLDER) as lease:
+        fd = os.open(new, os.O_RDONLY)
+        lease.move_to(identity_of(fd))
+        os.close(fd)
+        os.rename(new, image)
+        for mode in (REPLACE, WRITE):
+            with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+                await leases.acquire(image, mode, HOLDER, wait=0)
+        async with leases.hold(image, READ, HOLDER, wait=0) as reading:
+            assert content_of(reading.chain.nodes[0].fd) == b"new"
+    async with leases.hold(image, WRITE, HOLDER, wait=0):
+        pass
+
+
+async def test_a_disk_keeps_its_files_locked_after_the_release(image: str) -> None:
+    leases = Leases()
+    lease = await leases.acquire(image, WRITE, HOLDER)
+    disk = await trio.to_thread.run_sync(lease.open_disk)
+    lease.release()
+    lease.release()
+    await lease.released()
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await leases.acquire(image, READ, HOLDER, wait=0)
+    disk.close()
+    async with leases.hold(image, READ, HOLDER, wait=0) as reading:
+        reading.release()
+        with pytest.raises(ValueError, match="no descriptors"):
+            reading.open_disk()
+
+
+async def test_resolving_waits_for_the_lock_of_the_repository_no_longer_than_allowed(
+    image: str, nursery: trio.Nursery
+) -> None:
+    leases = Leases()
+    renaming = trio.Lock()
+
+    async def rename(task_status: trio.TaskStatus[None]) -> None:
+        async with renaming:
+            task_status.started()
+            await trio.sleep_forever()
+
+    await nursery.start(rename)
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await leases.acquire(image, READ, HOLDER, wait=0.01, resolving=renaming)
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_lock_of_the_repository_is_held_only_while_resolving(image: str) -> None:
+    renaming = trio.Lock()
+    held: list[bool] = []
+
+    async def at(_step: Step) -> None:
+        held.append(renaming.locked())
+
+    async with Leases(step=at).hold(image, READ, HOLDER, resolving=renaming):
+        assert held == [False] * 4
