@@ -38,7 +38,7 @@ def application() -> App:
             " ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
         ),
         help_format="plaintext",
-        help_formatter=DefaultFormatter() if sys.stdout.isatty() else PlainFormatter(),
+        help_formatter=DefaultFormatter() if sys.stdout.isatty() else PlainFormatter(max_width=78),
         print_error=False,
         exit_on_error=False,
         result_action="return_value",
