@@ -12,6 +12,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import trio
+
 from gateway.images.errors import ImageError
 
 MESSAGES: Final[dict[str, str]] = {
@@ -115,14 +117,20 @@ class XenAPIError(Exception):
         return f"XenAPIError({str(self)!r})"
 
 
+# Nothing went wrong, somebody wants the program to end.
+_STOPPED: Final = (trio.Cancelled, KeyboardInterrupt, SystemExit)
+
+
 def as_xenapi_error(error: BaseException) -> XenAPIError:
     """What a client is told about `error`.
 
     A group tells its most telling member: a XenAPIError before an I/O error before anything else. No space
     left (also over quota) is SR_FULL, other I/O errors and broken images are VDI_IO_ERROR, all else is
-    INTERNAL_ERROR.
+    INTERNAL_ERROR, but being stopped from outside (trio's cancellation, an interrupt) is TASK_INTERRUPTED.
     """
-    leaves = _leaves(error)
+    leaves = [leaf for leaf in _leaves(error) if not isinstance(leaf, _STOPPED)]
+    if not leaves:
+        return XenAPIError("TASK_INTERRUPTED")
     for leaf in leaves:
         if isinstance(leaf, XenAPIError):
             return leaf
@@ -133,7 +141,7 @@ def as_xenapi_error(error: BaseException) -> XenAPIError:
             return XenAPIError("VDI_IO_ERROR", _described(leaf))
         if isinstance(leaf, ImageError):
             return XenAPIError("VDI_IO_ERROR", str(leaf))
-    return XenAPIError("INTERNAL_ERROR", _described(leaves[0] if leaves else error))
+    return XenAPIError("INTERNAL_ERROR", _described(leaves[0]))
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -209,7 +209,7 @@ tasks: Final = Table(
     _text("name_label"),
     _text("name_description"),
     _moment("created"),
-    Column("finished", Moment, nullable=True),
+    _moment("finished"),
     _text("status"),
     Column("progress", Float, nullable=False),
     _text("type"),
@@ -220,7 +220,7 @@ tasks: Final = Table(
     _text("resident_on"),
     _text("user"),
     _text("session_uuid"),
-    # Whether a client made it by task.create, and whether an operation of the gateway has begun under it.
+    # Whether a client made it by task.create, and whether an operation of the gateway works under it.
     _flag("client_made"),
     _flag("worked_on"),
 )

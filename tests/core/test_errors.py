@@ -47,7 +47,8 @@ def test_the_reference_of_a_session_is_in_the_answer_but_not_in_the_text() -> No
         (ZeroDivisionError("division by zero"), "INTERNAL_ERROR"),
         (ExceptionGroup("", [KeyError(1), ExceptionGroup("", [OSError(errno.EIO, "x")])]), "VDI_IO_ERROR"),
         (ExceptionGroup("", [OSError(errno.EIO, "x"), XenAPIError("TASK_CANCELLED")]), "TASK_CANCELLED"),
-        (KeyboardInterrupt(), "INTERNAL_ERROR"),
+        (KeyboardInterrupt(), "TASK_INTERRUPTED"),
+        (BaseExceptionGroup("", [KeyboardInterrupt(), OSError(errno.EIO, "x")]), "VDI_IO_ERROR"),
     ],
 )
 def test_every_exception_has_a_code(error: BaseException, code: str) -> None:

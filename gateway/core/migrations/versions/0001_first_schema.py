@@ -140,7 +140,7 @@ def upgrade() -> None:
         _text("name_label"),
         _text("name_description"),
         _moment("created"),
-        sa.Column("finished", sa.String(32), nullable=True),
+        _moment("finished"),
         _text("status"),
         sa.Column("progress", sa.Float, nullable=False),
         _text("type"),

@@ -1,0 +1,493 @@
+"""Tasks: every operation is one, and clients may make their own to follow an operation by.
+
+`Tasks.operation` is the one way work runs under a task; it turns the end of the work into the task's end.
+Success is durable before anybody sees it; progress lives in memory and is read when somebody asks. Only a
+pending task (one whose cancelling has begun is still pending to its operation) can end, once. The traps: work
+that finished although somebody cancelled it is a success, because its data is there; and a client may destroy
+a task while its operation runs, which goes on without it.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import fields, replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import structlog
+import trio
+from sqlalchemy import Connection, bindparam, delete, insert, literal_column, select, update
+
+from gateway.core import schema
+from gateway.core.clock import utc_now
+from gateway.core.database import Database
+from gateway.core.errors import XenAPIError, as_xenapi_error
+from gateway.core.events import Events
+from gateway.core.limits import Limits
+from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.core.roles import Permission, Role
+from gateway.core.task import Actor, Operation, Task, TaskStatus
+
+__all__ = ["Actor", "Operation", "Task", "TaskStatus", "Tasks"]
+
+log: Final[structlog.typing.FilteringBoundLogger] = structlog.get_logger()
+
+# xapi's names for the right to act on the tasks of others.
+CANCEL_ANY: Final = Permission("task.cancel/any", Role.POOL_OPERATOR)
+DESTROY_ANY: Final = Permission("task.destroy/any", Role.POOL_OPERATOR)
+CHANGE_ANY: Final = Permission("task.change/any", Role.POOL_OPERATOR)
+
+# How often old tasks are looked for, in seconds; nobody minds an hour more after a day.
+_FORGET_INTERVAL: Final = 3600.0
+
+
+class Tasks:
+    """All tasks of the gateway. Made by `Tasks.load`; `run` must be running beside it."""
+
+    def __init__(
+        self,
+        database: Database,
+        events: Events,
+        *,
+        limits: Limits,
+        resident_on: str,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._database = database
+        self._events = events
+        self._limits = limits
+        self._resident_on = resident_on
+        self._now = now
+        # Writers take turns, so that memory and database change in one order.
+        self._lock = trio.Lock()
+        self._tasks: dict[str, Task] = {}
+        self._by_uuid: dict[str, str] = {}
+        self._operations: dict[str, Operation] = {}
+        # Pending tasks of an earlier run of the gateway whose holder may still come back.
+        self._unannounced: set[str] = set()
+        # The progress that the last event told, and tasks whose client has set another one since.
+        self._told_progress: dict[str, float] = {}
+        self._moved: set[str] = set()
+        self._something_runs = trio.Event()
+
+    @classmethod
+    async def load(
+        cls,
+        database: Database,
+        events: Events,
+        *,
+        limits: Limits | None = None,
+        resident_on: str = NULL_REF,
+        now: Callable[[], datetime] = utc_now,
+    ) -> "Tasks":
+        """Read the tasks; `resident_on` is the reference of this host."""
+        tasks = cls(database, events, limits=limits or Limits(), resident_on=resident_on, now=now)
+
+        def rows(connection: Connection) -> list[dict[str, Any]]:
+            query = select(schema.tasks).order_by(literal_column("rowid"))
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+        for row in await database.run(rows):
+            task = Task(**{**row, "status": TaskStatus(row["status"])})
+            tasks._put(task)
+            if not task.status.is_final and task.worked_on:
+                tasks._unannounced.add(task.ref)
+        return tasks
+
+    async def run(self) -> None:
+        """What happens by itself: unannounced tasks fail, progress is told, old tasks go. Never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._interrupt_unannounced)
+            nursery.start_soon(self._publish_progress)
+            nursery.start_soon(self._forget_old)
+
+    # Reading
+
+    def get(self, ref: str) -> Task:
+        """The task as it is now, with its live progress. Raises HANDLE_INVALID."""
+        task = self._get(ref)
+        operation = self._operations.get(ref)
+        return task if operation is None else replace(task, progress=operation.current_progress())
+
+    def by_uuid(self, uuid: str) -> Task:
+        """The task with this uuid. Raises UUID_INVALID."""
+        ref = self._by_uuid.get(uuid.lower())
+        if ref is None:
+            raise XenAPIError("UUID_INVALID", "task", uuid)
+        return self.get(ref)
+
+    def all(self) -> list[Task]:
+        """Every task, oldest first."""
+        return [self.get(ref) for ref in self._tasks]
+
+    def by_name_label(self, label: str) -> list[Task]:
+        """The tasks with exactly this name."""
+        return [self.get(task.ref) for task in self._tasks.values() if task.name_label == label]
+
+    def subtasks_of(self, ref: str) -> list[Task]:
+        """The tasks that say they are part of this one."""
+        return [self.get(task.ref) for task in self._tasks.values() if task.subtask_of == ref]
+
+    def can_cancel(self, ref: str) -> bool:
+        """Whether `cancel` would be heard now. Raises HANDLE_INVALID."""
+        operation = self._operations.get(ref)
+        is_pending = self._get(ref).status is TaskStatus.PENDING
+        return is_pending and (operation is None or operation.cancellable)
+
+    # Life
+
+    async def create(
+        self,
+        name_label: str,
+        name_description: str = "",
+        *,
+        user: str = "",
+        session_uuid: str = "",
+        client_made: bool = True,
+        subtask_of: str = NULL_REF,
+        other_config: Mapping[str, str] | None = None,
+    ) -> Task:
+        """A new pending task.
+
+        `client_made` false: the gateway makes it for an operation that follows at once, so nobody else may
+        end it, and a restart does. Raises TOO_MANY_PENDING_TASKS to clients that never end theirs.
+        """
+        task = Task(
+            ref=new_ref(),
+            uuid=new_uuid(),
+            name_label=name_label,
+            name_description=name_description,
+            created=self._now(),
+            other_config=dict(other_config or {}),
+            subtask_of=subtask_of,
+            resident_on=self._resident_on,
+            user=user,
+            session_uuid=session_uuid,
+            client_made=client_made,
+            worked_on=not client_made,
+        )
+        async with self._lock:
+            if client_made and self._waiting_for_clients() >= self._limits.task_keep:
+                raise XenAPIError("TOO_MANY_PENDING_TASKS", str(self._limits.task_keep))
+            await self._database.run(lambda connection: connection.execute(insert(schema.tasks), _row(task)))
+            self._put(task)
+            self._events.publish("task", "add", task.ref)
+            await self._forget(self._beyond_the_limits())
+        return task
+
+    async def destroy(self, ref: str, actor: Actor | None = None) -> None:
+        """Remove the record; an operation under it goes on. Raises HANDLE_INVALID, RBAC_PERMISSION_DENIED."""
+        async with self._lock:
+            _check_actor(self._get(ref), actor, DESTROY_ANY)
+            await self._forget([ref])
+
+    async def cancel(self, ref: str, actor: Actor | None = None) -> None:
+        """Cancel: work is asked to stop and the task is cancelling until it has; without work it is cancelled
+        at once.
+
+        Cancelling twice is no error. Raises HANDLE_INVALID, RBAC_PERMISSION_DENIED, and OPERATION_NOT_ALLOWED
+        for a task that has ended in another way or whose work cannot be stopped.
+        """
+        async with self._lock:
+            task = self._get(ref)
+            _check_actor(task, actor, CANCEL_ANY)
+            if task.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
+                return
+            if task.status.is_final:
+                raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({task.status})")
+            operation = self._operations.get(ref)
+            if operation is None:
+                await self._finish(task, TaskStatus.CANCELLED, XenAPIError("TASK_CANCELLED", ref))
+            else:
+                # The work first: it should stop even if the database cannot write.
+                operation.request_cancel()
+                await self._store(replace(task, status=TaskStatus.CANCELLING))
+
+    async def fail(self, ref: str, error: XenAPIError) -> bool:
+        """End a task whose operation was refused before it began; whether that was done.
+
+        Nothing happens to a task that is unknown, has ended, or belongs to another operation that runs.
+        """
+        async with self._lock:
+            task = self._tasks.get(ref)
+            if task is None or task.status is not TaskStatus.PENDING or ref in self._operations:
+                return False
+            await self._finish(task, TaskStatus.FAILURE, error)
+            return True
+
+    def announce(self, ref: str) -> None:
+        """The holder of a task from before a restart is back and goes on; `operation` may follow at any time.
+
+        Raises HANDLE_INVALID, or what ended the task meanwhile (TASK_CANCELLED, TASK_INTERRUPTED): then stop
+        the work.
+        """
+        _check_open(self._get(ref))
+        self._unannounced.discard(ref)
+
+    @asynccontextmanager
+    async def operation(
+        self, task: Task | str, cancel: Callable[[], None] | None
+    ) -> AsyncIterator[Operation]:
+        """Run the block as the work of a pending task.
+
+        `cancel` is called on the trio thread and must not block: it makes the block end soon, by whatever
+        exception (a cancelled scope around it will do). None: the work cannot be cancelled.
+
+        The end of the block is the end of the task: normally, success with `operation.result`, durable when
+        this exits; XenAPIError, failure with it; an end by exception after `cancel`, or TASK_CANCELLED,
+        cancelled; other exceptions as `as_xenapi_error` says, and the cancellation of the surrounding trio
+        scope is TASK_INTERRUPTED. The exception goes on to the caller, but one that `cancel` provoked goes on
+        as TASK_CANCELLED. `operation.error` is what the task says.
+
+        Raises HANDLE_INVALID; TASK_CANCELLED or what else the task ended with; OTHER_OPERATION_IN_PROGRESS.
+        """
+        operation = await self._begin(task if isinstance(task, str) else task.ref, cancel)
+        try:
+            yield operation
+        except BaseException as error:
+            told = as_xenapi_error(error)
+            if operation.cancel_requested or told.code == "TASK_CANCELLED":
+                told = XenAPIError("TASK_CANCELLED", operation.task)
+            elif told.code == "INTERNAL_ERROR":
+                log.exception("an operation failed unexpectedly", task=operation.task)
+            operation.error = told
+            await self._end(operation)
+            if operation.cancel_requested and isinstance(error, Exception):
+                raise told from error
+            raise
+        else:
+            await self._end(operation)
+
+    async def _begin(self, ref: str, cancel: Callable[[], None] | None) -> Operation:
+        async with self._lock:
+            task = self._get(ref)
+            _check_open(task)
+            if ref in self._operations:
+                raise XenAPIError("OTHER_OPERATION_IN_PROGRESS", "task", ref)
+            if not task.worked_on:
+                # Durable, so that after a crash the task is known to be without its work.
+                await self._store(replace(task, worked_on=True))
+            operation = Operation(ref, cancel)
+            self._operations[ref] = operation
+            self._unannounced.discard(ref)
+            self._something_runs.set()
+            return operation
+
+    async def _end(self, operation: Operation) -> None:
+        status = TaskStatus.SUCCESS
+        if operation.error is not None:
+            is_cancelled = operation.error.code == "TASK_CANCELLED"
+            status = TaskStatus.CANCELLED if is_cancelled else TaskStatus.FAILURE
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                progress = 1.0 if status is TaskStatus.SUCCESS else operation.current_progress()
+                del self._operations[operation.task]
+                self._told_progress.pop(operation.task, None)
+                task = self._tasks.get(operation.task)
+                if task is not None:
+                    task = replace(task, progress=progress, result=operation.result)
+                    await self._finish(task, status, operation.error)
+
+    # What clients do to tasks that they made themselves
+
+    async def set_status(self, ref: str, status: TaskStatus, actor: Actor | None = None) -> None:
+        """End a client's own task as success, failure or cancelled. Raises OPERATION_NOT_ALLOWED for all
+        other tasks.
+        """
+        async with self._lock:
+            task = self._own_pending_task(ref, actor)
+            if status is TaskStatus.CANCELLING:
+                raise XenAPIError("VALUE_NOT_SUPPORTED", "status", status, "cancel the task instead")
+            if status is TaskStatus.PENDING:
+                return
+            if status is TaskStatus.SUCCESS:
+                task = replace(task, progress=1.0)
+            await self._finish(task, status, None)
+
+    async def set_progress(self, ref: str, progress: float, actor: Actor | None = None) -> None:
+        """Set a client's own task's progress, 0 to 1; kept in memory until the task ends."""
+        async with self._lock:
+            task = self._own_pending_task(ref, actor)
+            if not 0.0 <= progress <= 1.0:
+                raise XenAPIError("VALUE_NOT_SUPPORTED", "progress", str(progress), "it goes from 0 to 1")
+            self._put(replace(task, progress=progress))
+            self._moved.add(ref)
+            self._something_runs.set()
+
+    async def set_result(self, ref: str, result: str, actor: Actor | None = None) -> None:
+        """Set a client's own pending task's result."""
+        async with self._lock:
+            await self._store(replace(self._own_pending_task(ref, actor), result=result))
+
+    async def set_error_info(self, ref: str, error_info: Iterable[str], actor: Actor | None = None) -> None:
+        """Set a client's own pending task's error, a code and its parameters."""
+        async with self._lock:
+            await self._store(replace(self._own_pending_task(ref, actor), error_info=tuple(error_info)))
+
+    async def edit(
+        self, ref: str, compute: Callable[[Task], Mapping[str, Any]], actor: Actor | None = None
+    ) -> Task:
+        """Set the fields that `compute` makes of the task as it is now: `other_config` alone may be set so,
+        at any time.
+        """
+        async with self._lock:
+            task = self._get(ref)
+            _check_actor(task, actor, CHANGE_ANY)
+            changes = compute(task)
+            if not changes.keys() <= {"other_config"}:
+                raise ValueError("a task's own methods set its other fields")
+            if changes:
+                await self._store(replace(task, **changes))
+        return self.get(ref)
+
+    async def add_to_other_config(self, ref: str, key: str, value: str, actor: Actor | None = None) -> None:
+        """Add one key. Raises MAP_DUPLICATE_KEY."""
+
+        def added(task: Task) -> Mapping[str, Any]:
+            if key in task.other_config:
+                raise XenAPIError("MAP_DUPLICATE_KEY", "task", "other_config", ref, key)
+            return {"other_config": {**task.other_config, key: value}}
+
+        await self.edit(ref, added, actor)
+
+    async def remove_from_other_config(self, ref: str, key: str, actor: Actor | None = None) -> None:
+        """Remove one key; one that is not there is no error, as in XenAPI."""
+
+        def removed(task: Task) -> Mapping[str, Any]:
+            return {"other_config": {name: value for name, value in task.other_config.items() if name != key}}
+
+        await self.edit(ref, removed, actor)
+
+    def _own_pending_task(self, ref: str, actor: Actor | None) -> Task:
+        task = self._get(ref)
+        _check_actor(task, actor, CHANGE_ANY)
+        if task.worked_on:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "an operation of the gateway ends this task")
+        if task.status is not TaskStatus.PENDING:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({task.status})")
+        return task
+
+    def _waiting_for_clients(self) -> int:
+        return sum(not task.worked_on and not task.status.is_final for task in self._tasks.values())
+
+    # What happens by itself
+
+    async def _interrupt_unannounced(self) -> None:
+        await trio.sleep(self._limits.announce_seconds)
+        async with self._lock:
+            for ref in list(self._unannounced):
+                task = self._tasks.get(ref)
+                if task is not None and not task.status.is_final:
+                    if task.status is TaskStatus.CANCELLING:
+                        await self._finish(task, TaskStatus.CANCELLED, XenAPIError("TASK_CANCELLED", ref))
+                    else:
+                        await self._finish(task, TaskStatus.FAILURE, XenAPIError("TASK_INTERRUPTED"))
+                self._unannounced.discard(ref)
+
+    async def _publish_progress(self) -> None:
+        while True:
+            await self._something_runs.wait()
+            await trio.sleep(self._limits.task_progress_seconds)
+            moved, self._moved = self._moved, set()
+            for ref, operation in self._operations.items():
+                progress = operation.current_progress()
+                if progress != self._told_progress.get(ref, 0.0):
+                    self._told_progress[ref] = progress
+                    moved.add(ref)
+            for ref in moved & self._tasks.keys():
+                self._events.publish("task", "mod", ref)
+            if not self._operations:
+                self._something_runs = trio.Event()
+
+    async def _forget_old(self) -> None:
+        while True:
+            async with self._lock:
+                await self._forget(self._beyond_the_limits())
+            await trio.sleep(_FORGET_INTERVAL)
+
+    def _beyond_the_limits(self) -> list[str]:
+        """Finished tasks that are too old, and the oldest finished ones while there are too many, clients'
+        own last.
+        """
+        oldest = self._now() - timedelta(seconds=self._limits.task_keep_seconds)
+        finished = [
+            (task.client_made, task.finished, task.ref)
+            for task in self._tasks.values()
+            if task.status.is_final and task.ref not in self._operations
+        ]
+        old = [ref for _, moment, ref in finished if moment < oldest]
+        excess = len(self._tasks) - len(old) - self._limits.task_keep
+        if excess > 0:
+            kept = sorted(entry for entry in finished if entry[1] >= oldest)
+            old += [ref for _, _, ref in kept[:excess]]
+        return old
+
+    # Storing; the lock is held
+
+    async def _finish(self, task: Task, status: TaskStatus, error: XenAPIError | None) -> None:
+        error_info = task.error_info if error is None else tuple(error.error_info)
+        ended = replace(task, status=status, error_info=error_info, finished=self._now())
+        try:
+            await self._store(ended)
+        except Exception as problem:
+            # The work is over whatever the database does; but what is not written down is not called a
+            # success.
+            told = XenAPIError("INTERNAL_ERROR", f"the end of the task could not be recorded: {problem}")
+            log.exception("the end of a task could not be recorded", task=task.ref, status=status)
+            failed = TaskStatus.FAILURE if status is TaskStatus.SUCCESS else status
+            info = tuple(told.error_info) if status is TaskStatus.SUCCESS else error_info
+            self._put(replace(ended, status=failed, error_info=info))
+            self._events.publish("task", "mod", task.ref)
+            if status is TaskStatus.SUCCESS:
+                raise told from problem
+            return
+        await self._forget(self._beyond_the_limits())
+
+    async def _store(self, task: Task) -> None:
+        statement = update(schema.tasks).where(schema.tasks.c.ref == bindparam("_ref"))
+        row = {**_row(task), "_ref": task.ref}
+        await self._database.run(lambda connection: connection.execute(statement, row))
+        self._put(task)
+        self._events.publish("task", "mod", task.ref)
+
+    async def _forget(self, refs: list[str]) -> None:
+        if not refs:
+            return
+        statement = delete(schema.tasks).where(schema.tasks.c.ref == bindparam("_ref"))
+        rows = [{"_ref": ref} for ref in refs]
+        await self._database.run(lambda connection: connection.execute(statement, rows))
+        for ref in refs:
+            task = self._tasks.pop(ref)
+            del self._by_uuid[task.uuid]
+            self._unannounced.discard(ref)
+            self._moved.discard(ref)
+            self._events.publish("task", "del", ref)
+
+    def _put(self, task: Task) -> None:
+        self._tasks[task.ref] = task
+        self._by_uuid[task.uuid] = task.ref
+
+    def _get(self, ref: str) -> Task:
+        task = self._tasks.get(ref)
+        if task is None:
+            raise XenAPIError("HANDLE_INVALID", "task", ref)
+        return task
+
+
+def _check_actor(task: Task, actor: Actor | None, permission: Permission) -> None:
+    if actor is not None and actor.user != task.user:
+        permission.check(actor.role)
+
+
+def _check_open(task: Task) -> None:
+    """Raise unless work may go on under this task."""
+    if task.status is TaskStatus.PENDING:
+        return
+    if task.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
+        raise XenAPIError("TASK_CANCELLED", task.ref)
+    if task.error_info:
+        raise XenAPIError(*task.error_info)
+    raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({task.status})")
+
+
+def _row(task: Task) -> dict[str, Any]:
+    return {item.name: getattr(task, item.name) for item in fields(task)}
