@@ -86,11 +86,13 @@ class RunningGateway:
                 env=clean_environment(),
             )
         ready = self._ready_line()
-        found = re.search(r"ready: (http://\S+) (https://\S+)", ready)
-        if found is None:
+        urls = re.findall(r"(https?)(://\S+)", ready)
+        if not urls:
             self.kill()
             raise AssertionError(f"no ready line but {ready!r}; the log says:\n{self.log()}")
-        self.url, self.https_url = found.groups()
+        # The first address of each kind; more may come from the arguments.
+        addresses = {scheme: scheme + rest for scheme, rest in reversed(urls)}
+        self.url, self.https_url = addresses["http"], addresses["https"]
 
     def _ready_line(self) -> str:
         assert self._process is not None

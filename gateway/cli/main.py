@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError
-from cyclopts.help import DefaultFormatter, PlainFormatter
+from cyclopts.help import DefaultFormatter
 
+from gateway.cli.help import ManualFormatter
 from gateway.cli.output import CommandError, UsageError
 
 PROGRAM = "vdi-gateway"
@@ -38,7 +39,7 @@ def application() -> App:
             " ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
         ),
         help_format="plaintext",
-        help_formatter=DefaultFormatter() if sys.stdout.isatty() else PlainFormatter(max_width=78),
+        help_formatter=DefaultFormatter() if sys.stdout.isatty() else ManualFormatter(),
         print_error=False,
         exit_on_error=False,
         result_action="return_value",
