@@ -15,12 +15,11 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
+from gateway.core.errors import XenAPIError
+from gateway.core.records import ImageFormat
 from gateway.images.files import FILES, FileCalls
-
-ImageFormat = Literal["vhd", "raw"]
-IMAGE_FORMATS: Final[tuple[ImageFormat, ...]] = ("vhd", "raw")
 
 SERVICE_NAME: Final = ".vdi-gateway"
 MARKER_FORMAT: Final = 1
@@ -30,20 +29,26 @@ _FLOCK: Final = struct.Struct("hhqqi0q")
 _MOST_OWNER_TEXT: Final = 4096
 
 
-class DirectoryUnavailable(Exception):  # noqa: N818 - a state of the directory
-    """The directory is not there, or not mounted, or not the one that it should be."""
+class DirectoryUnavailable(XenAPIError):  # noqa: N818 - a state of the directory
+    """The directory is not there, or not mounted, or not the one that it should be.
+
+    Clients see SM's code for it (XE_SR_ERRORCODES.xml: 47, SRUnavailable).
+    """
 
     def __init__(self, path: str, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(
+            "SR_BACKEND_FAILURE_47", "", f"The SR is not available [opterr={path}: {problem}]", ""
+        )
         self.path = path
         self.problem = problem
 
 
-class DirectoryOwned(Exception):  # noqa: N818 - a state of the directory
-    """Another gateway, `owner`, has the directory attached writable."""
+class DirectoryOwned(XenAPIError):  # noqa: N818 - a state of the directory
+    """Another gateway, `owner`, has the directory attached writable (SM's code 16, SRInUse)."""
 
     def __init__(self, path: str, owner: str) -> None:
-        super().__init__(f"{path}: attached writable by {owner}")
+        text = f"The SR device is currently in use [opterr={path}: attached writable by {owner}]"
+        super().__init__("SR_BACKEND_FAILURE_16", "", text, "")
         self.path = path
         self.owner = owner
 
@@ -101,8 +106,10 @@ def make_directory(directory: SRDirectory, files: FileCalls = FILES) -> None:
     try:
         files.mkdir(directory.root, 0o700)
     except FileExistsError:
-        # What mkfs leaves behind is not content.
-        if set(os.listdir(directory.root)) - {"lost+found"}:
+        # What mkfs or a destroyed SR leaves behind is not content; another SR's marker is.
+        if set(os.listdir(directory.root)) - {"lost+found", SERVICE_NAME} or os.path.lexists(
+            directory.marker
+        ):
             raise OSError(
                 errno.ENOTEMPTY, "a new SR needs an empty or absent directory", directory.root
             ) from None

@@ -1,0 +1,216 @@
+"""The VDIs of this gateway as XenAPI sees them: records, directories and leases brought together.
+
+Here a file and its record change together. The file comes first: after a crash in between, the next scan
+finds it and the record follows. What only records know, a VDI's name, is in the copy that lies in the SR.
+
+The trap: between the file's change and the record's nothing may be cancelled, so the two run shielded.
+"""
+
+import errno
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from enum import Enum
+from typing import Final
+
+import trio
+
+from gateway.core.errors import XenAPIError
+from gateway.core.events import Events
+from gateway.core.leases import Holder, Lease, LeaseMode, Leases
+from gateway.core.records import VDI, Host, ImageFormat, Records
+from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.images.files import FILES, FileCalls
+from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
+from gateway.repository.reconcile import described
+from gateway.repository.repository import Repository
+from gateway.repository.sr_lifecycle import SRLifecycle
+
+# A raw image has no limit of its own; from 2^50 on, a Content-Length means "not known".
+MAX_RAW_SIZE: Final = (1 << 50) - SECTOR
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Where(Enum):
+    """Where an SR is attached, if not on another host."""
+
+    LOCAL = "local"
+    NOWHERE = "nowhere"
+
+
+class Inventory(SRLifecycle):
+    """Everything that doors ask of SRs and VDIs. Made by `open`."""
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, records: Records, leases: Leases, events: Events, *, who: str, files: FileCalls = FILES
+    ) -> AsyncIterator["Inventory"]:
+        """Attach what is to be attached, for the time of a block; `who` is told to other gateways."""
+        inventory = cls(records, leases, events, who=who, files=files)
+        try:
+            await inventory.attach_all()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(inventory._copies.run)
+                yield inventory
+                nursery.cancel_scope.cancel()
+        finally:
+            await inventory.detach_all()
+
+    def repository_of(self, vdi: VDI | str) -> Repository:
+        """The attached SR of a VDI (record or reference). Raises SR_NOT_ATTACHED, HANDLE_INVALID."""
+        record = self.records.vdis.get(vdi) if isinstance(vdi, str) else vdi
+        return self.repository(record.sr)
+
+    def where_is(self, sr: str) -> Where | Host:
+        """Where an SR can be reached: here if it is attached here, else the host that has it, or nowhere."""
+        if sr in self._attached:
+            return Where.LOCAL
+        for pbd in self.records.pbds_of_sr(sr):
+            if pbd.currently_attached and pbd.host != self.records.this_host.ref:
+                return self.records.hosts.get(pbd.host)
+        return Where.NOWHERE
+
+    async def lease(
+        self, vdi: VDI | str, mode: LeaseMode, holder: Holder, wait: float | None = None
+    ) -> Lease:
+        """Lease a VDI's chain; raises what Repository.lease raises, SR_NOT_ATTACHED, VDI_READONLY.
+
+        VDI_READONLY is also the answer for a snapshot and for a hidden parent.
+        """
+        record = self.records.vdis.get(vdi) if isinstance(vdi, str) else vdi
+        if mode is not LeaseMode.READ and (record.read_only or record.is_a_snapshot or not record.managed):
+            raise XenAPIError("VDI_READONLY", record.ref)
+        return await self.repository(record.sr).lease(record.uuid, mode, holder, wait)
+
+    async def vdi_create(
+        self,
+        *,
+        sr: str,
+        virtual_size: int,
+        name_label: str = "",
+        name_description: str = "",
+        type: str = "user",  # noqa: A002 - XenAPI's field
+        sharable: bool = False,
+        read_only: bool = False,
+        other_config: Mapping[str, str] | None = None,
+        xenstore_data: Mapping[str, str] | None = None,
+        sm_config: Mapping[str, str] | None = None,
+        tags: Sequence[str] = (),
+    ) -> str:
+        """Make an empty VDI; its reference.
+
+        The size in bytes is rounded up to 2 MiB as SM does; with `sm_config` type=raw or image-format=raw the
+        image is a raw file, rounded up to 512.
+        Raises VDI_TOO_LARGE, SR_FULL, SR_NOT_ATTACHED, OPERATION_NOT_ALLOWED in a read-only SR, OSError.
+        """
+        repository = self.repository(sr)
+        if not repository.writable:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
+        image_format = _format_of(sm_config or {})
+        size = _rounded(virtual_size, image_format)
+        uuid = new_uuid()
+        self._being_created.add(uuid)
+        try:
+            try:
+                image = await repository.create_image(uuid, size, image_format)
+            except OSError as error:
+                if error.errno in _NO_SPACE:
+                    total, used = await repository.space()
+                    raise XenAPIError("SR_FULL", str(size), str(total - used)) from error
+                if error.errno == errno.EFBIG:
+                    raise XenAPIError("VDI_TOO_LARGE", str(size), "what its file system holds") from error
+                raise
+            vdi = VDI(
+                ref=new_ref(),
+                uuid=uuid,
+                sr=sr,
+                name_label=name_label,
+                name_description=name_description,
+                type=type,
+                sharable=sharable,
+                read_only=read_only,
+                other_config=dict(other_config or {}),
+                xenstore_data=dict(xenstore_data or {}),
+                sm_config=dict(sm_config or {}),
+                tags=tuple(tags),
+            )
+            with trio.CancelScope(shield=True):
+                await self.records.vdis.add(described(vdi, image, writable=True, written=False))
+                await self.refresh_sizes(sr)
+        finally:
+            self._being_created.discard(uuid)
+        return vdi.ref
+
+    async def vdi_destroy(
+        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+    ) -> None:
+        """Remove a VDI and its image, for `who` under `task`.
+
+        Raises VDI_IN_USE, OPERATION_NOT_ALLOWED (see Repository.destroy_image), VDI_READONLY in a read-only
+        SR, SR_NOT_ATTACHED.
+        """
+        vdi = self.records.vdis.get(ref)
+        repository = self.repository(vdi.sr)
+        if not repository.writable:
+            raise XenAPIError("VDI_READONLY", ref)
+        if not vdi.managed:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "it is the hidden parent of other VDIs")
+        holder = Holder(who, "destroy", ref, task)
+        try:
+            await repository.destroy_image(vdi.uuid, holder, wait=wait)
+        except XenAPIError as error:
+            # A VDI without an image is gone already, if the SR is there to say so.
+            if error.code != "VDI_MISSING" or not await repository.available():
+                raise
+        with trio.CancelScope(shield=True):
+            await self._remove_vdi(ref)
+            await self.refresh_sizes(vdi.sr)
+
+    async def vdi_forget(self, ref: str) -> None:
+        """Remove a VDI's record; the next scan finds its image again, without a name."""
+        await self._remove_vdi(ref)
+
+    async def vdi_changed(self, ref: str) -> None:
+        """The VDI's content is new: a new content id, and the sizes as they are now."""
+        vdi = self.records.vdis.get(ref)
+        repository = self.repository(vdi.sr)
+        with trio.CancelScope(shield=True):
+            image = await repository.look_again(vdi.uuid)
+            content_id = new_uuid()
+
+            def changes(record: VDI) -> dict[str, object]:
+                now = described(record, image, writable=repository.writable, written=False)
+                return {
+                    "content_id": content_id,
+                    "sm_config": now.sm_config,
+                    "virtual_size": now.virtual_size,
+                    "physical_utilisation": now.physical_utilisation,
+                }
+
+            await self.records.vdis.edit(ref, changes)
+            await self.refresh_sizes(vdi.sr)
+
+    async def _remove_vdi(self, ref: str) -> None:
+        for snapshot in self.records.snapshots_of_vdi(ref):
+            await self.records.vdis.change(snapshot.ref, snapshot_of=NULL_REF)
+        await self.records.vdis.remove(ref)
+
+
+def _format_of(sm_config: Mapping[str, str]) -> ImageFormat:
+    """`type` is SM's key (raw), `image-format` XCP-ng's."""
+    wanted = sm_config.get("image-format", sm_config.get("type", "vhd")).lower()
+    if wanted == "raw":
+        return "raw"
+    if wanted in ("vhd", "user", ""):
+        return "vhd"
+    raise XenAPIError("VALUE_NOT_SUPPORTED", "sm_config:image-format", wanted, "it must be vhd or raw")
+
+
+def _rounded(size: int, image_format: ImageFormat) -> int:
+    maximum = MAX_VIRTUAL_SIZE if image_format == "vhd" else MAX_RAW_SIZE
+    if size < 0:
+        raise XenAPIError("VALUE_NOT_SUPPORTED", "virtual_size", str(size), "a size is not negative")
+    rounded = round_up_virtual_size(size) if image_format == "vhd" else max(SECTOR, round_up_to_sector(size))
+    if rounded > maximum:
+        raise XenAPIError("VDI_TOO_LARGE", str(size), str(maximum))
+    return rounded

@@ -1,0 +1,82 @@
+"""A copy of an SR's records inside the SR itself, so that losing the database loses nothing.
+
+`records.json` holds the SR and its VDIs as the API knows them. It is written whole, to a new file that is
+renamed over the old one. All calls here block.
+
+The trap: the file may be older than the database, and the database may be an old backup. `newer` decides for
+one VDI; when the evidence says nothing, the database wins.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from gateway.core.records import SR, VDI
+from gateway.images.files import FILES, FileCalls
+from gateway.repository.directory import SRDirectory, replace_file
+from gateway.repository.scan import FileStamp
+
+RECORDS_FORMAT: Final = 1
+# Where a VDI record keeps the stamp of its file as it was when the content id was given.
+STAMP_KEY: Final = "file-stamp"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsCopy:
+    """The content of the file."""
+
+    format: int
+    sr: SR
+    vdis: tuple[VDI, ...]
+
+
+class RecordsUnreadable(Exception):  # noqa: N818 - a state of the file
+    """The file is there and cannot be used."""
+
+
+def encode_records(sr: SR, vdis: list[VDI]) -> bytes:
+    """The bytes of the file for these records: the same records give the same bytes."""
+    ordered = tuple(sorted(vdis, key=lambda vdi: vdi.uuid))
+    return (
+        msgspec.json.format(msgspec.json.encode(RecordsCopy(RECORDS_FORMAT, sr, ordered)), indent=1) + b"\n"
+    )
+
+
+def write_records(directory: SRDirectory, content: bytes, files: FileCalls = FILES) -> None:
+    """Replace the file; at each moment the old or the new one is whole."""
+    replace_file(directory.records, content, files)
+
+
+def read_records(directory: SRDirectory) -> RecordsCopy | None:
+    """The copy, or None without one. Raises RecordsUnreadable with the reason."""
+    try:
+        fd = os.open(directory.records, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            content = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RecordsUnreadable(f"{directory.records}: {error.strerror}") from error
+    try:
+        version = msgspec.json.decode(content, type=_Version).format
+        if version != RECORDS_FORMAT:
+            raise RecordsUnreadable(f"{directory.records}: format {version} was made by another version")
+        return msgspec.json.decode(content, type=RecordsCopy)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RecordsUnreadable(f"{directory.records}: {error}") from error
+
+
+def newer(database: VDI, copy: VDI, stamp: FileStamp) -> VDI:
+    """Which of two records of one VDI to believe, given its file as it is now.
+
+    The copy wins only when it knows this very file and the database knows another one.
+    """
+    copy_knows = copy.sm_config.get(STAMP_KEY) == str(stamp)
+    database_knows = database.sm_config.get(STAMP_KEY) == str(stamp)
+    return copy if copy_knows and not database_knows else database
+
+
+class _Version(msgspec.Struct):
+    format: int

@@ -1,0 +1,401 @@
+"""One attached SR: the images in one directory, and everything that may be done to them.
+
+All file calls run in worker threads of this SR's own, so that a file server that hangs stops its SR alone.
+What names files (create, destroy, commit) runs under `structure_lock`; a lease is taken before that lock,
+never inside it, since taking a lease waits for it. Every step that changes the directory first looks whether
+it is still the one that was attached.
+
+The trap: an unmounted share leaves an empty directory under the same path, into which everything could be
+written, and from which it would seem that every image had been deleted.
+"""
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import trio
+
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder, Lease, LeaseMode, Leases
+from gateway.core.records import ImageFormat
+from gateway.images.errors import MissingParent
+from gateway.images.files import FILES, FileCalls, FileIdentity
+from gateway.images.vhd.create import create_dynamic
+from gateway.repository.directory import (
+    DirectoryUnavailable,
+    OwnerLock,
+    SRDirectory,
+    make_directory,
+    make_service_directory,
+    read_marker,
+    require_directory,
+    write_marker,
+)
+from gateway.repository.records_file import RecordsCopy, read_records, write_records
+from gateway.repository.scan import ScannedImage, Scanner, ScanResult
+from gateway.repository.staging import Staging, begin_filling, staging_path, sweep_staging
+
+T = TypeVar("T")
+
+
+class Repository:
+    """An SR between `attach` (or `create`) and `detach`. `uuid` is the SR's; None without a marker."""
+
+    def __init__(
+        self,
+        directory: SRDirectory,
+        leases: Leases,
+        *,
+        uuid: str | None,
+        owner: OwnerLock | None,
+        swept: tuple[str, ...] = (),
+        files: FileCalls = FILES,
+    ) -> None:
+        """For `create` and `attach` only, which do what blocks."""
+        self.directory = directory
+        self.uuid = uuid
+        self.writable = owner is not None
+        self.structure_lock = trio.Lock()
+        self.swept = swept
+        self._owner = owner
+        self._leases = leases
+        self._files = files
+        self._scanner = Scanner(directory)
+        self._root = _identity(directory.root)
+        self._images: dict[str, ScannedImage] = {}
+        self._threads = trio.CapacityLimiter(8)
+
+    @classmethod
+    async def create(
+        cls, path: str, uuid: str, leases: Leases, *, who: str, files: FileCalls = FILES
+    ) -> "Repository":
+        """Make a new SR in an empty or absent directory and attach it writable.
+
+        `who` is told to other gateways that want it. Raises OSError, DirectoryOwned.
+        """
+        directory = SRDirectory(path)
+
+        def make() -> "Repository":
+            make_directory(directory, files)
+            make_service_directory(directory, files)
+            owner = OwnerLock(directory, who, files)
+            try:
+                write_marker(directory, uuid, files)
+                return cls(directory, leases, uuid=uuid, owner=owner, files=files)
+            except BaseException:
+                owner.release()
+                raise
+
+        return await trio.to_thread.run_sync(make)
+
+    @classmethod
+    async def attach(
+        cls,
+        path: str,
+        leases: Leases,
+        *,
+        writable: bool,
+        who: str,
+        uuid: str | None = None,
+        introduce: str | None = None,
+        known_images: bool = False,
+        files: FileCalls = FILES,
+    ) -> "Repository":
+        """Attach an SR that exists. Read-only changes nothing in the directory and asks nobody.
+
+        `uuid` is the SR that has to be there. `introduce`: a directory without a marker is a foreign SR seen
+        for the first time, and becomes the SR of this uuid. `known_images` says that images were seen in it
+        before: then an empty directory without a marker is one that is not mounted.
+        Raises DirectoryUnavailable, DirectoryOwned, OSError.
+        """
+        directory = SRDirectory(path)
+
+        def attach() -> "Repository":
+            require_directory(directory)
+            found = _check_marker(directory, uuid)
+            if not writable:
+                if found is None and known_images and not Scanner(directory).scan().images:
+                    raise DirectoryUnavailable(path, "it held images and is empty now; is it mounted?")
+                return cls(directory, leases, uuid=found, owner=None, files=files)
+            if found is None and introduce is None:
+                raise DirectoryUnavailable(path, "the marker of the SR is missing; is it mounted?")
+            make_service_directory(directory, files)
+            owner = OwnerLock(directory, who, files)
+            try:
+                found = _check_marker(directory, uuid)
+                if found is None:
+                    assert introduce is not None
+                    found = introduce
+                    write_marker(directory, found, files)
+                swept = tuple(sweep_staging(directory, files))
+                return cls(directory, leases, uuid=found, owner=owner, swept=swept, files=files)
+            except BaseException:
+                owner.release()
+                raise
+
+        return await trio.to_thread.run_sync(attach)
+
+    async def detach(self) -> None:
+        """Let another gateway have the SR. Who holds leases here keeps them, so end those first."""
+        owner, self._owner = self._owner, None
+        self.writable = False
+        if owner is not None:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(owner.release)
+
+    @property
+    def images(self) -> Mapping[str, ScannedImage]:
+        """What the last scan saw and what was done here since, by uuid."""
+        return self._images
+
+    async def available(self) -> bool:
+        """Whether the directory is still the one that was attached."""
+        try:
+            await self._in_thread(self._require_available)
+        except DirectoryUnavailable:
+            return False
+        return True
+
+    async def space(self) -> tuple[int, int]:
+        """The size of the file system and how much of it is used, in bytes. Raises OSError."""
+        status = await self._in_thread(os.statvfs, self.directory.root)
+        return status.f_blocks * status.f_frsize, (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    async def scan(self) -> ScanResult:
+        """Look at every file. Raises DirectoryUnavailable, OSError; then nothing is concluded."""
+        async with self.structure_lock:
+            return await self._scan()
+
+    async def read_records(self) -> RecordsCopy | None:
+        """The copy of the records in the SR, see records_file.py. Raises RecordsUnreadable."""
+        return await self._in_thread(read_records, self.directory)
+
+    async def write_records(self, content: bytes) -> None:
+        """Replace that copy. Raises DirectoryUnavailable, OSError."""
+
+        def write() -> None:
+            self._require_available()
+            write_records(self.directory, content, self._files)
+
+        with trio.CancelScope(shield=True):
+            await self._in_thread(write)
+
+    def image_path(self, uuid: str) -> str:
+        """The file of a VDI. Raises VDI_MISSING if there is none."""
+        image = self._images.get(uuid)
+        if image is None:
+            raise XenAPIError("VDI_MISSING")
+        return image.path
+
+    async def lease(self, vdi_uuid: str, mode: LeaseMode, holder: Holder, wait: float | None = None) -> Lease:
+        """Lease a VDI's chain; see Leases.acquire.
+
+        Raises VDI_MISSING, VDI_IN_USE, VDI_READONLY in a read-only SR, OPERATION_NOT_ALLOWED for changing
+        what other images stand on, DirectoryUnavailable, ImageError, OSError.
+        """
+        path = self.image_path(vdi_uuid)
+        if mode is not LeaseMode.READ:
+            if not self.writable:
+                raise XenAPIError("VDI_READONLY", holder.vdi)
+            self._require_no_children(self._images, vdi_uuid)
+        try:
+            return await self._leases.acquire(path, mode, holder, wait=wait, resolving=self.structure_lock)
+        except FileNotFoundError:
+            await self._in_thread(self._require_available)
+            raise XenAPIError("VDI_MISSING") from None
+
+    async def create_image(self, uuid: str, virtual_size: int, image_format: ImageFormat) -> ScannedImage:
+        """Make an empty image of `virtual_size` bytes: a dynamic VHD or a sparse raw file.
+
+        It is there, whole and durable, or not at all. Raises OSError (ENOSPC, EEXIST), ImageTooLarge,
+        DirectoryUnavailable.
+        """
+        target = self.directory.image(uuid, image_format)
+        path = staging_path(self.directory, uuid)
+
+        def create() -> ScannedImage:
+            self._require_writable()
+            try:
+                if image_format == "vhd":
+                    create_dynamic(path, virtual_size, files=self._files)
+                else:
+                    self._create_raw(path, virtual_size)
+                self._require_no_image(uuid)
+                self._files.rename(path, target)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    self._files.unlink(path)
+                raise
+            try:
+                self._files.sync_directory(self.directory.root)
+            except BaseException:
+                with suppress(OSError):
+                    self._files.unlink(target)
+                raise
+            return self._scanner.scan_one(target)
+
+        async with self.structure_lock:
+            with trio.CancelScope(shield=True):
+                image = await self._in_thread(create)
+                self._images[uuid] = image
+        return image
+
+    async def destroy_image(self, uuid: str, holder: Holder, *, wait: float | None = None) -> None:
+        """Remove a VDI's image, durably.
+
+        Raises OPERATION_NOT_ALLOWED if other images stand on it, or if any file of the SR can't be read or
+        lacks its parent: then it is not known what stands on what. Also what `lease` raises.
+        """
+        try:
+            lease = await self.lease(uuid, LeaseMode.WRITE, holder, wait)
+        except MissingParent as error:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", str(error)) from error
+        try:
+            async with self.structure_lock:
+                result = await self._scan()
+                for problem in (
+                    *result.errors(),
+                    *(f"{name}: an operation of SM" for name in result.journals),
+                ):
+                    raise XenAPIError(
+                        "OPERATION_NOT_ALLOWED",
+                        f"nothing is destroyed in this SR until this is resolved: {problem}",
+                    )
+                self._require_no_children(result.images, uuid)
+
+                def destroy() -> None:
+                    self._require_writable()
+                    # A symbolic link leads to the file too, but then it is the link that would go.
+                    if _identity(lease.leaf_path) != lease.chain.nodes[0].identity or os.path.islink(
+                        lease.leaf_path
+                    ):
+                        raise XenAPIError("VDI_IN_USE", holder.vdi, "its file was replaced from outside")
+                    self._files.unlink(lease.leaf_path)
+                    self._files.sync_directory(self.directory.root)
+
+                with trio.CancelScope(shield=True):
+                    await self._in_thread(destroy)
+                    del self._images[uuid]
+        finally:
+            lease.release()
+            with trio.CancelScope(shield=True):
+                await lease.released()
+
+    @asynccontextmanager
+    async def staging(self, lease: Lease, *, whole: bool) -> AsyncIterator[Staging]:
+        """A staging file for the VDI of `lease` (REPLACE or WRITE); without a commit it is removed.
+
+        `whole`: empty, of the same virtual size, without a parent. Else a copy of the leaf over the same
+        parents. Raises OSError (ENOSPC too), ImageError.
+        """
+
+        def begin() -> Staging:
+            self._require_writable()
+            filling = begin_filling(
+                self.directory,
+                lease,
+                whole=whole,
+                cancelled=trio.from_thread.check_cancelled,
+                files=self._files,
+            )
+            return Staging(
+                lease,
+                filling,
+                structure_lock=self.structure_lock,
+                require_available=self._require_writable,
+                limiter=self._threads,
+                files=self._files,
+            )
+
+        staging = await self._in_thread(begin)
+        try:
+            yield staging
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(staging.discard)
+                if staging.committed is not None:
+                    await self._in_thread(self._look_again, lease.leaf_path)
+
+    async def look_again(self, uuid: str) -> ScannedImage:
+        """Read one image's sizes and stamp anew. Raises VDI_MISSING, ImageError, OSError."""
+        return await self._in_thread(self._look_again, self.image_path(uuid))
+
+    async def remove_service_files(self) -> None:
+        """Make the directory an ordinary empty one again: the last step of destroying an SR."""
+
+        def remove() -> None:
+            self._require_writable()
+            for path in (self.directory.records, self.directory.marker, self.directory.owner):
+                with suppress(FileNotFoundError):
+                    self._files.unlink(path)
+            self._files.sync_directory(self.directory.service)
+
+        with trio.CancelScope(shield=True):
+            await self._in_thread(remove)
+
+    async def _scan(self) -> ScanResult:
+        def scan() -> ScanResult:
+            self._require_available()
+            try:
+                return self._scanner.scan()
+            except OSError as error:
+                raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
+
+        result = await self._in_thread(scan)
+        self._images = dict(result.images)
+        return result
+
+    def _look_again(self, path: str) -> ScannedImage:
+        image = self._scanner.scan_one(path)
+        self._images[image.uuid] = image
+        return image
+
+    def _create_raw(self, path: str, size: int) -> None:
+        fd = self._files.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._files.truncate(fd, size)
+            self._files.sync(fd)
+        finally:
+            self._files.close(fd)
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise PermissionError(f"{self.directory.root}: attached read-only")
+        self._require_available()
+
+    def _require_available(self) -> None:
+        require_directory(self.directory)
+        if _identity(self.directory.root) != self._root:
+            raise DirectoryUnavailable(
+                self.directory.root, "another directory than the one that was attached"
+            )
+        if self.writable and read_marker(self.directory) != self.uuid:
+            raise DirectoryUnavailable(self.directory.root, "the marker of the SR is missing; is it mounted?")
+
+    def _require_no_image(self, uuid: str) -> None:
+        for existing in (self.directory.image(uuid, "vhd"), self.directory.image(uuid, "raw")):
+            if os.path.lexists(existing):
+                raise FileExistsError(errno.EEXIST, "there is an image with this uuid already", existing)
+
+    @staticmethod
+    def _require_no_children(images: Mapping[str, ScannedImage], uuid: str) -> None:
+        for image in images.values():
+            if image.parent == uuid:
+                raise XenAPIError("OPERATION_NOT_ALLOWED", f"the image {image.name} stands on it")
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
+
+
+def _check_marker(directory: SRDirectory, uuid: str | None) -> str | None:
+    found = read_marker(directory)
+    if found is not None and uuid is not None and found != uuid:
+        raise DirectoryUnavailable(directory.root, f"the SR {found} is there, not {uuid}")
+    return found
+
+
+def _identity(path: str) -> FileIdentity:
+    status = os.stat(path)
+    return FileIdentity(status.st_dev, status.st_ino)

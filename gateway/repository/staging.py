@@ -1,0 +1,208 @@
+"""A file that is being filled and then takes the name of a VDI's image in one step, or vanishes.
+
+Until the commit nobody sees it and the old image is untouched; readers keep the old one even after. The
+order of the commit is what makes it safe: sync the file, rename it over the image, sync the directory.
+
+The trap: once the rename has begun there is no way back, so nothing may be cancelled from there on, and the
+lease has to hold the new file before anybody can find it under the VDI's name.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Lease, LeaseMode
+from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
+from gateway.images.disk import Disk
+from gateway.images.file_locks import FileInUse, FileUse, lock_file
+from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
+from gateway.images.vhd.create import create_dynamic
+from gateway.images.vhd.image import open_vhd
+from gateway.repository.directory import SRDirectory
+from gateway.repository.scan import FileStamp
+
+# A copy asks so often whether it has been cancelled.
+_COPY_PIECE: Final = 64 << 20
+
+
+def staging_path(directory: SRDirectory, uuid: str) -> str:
+    """A new name for a file that will become the image of `uuid`: it says which process fills it."""
+    return os.path.join(directory.staging, f"{uuid}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def sweep_staging(directory: SRDirectory, files: FileCalls = FILES) -> list[str]:
+    """Remove the staging files that no process has locked; the names of those removed. Blocks."""
+    removed: list[str] = []
+    for name in sorted(os.listdir(directory.staging)):
+        path = os.path.join(directory.staging, name)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            lock_file(fd, FileUse.WRITE, path)
+            files.unlink(path)
+            removed.append(name)
+        except FileInUse:
+            continue
+        finally:
+            os.close(fd)
+    if removed:
+        files.sync_directory(directory.staging)
+    return removed
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A staging file that is open. `disk` owns one descriptor; `fd` holds the lock and syncs."""
+
+    path: str
+    target: str
+    fd: int
+    disk: Disk
+    whole: bool
+
+
+class Staging:
+    """One replacement of a VDI's image; made by `Repository.staging`.
+
+    `disk` has the VDI's virtual size and blocks: it is to be filled by a worker thread.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        filling: Filling,
+        *,
+        structure_lock: trio.Lock,
+        require_available: Callable[[], None],
+        limiter: trio.CapacityLimiter,
+        files: FileCalls = FILES,
+    ) -> None:
+        self.disk: Disk = filling.disk
+        self.committed: FileStamp | None = None
+        self._disk_closed = False
+        self._limiter = limiter
+        self._filling = filling
+        self._lease = lease
+        self._structure_lock = structure_lock
+        self._require_available = require_available
+        self._files = files
+
+    async def commit(self) -> None:
+        """Make the staged disk the VDI's image, durably.
+
+        Returns once a power failure cannot bring the old content back. Raises OSError (ENOSPC too) with the
+        old content in place, or VDI_IN_USE if somebody renamed files under the lease. Nothing else may use
+        `disk` any more.
+        """
+        if self.committed is not None:
+            raise ValueError("this staging file was committed already")
+        await trio.to_thread.run_sync(self._finish, limiter=self._limiter)
+        async with self._structure_lock:
+            with trio.CancelScope(shield=True):
+                self._lease.move_to(identity_of(self._filling.fd))
+                await trio.to_thread.run_sync(self._publish, limiter=self._limiter)
+
+    def discard(self) -> None:
+        """Close everything and, unless it was committed, remove the file. Blocks."""
+        try:
+            # What is thrown away need not be written.
+            with contextlib.suppress(OSError):
+                self._close_disk()
+        finally:
+            try:
+                if self.committed is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._files.unlink(self._filling.path)
+            finally:
+                self._files.close(self._filling.fd)
+
+    def _finish(self) -> None:
+        self.disk.flush()
+        self._close_disk()
+        self._files.sync(self._filling.fd)
+
+    def _close_disk(self) -> None:
+        if not self._disk_closed:
+            self._disk_closed = True
+            self.disk.close()
+
+    def _publish(self) -> None:
+        self._require_available()
+        self._require_same_files()
+        target = self._filling.target
+        self._files.rename(self._filling.path, target)
+        # From here on the new content is what everybody reads, even if its directory cannot be synced.
+        self.committed = FileStamp.of(os.fstat(self._filling.fd))
+        self._files.sync_directory(os.path.dirname(target))
+
+    def _require_same_files(self) -> None:
+        """A program that knows no locks may have rearranged the chain; its work is not renamed over."""
+        for node in self._lease.chain.nodes:
+            try:
+                status = os.stat(node.path, follow_symlinks=False)
+            except FileNotFoundError:
+                status = None
+            if status is None or FileIdentity(status.st_dev, status.st_ino) != node.identity:
+                name = os.path.basename(node.path)
+                raise XenAPIError("VDI_IN_USE", self._lease.holder.vdi, f"{name} was replaced from outside")
+
+
+def begin_filling(
+    directory: SRDirectory, lease: Lease, *, whole: bool, cancelled: Callable[[], None], files: FileCalls
+) -> Filling:
+    """Make the staging file of a leased VDI. Blocks; `cancelled` is asked during a copy and may raise.
+
+    `whole`: an empty image of the same virtual size without a parent. Else a copy of the leaf, which shares
+    the file's blocks where the file system can, over the same parents.
+    """
+    if lease.mode is LeaseMode.READ or lease.is_released or lease.chain.taken_over:
+        raise ValueError("staging needs a lease to replace or write whose files are still its own")
+    leaf = lease.chain.nodes[0]
+    name = os.path.basename(leaf.path).rpartition(".")[0]
+    path = staging_path(directory, name)
+    opened: list[int] = []
+    try:
+        if whole and leaf.kind is NodeKind.VHD:
+            create_dynamic(path, open_vhd(leaf.fd, leaf.path).size, files=files)
+            flags = os.O_RDWR
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        opened.append(files.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+        fd = opened[0]
+        lock_file(fd, FileUse.READ, path)
+        if not whole:
+            _copy(leaf.fd, fd, cancelled, files)
+        elif leaf.kind is NodeKind.RAW:
+            files.truncate(fd, os.fstat(leaf.fd).st_size)
+        disk_fd = files.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        opened.append(disk_fd)
+        nodes = [OpenNode(path, disk_fd, identity_of(disk_fd), leaf.kind, None if whole else leaf.parent)]
+        if not whole:
+            for parent in lease.chain.nodes[1:]:
+                # A duplicate shares the lease's lock on the parent, which so lasts as long as the disk.
+                opened.append(os.dup(parent.fd))
+                nodes.append(OpenNode(parent.path, opened[-1], parent.identity, parent.kind, parent.parent))
+        # Nobody needs this file after a crash, so growing it needs no sync until the commit.
+        disk = open_disk(ChainFiles(nodes, writable=True), read_only=False, files=files, published=False)
+    except BaseException:
+        for descriptor in opened:
+            files.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):
+            files.unlink(path)
+        raise
+    return Filling(path, leaf.path, fd, disk, whole)
+
+
+def _copy(source: int, target: int, cancelled: Callable[[], None], files: FileCalls) -> None:
+    if files.clone(source, target):
+        return
+    size = os.fstat(source).st_size
+    files.truncate(target, size)
+    for offset in range(0, size, _COPY_PIECE):
+        cancelled()
+        files.copy_range(source, offset, target, offset, min(_COPY_PIECE, size - offset))
