@@ -107,6 +107,8 @@ class Connection:
                 "INTERNAL_ERROR: The gateway failed unexpectedly; see its log.",
             )
         self._log_access(started)
+        if self.wire.closed:
+            return False
         if self._keep_alive and not self._stopping:
             return True
         await self.wire.half_close_and_drain(
@@ -272,9 +274,10 @@ class Connection:
         """Count bytes of the answer that went through a sink, for the log."""
         self._bytes_sent += count
 
-    def close_after(self) -> None:
-        """Let no further request follow this one."""
+    def break_off(self) -> None:
+        """End the connection so that the client sees that its answer is not whole."""
         self._keep_alive = False
+        self.wire.reset()
 
     # --- the log
 

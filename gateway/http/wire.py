@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 import threading
 from time import monotonic
 from typing import Final
@@ -29,6 +30,7 @@ _TLS_RECORD_SLACK: Final = 32 << 10  # OpenSSL may hold one record (16 KiB and o
 _FILE_PIECE: Final = 256 << 10
 _SENDFILE_PIECE: Final = 64 << 20
 _ZEROES_LENGTH: Final = 16 << 20
+_LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _PEER_GONE: Final = frozenset(
     {
         errno.EPIPE,
@@ -148,6 +150,13 @@ class Wire:
         Until ThreadWire.close() is called, nothing else may be done with this wire.
         """
         return ThreadWire(self._socket, tls=self._tls is not None, idle_seconds=idle_seconds, first=first)
+
+    def reset(self) -> None:
+        """Close the socket so that the other side sees a broken connection, and forget what is unsent."""
+        if not self.closed:
+            with contextlib.suppress(OSError):
+                socket.socket.setsockopt(self._socket, socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+            self.close()
 
     def close(self) -> None:
         """Close the socket at once. Repeatable."""

@@ -49,7 +49,7 @@ class Body(Protocol):
         """
 
     def more_within(self, seconds: float) -> bool:
-        """Whether at least one further byte arrives within `seconds`; end of file, reset and silence are False.
+        """Whether a further byte arrives within `seconds`; end of file, reset and silence are False.
 
         Raises TransferAborted.
         """

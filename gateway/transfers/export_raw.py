@@ -1,11 +1,11 @@
 """A disk becoming a raw body: any range of it, sent by one worker thread.
 
-Long runs of an image file go by sendfile, short ones are gathered into one buffer, holes are sent without being
-read. The trap: an image file that ends too early must break the answer off, never shorten it silently.
+Long runs of an image file go by sendfile, short ones are gathered into one buffer, holes are sent without
+being read. The trap: an image file that ends too early must break the answer off, never shorten it silently.
 """
 
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -87,6 +87,3 @@ async def open_raw_export(
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(disk.close, limiter=threads)
-
-
-Progress = Callable[[], float]

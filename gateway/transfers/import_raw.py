@@ -4,9 +4,9 @@ One worker thread and one buffer for each import: bytes go from the socket into 
 the image file, nothing is copied in between and trio is not asked. Zeroes are looked for in pieces of 64 KiB,
 because a shorter comparison costs more than it saves.
 
-The traps: a memoryview compares twenty times slower than bytearray.startswith, so the test never sees a view;
-and what the page cache has not begun to write when the body ends, the commit's fsync waits for, so writing back
-is started on the way.
+The traps: a memoryview compares twenty times slower than bytearray.startswith, so the test never sees a
+view; and what the page cache has not begun to write when the body ends, the commit's fsync waits for, so
+writing back is started on the way.
 """
 
 import errno
@@ -20,6 +20,7 @@ from gateway.core.errors import XenAPIError
 from gateway.images.disk import Disk, FileRange
 from gateway.images.files import FILES, FileCalls
 from gateway.transfers.body import Body, BodyReset, BodyStalled
+from gateway.transfers.publications import Publications
 from gateway.transfers.thread import run_abortable
 
 if TYPE_CHECKING:
@@ -53,20 +54,22 @@ async def import_raw(
     inventory: "Inventory",
     tasks: "Tasks",
     task: "Task",
+    *,
     vdi: "VDI",
     lease: "Lease",
     body: Body,
     length: int | None,
-    *,
+    publications: Publications,
     excess_wait: float = 1.0,
     threads: trio.CapacityLimiter | None = None,
 ) -> None:
     """Replace the content of `vdi` by `body`, under `task`; all or nothing.
 
-    `length` is the body's Content-Length in bytes. None, or UNKNOWN_LENGTH and more, means that the body has to
-    be exactly as long as the disk. A shorter length leaves the rest of the disk as it was. Returns when the new
-    content is durable and the task is a success; raises XenAPIError when it is a failure (VDI_TOO_SMALL,
-    IMPORT_ERROR_*, SR_FULL, VDI_IO_ERROR, TASK_CANCELLED). The lease stays the caller's to release.
+    `length` is the body's Content-Length in bytes. None, or UNKNOWN_LENGTH and more, means that the body has
+    to be exactly as long as the disk; whether it goes on then is waited for `excess_wait` seconds. A shorter
+    length leaves the rest of the disk as it was. Returns when the new content is durable and the task is a
+    success. When it is a failure, raises XenAPIError (VDI_TOO_SMALL, IMPORT_ERROR_*, SR_FULL, TASK_CANCELLED)
+    or what the storage raised. The lease stays the caller's to release.
     """
     if length is not None and length >= UNKNOWN_LENGTH:
         length = None
@@ -77,63 +80,59 @@ async def import_raw(
         received = Received(vdi.virtual_size if length is None else length)
         operation.progress = received.fraction
         with cancellation:
-            await _replace(inventory, vdi, lease, body, length, received, excess_wait, threads)
+            repository = inventory.repository_of(vdi)
+            whole = length is None or length == vdi.virtual_size
+            async with repository.staging(lease, whole=whole) as staging:
+                receiver = _Receiver(vdi, body, staging.disk, received, length, excess_wait, whole)
+                try:
+                    await run_abortable(receiver.run, body, threads)
+                except OSError as error:
+                    if error.errno not in _NO_SPACE:
+                        raise
+                    total, used = await repository.space()
+                    missing = str(received.expected - received.count)
+                    raise XenAPIError("SR_FULL", missing, str(max(0, total - used))) from error
+                # From here on nothing stops the import: a commit is short and happens or doesn't.
+                with (
+                    trio.CancelScope(shield=True),
+                    publications.publishing(vdi.ref, lease.chain.nodes[0].identity),
+                ):
+                    try:
+                        await staging.commit()
+                    finally:
+                        # After a rename the content is new, even if making it durable failed.
+                        if staging.committed is not None:
+                            await inventory.vdi_changed(vdi.ref)
         if cancellation.cancelled_caught:
             raise XenAPIError("TASK_CANCELLED", task.ref)
         operation.result = f"<value>{vdi.ref}</value>"
 
 
-async def _replace(
-    inventory: "Inventory",
-    vdi: "VDI",
-    lease: "Lease",
-    body: Body,
-    length: int | None,
-    received: Received,
-    excess_wait: float,
-    threads: trio.CapacityLimiter | None,
-) -> None:
-    repository = inventory.repository_of(vdi)
-    whole = length is None or length == vdi.virtual_size
-    async with repository.staging(lease, whole=whole) as staging:
+@dataclass(slots=True)
+class _Receiver:
+    """The thread's part: receive the body, and judge how it ended."""
+
+    vdi: "VDI"
+    body: Body
+    disk: Disk
+    received: Received
+    length: int | None
+    excess_wait: float
+    fresh: bool
+
+    def run(self) -> None:
+        """Blocking. Raises XenAPIError for everything but a body of the right length."""
+        received = self.received
         try:
-            excess = await run_abortable(
-                lambda: _receive_all(body, staging.disk, received, length is None, excess_wait, fresh=whole),
-                body,
-                threads,
-            )
+            receive(self.body, self.disk, received, fresh=self.fresh)
         except BodyStalled as stalled:
-            if length is None:
-                raise _length_required(received) from stalled
-            raise XenAPIError("IMPORT_ERROR_CLIENT_STALLED", f"{stalled.seconds:g}") from stalled
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                total, used = await repository.space()
-                missing = received.expected - received.count
-                raise XenAPIError("SR_FULL", str(missing), str(max(0, total - used))) from error
-            raise
-        if excess:
-            raise XenAPIError("VDI_TOO_SMALL", vdi.ref, str(vdi.virtual_size))
+            if self.length is not None:
+                raise XenAPIError("IMPORT_ERROR_CLIENT_STALLED", f"{stalled.seconds:g}") from stalled
         if received.count < received.expected:
-            if length is None:
-                raise _length_required(received)
-            raise XenAPIError("IMPORT_ERROR_PREMATURE_EOF", str(length), str(received.count))
-        # From here on the import is no longer stopped: a commit is short and either happens or doesn't.
-        with trio.CancelScope(shield=True):
-            await staging.commit()
-            await inventory.vdi_changed(vdi.ref)
-
-
-def _length_required(received: Received) -> XenAPIError:
-    return XenAPIError("IMPORT_ERROR_LENGTH_REQUIRED", str(received.expected), str(received.count))
-
-
-def _receive_all(
-    body: Body, disk: Disk, received: Received, endless: bool, excess_wait: float, *, fresh: bool
-) -> bool:
-    """Fill the disk; whether an endless body goes on after the last byte. Blocking; raises BodyStalled, OSError."""
-    receive(body, disk, received, fresh=fresh)
-    return endless and received.count == received.expected and body.more_within(excess_wait)
+            code = "LENGTH_REQUIRED" if self.length is None else "PREMATURE_EOF"
+            raise XenAPIError(f"IMPORT_ERROR_{code}", str(received.expected), str(received.count))
+        if self.length is None and self.body.more_within(self.excess_wait):
+            raise XenAPIError("VDI_TOO_SMALL", self.vdi.ref, str(self.vdi.virtual_size))
 
 
 def receive(

@@ -1,8 +1,8 @@
 """One worker thread for the whole length of a transfer, that ends at once when trio cancels it.
 
-A transfer that hops between trio and a thread for each piece is eight times slower, so it stays in its thread,
-where cancellation does not reach it: here a cancellation becomes abort(), which wakes the thread. The trap: a
-thread is never abandoned, because it still writes into an image file.
+A transfer that hops between trio and a thread for each piece is eight times slower, so it stays in its
+thread, where cancellation does not reach it: here a cancellation becomes abort(), which wakes the thread. The
+trap: a thread is never abandoned, because it still writes into an image file.
 """
 
 from collections.abc import Callable
