@@ -1,0 +1,266 @@
+"""Builds every object of the gateway, runs them in one trio nursery, and takes them down in order.
+
+The only place that knows everything; imported by `vdi-gateway serve` alone. The trap is the order: the state
+directory is locked before anything in it is touched, the addresses are bound before the slow steps, so that a
+port in use is told at once, and the ready line comes last, when a client would be answered.
+"""
+
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Final
+
+import structlog
+import trio
+
+from gateway.certificates import ServerCertificate, ensure_server_certificate, own_names
+from gateway.core.database import Database, DatabaseUnusable
+from gateway.core.errors import XenAPIError
+from gateway.core.events import Events
+from gateway.core.leases import Leases
+from gateway.core.limits import Limits
+from gateway.core.log import configure
+from gateway.core.passwords import Verdict
+from gateway.core.records import Records
+from gateway.core.sessions import Sessions
+from gateway.core.tasks import Tasks
+from gateway.core.users import Users
+from gateway.http.disk_request import DiskServices
+from gateway.http.export_raw_vdi import ExportRawVDI
+from gateway.http.import_raw_vdi import ImportRawVDI
+from gateway.http.request import Request
+from gateway.http.routes import Routes
+from gateway.http.rpc import JSON, XML, rpc_handler
+from gateway.http.server import Listener, Server, listen
+from gateway.repository.inventory import Inventory
+from gateway.state import ADMINISTRATOR, RunningGateway, StateDirectory, StateError
+from gateway.tls import CertificateError, ReloadableContext
+from gateway.xenapi.classes import CLASSES
+from gateway.xenapi.dispatch import Api, Caller
+from gateway.xenapi.estate import Estate
+from gateway.xenapi.jsonrpc import answer_jsonrpc
+from gateway.xenapi.xmlrpc import answer_xmlrpc
+
+VERSION: Final = version("vdi-gateway")
+
+log = structlog.get_logger("gateway.app")
+
+# Our own certificate is renewed a month before its end, so looking twice a day is enough.
+RENEWAL_SECONDS = 12 * 3600.0
+
+
+class ServeRefused(Exception):  # noqa: N818  it says what happened, like the errors of the core
+    """The gateway can't start: one line that says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `vdi-gateway serve` was asked to do; addresses are (host, port), port 0 takes a free one."""
+
+    state_dir: str
+    http: tuple[tuple[str, int], ...] = ()
+    https: tuple[tuple[str, int], ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    log_level: str = "info"
+
+
+def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
+    """Runs until SIGTERM or SIGINT. `ready` gets one line once clients are answered. ServeRefused, if not."""
+    os.umask(0o077)
+    configure(settings.log_level)
+    try:
+        state = StateDirectory.take(settings.state_dir)
+    except StateError as error:
+        raise ServeRefused(str(error)) from None
+    with ExitStack() as opened:
+        opened.callback(state.release)
+        plain = _listen_all(settings.http, "--http", opened)
+        encrypted = _listen_all(settings.https, "--https", opened)
+        try:
+            context = _context(settings, state) if encrypted else None
+            password = state.ensure_password()
+        except (CertificateError, StateError) as error:
+            raise ServeRefused(str(error)) from None
+        except OSError as error:
+            raise ServeRefused(f"{error.filename or state.path}: {error.strerror}") from error
+        gateway = _Gateway(
+            state=state, plain=plain, encrypted=encrypted, context=context, password=password, ready=ready
+        )
+        trio.run(gateway.run)
+
+
+def _listen_all(
+    addresses: Sequence[tuple[str, int]], argument: str, opened: ExitStack
+) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    for host, port in addresses:
+        try:
+            bound = listen(host, port)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ServeRefused(
+                f"{argument}: can't listen on {_host_port(host, port)}: {reason};"
+                " give a free port and an address of this machine"
+            ) from None
+        for one in bound:
+            opened.callback(one.close)
+        sockets += bound
+    return sockets
+
+
+def _context(settings: ServeSettings, state: StateDirectory) -> ReloadableContext:
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        given = ServerCertificate(chain=settings.tls_cert, key=settings.tls_key, authority=None)
+        return ReloadableContext(lambda: given)
+    names = own_names(host for host, _ in settings.https)
+    return ReloadableContext(lambda: ensure_server_certificate(state.tls, names))
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _urls(scheme: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
+    return tuple(f"{scheme}://{_host_port(*one.getsockname()[:2])}" for one in sockets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gateway:
+    """One run of the gateway, from a locked state directory and listening sockets to the end."""
+
+    state: StateDirectory
+    plain: list[socket.socket]
+    encrypted: list[socket.socket]
+    context: ReloadableContext | None
+    password: str
+    ready: Callable[[str], None]
+    limits: Limits = field(default_factory=Limits)
+
+    async def run(self) -> None:
+        """Everything, until it is told to stop."""
+        async with self._estate() as estate, trio.open_nursery() as nursery:
+            nursery.start_soon(estate.tasks.run)
+            nursery.start_soon(estate.sessions.run)
+            server = Server(self._routes(estate, nursery), self.limits)
+            nursery.start_soon(self._obey_signals, server, nursery.cancel_scope)
+            if self.context is not None and self.context.authority is not None:
+                nursery.start_soon(self._renew, self.context)
+            async with trio.open_nursery() as serving:
+                await serving.start(server.run, self._listeners())
+                self._say_ready()
+            nursery.cancel_scope.cancel()
+        log.info("stopped")
+
+    @asynccontextmanager
+    async def _estate(self) -> AsyncIterator[Estate]:
+        """The core and the repositories, from the database upwards; taken down in the opposite order."""
+        try:
+            database = await Database.open(self.state.database)
+        except DatabaseUnusable as error:
+            raise ServeRefused(str(error)) from error
+        try:
+            events = Events(entries=self.limits.event_entries)
+            records = await Records.load(
+                database, events, address=self._address(), software_version={"product_version": VERSION}
+            )
+            tasks = await Tasks.load(database, events, limits=self.limits, resident_on=records.this_host.ref)
+            users = await Users.load(database)
+            await self._apply_password(users)
+            sessions = await Sessions.load(database, users, limits=self.limits)
+            leases = Leases(self.limits)
+            async with Inventory.open(records, leases, events, who=self._who()) as inventory:
+                yield Estate(
+                    records=records, tasks=tasks, sessions=sessions, inventory=inventory, leases=leases
+                )
+        finally:
+            await database.aclose()
+
+    async def _apply_password(self, users: Users) -> None:
+        """The administrator's password is what the file says, also after somebody has written another one."""
+        try:
+            if await users.ensure_administrator(self.password) is not None:
+                return
+            user = users.find(ADMINISTRATOR)
+            if user is None:
+                return
+            if await users.passwords.verify(user.password_hash, self.password) is Verdict.WRONG:
+                await users.set_password(ADMINISTRATOR, self.password)
+                log.info("password changed, as its file says", user=ADMINISTRATOR)
+        except XenAPIError as error:
+            raise ServeRefused(f"{self.state.password_file}: {error.message}") from error
+
+    def _who(self) -> str:
+        return f"{socket.gethostname()}, process {os.getpid()}, state directory {self.state.path}"
+
+    def _routes(self, estate: Estate, nursery: trio.Nursery) -> Routes:
+        services = DiskServices.for_limits(estate.inventory, estate.tasks, estate.sessions, self.limits)
+        api = Api(estate, nursery, CLASSES)
+
+        async def xmlrpc(body: bytes, request: Request) -> bytes:
+            return await answer_xmlrpc(api, body, Caller(request.address, request.scheme))
+
+        async def jsonrpc(body: bytes, request: Request) -> bytes:
+            return await answer_jsonrpc(api, body, Caller(request.address, request.scheme))
+
+        xml = {"POST": rpc_handler(xmlrpc, XML)}
+        return Routes(
+            {
+                "/": xml,
+                "/RPC2": xml,
+                "/xmlrpc": xml,
+                "/jsonrpc": {"POST": rpc_handler(jsonrpc, JSON)},
+                "/import_raw_vdi": {"PUT": ImportRawVDI(services)},
+                "/export_raw_vdi": {"GET": ExportRawVDI(services)},
+            }
+        )
+
+    def _listeners(self) -> list[Listener]:
+        listeners = [Listener(one) for one in self.plain]
+        if self.context is not None:
+            listeners += [Listener(one, self.context.current) for one in self.encrypted]
+        return listeners
+
+    def _address(self) -> str:
+        """What other hosts are told of this one: an address that they reach, if it listens on any."""
+        for one in (*self.encrypted, *self.plain):
+            address = ipaddress.ip_address(one.getsockname()[0])
+            if address.is_unspecified:
+                return socket.gethostname()
+            if not address.is_loopback:
+                return f"[{address}]" if address.version == 6 else str(address)
+        return "127.0.0.1"
+
+    def _say_ready(self) -> None:
+        urls = RunningGateway(
+            pid=os.getpid(),
+            http=_urls("http", self.plain),
+            https=_urls("https", self.encrypted),
+            authority=self.context.authority if self.context is not None else None,
+        )
+        self.state.announce(urls)
+        self.ready(f"vdi-gateway {VERSION} ready: {' '.join((*urls.http, *urls.https))}")
+
+    async def _obey_signals(self, server: Server, everything: trio.CancelScope) -> None:
+        asked_to_stop = False
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+            async for number in received:
+                if number == signal.SIGHUP:
+                    if self.context is not None:
+                        await trio.to_thread.run_sync(self.context.reload)
+                elif asked_to_stop:
+                    everything.cancel()
+                else:
+                    asked_to_stop = True
+                    log.info("stopping", signal=signal.Signals(number).name)
+                    server.stop()
+
+    async def _renew(self, context: ReloadableContext) -> None:
+        while True:
+            await trio.sleep(RENEWAL_SECONDS)
+            await trio.to_thread.run_sync(context.reload)
