@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from gateway.core.errors import XenAPIError
+from gateway.core.refs import NULL_REF
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -142,7 +143,10 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The opaque reference of an object. Whether that object exists is asked where it is used."""
+    """The opaque reference of an object, or the null reference, for which an empty string will do.
+
+    Whether the object exists is asked where it is used.
+    """
 
     class_name: str
 
@@ -151,7 +155,7 @@ class Reference:
         return f"{self.class_name} ref"
 
     def accept(self, value: WireValue, field: str) -> str:
-        return STRING.accept(value, field)
+        return STRING.accept(value, field) or NULL_REF
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ def _write(value: WireValue, out: list[str]) -> None:
     elif isinstance(value, dict):
         out.append("<value><struct>")
         for name, item in value.items():
-            out.append(f"<member><name>{_TO_ESCAPE.sub(_escape, name)}</name>")
+            shown = _TO_ESCAPE.sub(_escape, name) if _TO_ESCAPE.search(name) else name
+            out.append(f"<member><name>{shown}</name>")
             _write(item, out)
             out.append("</member>")
         out.append("</struct></value>")

@@ -1,0 +1,183 @@
+"""The class VDI: virtual disks.
+
+Which operations are under way is read from the lease table, so it is true for every door alike: an upload
+over HTTP, an NBD client and a destroy all show. The trap: VDI.create gets complete records back from clients
+that saved one with get_record, so every field that is not the caller's to choose must be skipped, whatever it
+holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.core.leases import LeaseMode
+from gateway.core.roles import Role
+from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, given, message, stored
+from gateway.xenapi.types import (
+    BOOL,
+    DATETIME,
+    INT,
+    STRING,
+    STRING_MAP,
+    STRINGS,
+    Choice,
+    MapOf,
+    Reference,
+    SetOf,
+)
+
+if TYPE_CHECKING:
+    from gateway.core import records
+    from gateway.xenapi.estate import Estate
+
+VDI_TYPE: Final = Choice(
+    "vdi_type",
+    (
+        "system",
+        "user",
+        "ephemeral",
+        "suspend",
+        "crashdump",
+        "ha_statefile",
+        "metadata",
+        "redo_log",
+        "rrd",
+        "pvs_cache",
+        "cbt_metadata",
+    ),
+)
+ON_BOOT: Final = Choice("on_boot", ("reset", "persist"))
+
+OPERATIONS: Final = {"destroy": LeaseMode.WRITE}
+"""XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
+
+VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))
+
+_CUSTOM_FIELDS: Final = (("folder", Role.VM_OPERATOR), ("XenCenter.CustomFields.*", Role.VM_OPERATOR))
+
+
+def current_operations(vdi: records.VDI, estate: Estate) -> dict[str, Any]:
+    """What is being done to the VDI now: its operations by their tasks, or by their holders where there is no
+    task."""
+    return {holder.task or holder.who: holder.operation for holder in estate.leases.holders_for(vdi.ref)}
+
+
+def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
+    """What may be started now: all that takes a lease which those who hold one would bear beside theirs."""
+    if vdi.missing:
+        return ()
+    held = estate.leases.modes_for(vdi.ref)
+    return tuple(
+        name for name, mode in OPERATIONS.items() if not any(mode.conflicts_with(other) for other in held)
+    )
+
+
+FIELDS = (
+    stored("uuid", STRING, "unique identifier"),
+    stored("name_label", STRING, "a human-readable name", writer=Role.VM_ADMIN, given=True, default=""),
+    stored(
+        "name_description",
+        STRING,
+        "a human-readable description",
+        writer=Role.VM_ADMIN,
+        given=True,
+        default="",
+    ),
+    computed("allowed_operations", SetOf(VDI_OPERATIONS), "what may be started now", allowed_operations),
+    computed("current_operations", MapOf(STRING, STRING), "what is being done, by task", current_operations),
+    stored("SR", Reference("SR"), "the repository that holds the VDI", given=True),
+    fixed("VBDs", SetOf(Reference("VBD")), (), "virtual machines' devices that use this disk"),
+    fixed("crash_dumps", SetOf(Reference("crashdump")), (), "crash dumps on this disk"),
+    stored("virtual_size", INT, "size of the disk in bytes", given=True),
+    stored("physical_utilisation", INT, "bytes that its image takes up in the SR"),
+    stored("type", VDI_TYPE, "what the disk is used for", given=True, default="user"),
+    stored(
+        "sharable",
+        BOOL,
+        "whether several virtual machines may use it",
+        writer=Role.VM_ADMIN,
+        given=True,
+        default=False,
+    ),
+    stored("read_only", BOOL, "whether it may only be read", writer=Role.VM_ADMIN, given=True, default=False),
+    stored(
+        "other_config",
+        STRING_MAP,
+        "additional configuration",
+        writer=Role.VM_ADMIN,
+        key_writers=_CUSTOM_FIELDS,
+        given=True,
+        default={},
+    ),
+    stored("storage_lock", BOOL, "whether the storage has locked it"),
+    stored("location", STRING, "its name within the SR"),
+    stored("managed", BOOL, "whether it is a disk of its own, not the hidden parent of others"),
+    stored("missing", BOOL, "whether the last scan found no image"),
+    stored("parent", Reference("VDI"), "always null"),
+    stored("xenstore_data", STRING_MAP, "data for xenstore", writer=Role.VM_ADMIN, given=True, default={}),
+    stored(
+        "sm_config", STRING_MAP, "data of the storage manager", writer=Role.VM_ADMIN, given=True, default={}
+    ),
+    stored("is_a_snapshot", BOOL, "whether it is a snapshot"),
+    stored("snapshot_of", Reference("VDI"), "the VDI of which it is a snapshot"),
+    computed(
+        "snapshots",
+        SetOf(Reference("VDI")),
+        "its snapshots",
+        lambda vdi, estate: tuple(other.ref for other in estate.records.snapshots_of_vdi(vdi.ref)),
+    ),
+    stored("snapshot_time", DATETIME, "when the snapshot was made"),
+    stored("tags", STRINGS, "words for sorting", writer=Role.VM_OPERATOR, given=True, default=()),
+    stored("allow_caching", BOOL, "whether hosts may cache it"),
+    stored("on_boot", ON_BOOT, "what becomes of its content when a virtual machine starts"),
+    stored("metadata_of_pool", Reference("pool"), "the pool whose metadata it holds"),
+    stored("metadata_latest", BOOL, "whether that metadata is the latest"),
+    stored("is_tools_iso", BOOL, "whether it is an image of guest tools"),
+    stored("cbt_enabled", BOOL, "whether its changed blocks are tracked"),
+)
+
+_SELF = Parameter("self", Reference("VDI"), "the VDI")
+
+
+@message(
+    "create",
+    "Create a VDI, empty, in an attached SR. Its size is rounded up to 2 MiB.",
+    Parameter(
+        "args", given("VDI", FIELDS), "the fields of the new VDI; a complete record of another will do"
+    ),
+    result=Reference("VDI"),
+    role=Role.VM_ADMIN,
+    errors=("SR_NOT_ATTACHED", "SR_FULL", "VDI_TOO_LARGE"),
+)
+async def create(call: Call, args: dict[str, Any]) -> str:
+    return await call.estate.inventory.vdi_create(**{name.lower(): value for name, value in args.items()})
+
+
+@message(
+    "destroy",
+    "Destroy the VDI and its image.",
+    _SELF,
+    role=Role.VM_ADMIN,
+    errors=("VDI_IN_USE", "OPERATION_NOT_ALLOWED", "VDI_READONLY", "SR_NOT_ATTACHED"),
+)
+async def destroy(call: Call, vdi: str) -> None:
+    await call.estate.inventory.vdi_destroy(vdi, who=call.who, task=call.task)
+
+
+@message(
+    "forget",
+    "Forget the VDI; its image stays, and the next scan finds it again, without a name.",
+    _SELF,
+    role=Role.VM_ADMIN,
+)
+async def forget(call: Call, vdi: str) -> None:
+    await call.estate.inventory.vdi_forget(vdi)
+
+
+VDI = ApiClass(
+    name="VDI",
+    doc="A virtual disk.",
+    fields=FIELDS,
+    messages=(create, destroy, forget),
+    objects=lambda estate: estate.records.vdis,
+)

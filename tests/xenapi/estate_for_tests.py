@@ -1,0 +1,97 @@
+"""An estate with the real records, tasks and lease table, and sessions that are known beforehand.
+
+A session's reference is the wire name of its role: `await site.call("VDI.get_all", "vm-admin")`.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+
+from gateway.core.database import Database
+from gateway.core.errors import XenAPIError
+from gateway.core.events import Events
+from gateway.core.leases import Leases
+from gateway.core.records import Records
+from gateway.core.roles import Permission, Role
+from gateway.core.sessions import Credentials, Identity
+from gateway.core.tasks import Tasks
+from gateway.xenapi.classes import CLASSES
+from gateway.xenapi.dispatch import Api, Caller
+from gateway.xenapi.estate import Estate
+
+CALLER = Caller("192.0.2.1", "https")
+ADMIN = Role.POOL_ADMIN.wire_name
+
+
+@dataclass
+class KnownSessions:
+    """Sessions whose references are roles, and whose users are called like their role."""
+
+    asked: list[Permission] = field(default_factory=list)
+
+    async def authorize(self, credentials: Credentials, permission: Permission) -> Identity:
+        self.asked.append(permission)
+        assert credentials.session_ref is not None
+        if credentials.session_ref not in {role.wire_name for role in Role}:
+            raise XenAPIError("SESSION_INVALID", credentials.session_ref)
+        role = Role.from_wire(credentials.session_ref)
+        permission.check(role)
+        return Identity(user=role.wire_name, role=role, session=None)
+
+
+class RecordedInventory:
+    """Remembers what it was asked for, and answers what the test prepared."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.answer: Any = "OpaqueRef:answer"
+        self.before: Callable[[], Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        async def method(*arguments: Any, **keywords: Any) -> Any:
+            self.calls.append((name, arguments, keywords))
+            if self.before is not None:
+                await self.before()
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+        return method
+
+
+@dataclass
+class Site:
+    api: Api
+    estate: Estate
+    events: Events
+    inventory: RecordedInventory
+    sessions: KnownSessions
+
+    async def call(self, name: str, *params: Any) -> Any:
+        return await self.api.call(name, list(params), CALLER)
+
+
+@asynccontextmanager
+async def open_site(path: Path) -> AsyncIterator[Site]:
+    database = await Database.open(str(path / "gateway.sqlite3"))
+    try:
+        events = Events()
+        records = await Records.load(database, events, host_name="gateway.test", address="192.0.2.7")
+        tasks = await Tasks.load(database, events, resident_on=records.this_host.ref)
+        inventory, sessions = RecordedInventory(), KnownSessions()
+        estate = Estate(
+            records=records,
+            tasks=tasks,
+            sessions=cast("Any", sessions),
+            inventory=cast("Any", inventory),
+            leases=Leases(),
+        )
+        async with trio.open_nursery() as nursery:
+            yield Site(Api(estate, nursery, CLASSES), estate, events, inventory, sessions)
+            nursery.cancel_scope.cancel()
+    finally:
+        await database.aclose()
