@@ -2,12 +2,13 @@
 
 import os
 import uuid as uuids
+from json import loads
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from gateway.cli.connection import Connection, GatewayChoice
-from gateway.cli.output import CommandError, print_json
+from gateway.cli.output import CommandError, print_json, print_note
 
 
 def sr_create(
@@ -76,40 +77,51 @@ def sr_attach(
     name
         Name of the SR; the last part of PATH when it is left out.
     uuid
-        Uuid of the SR. When it is left out: what the SR says of itself, else the last part of PATH if that is
-        a uuid, else a new one.
+        Uuid of the SR; needed only where the gateway is another machine. When it is left out: what the SR
+        says of itself, else the last part of PATH if that is a uuid, else a new one.
     json
         Print a JSON document.
     """
     location = os.path.abspath(path)
-    own_name = os.path.basename(location)
+    device_config = {"location": location, "writable": "true" if writable else "false"}
+    wanted = uuid or _uuid_of(location)
     with (gateway or GatewayChoice()).connect() as connection:
-        reference = connection.call(
-            "SR.introduce",
-            uuid or _uuid_of(location),
-            own_name if name is None else name,
-            "",
-            "file",
-            "user",
-            False,
-            {},
-        )
+        host = this_host(connection)
+        known = [ref for ref, sr in connection.call("SR.get_all_records").items() if sr["uuid"] == wanted]
+        if known:
+            reference = known[0]
+            if not _let_go(connection, reference, host, device_config):
+                print_note("the SR is attached so already")
+                return _print_sr(connection, reference, json=json)
+        else:
+            label = os.path.basename(location) if name is None else name
+            reference = connection.call("SR.introduce", wanted, label, "", "file", "user", False, {})
         try:
             pbd = connection.call(
                 "PBD.create",
-                {
-                    "host": this_host(connection),
-                    "SR": reference,
-                    "device_config": {"location": location, "writable": "true" if writable else "false"},
-                    "other_config": {},
-                },
+                {"host": host, "SR": reference, "device_config": device_config, "other_config": {}},
             )
             connection.call("PBD.plug", pbd)
         except CommandError:
             # Whoever corrects the mistake must be able to attach it under the same uuid.
-            connection.call("SR.forget", reference)
+            if not known:
+                connection.call("SR.forget", reference)
             raise
         return _print_sr(connection, reference, json=json)
+
+
+def _let_go(connection: Connection, reference: str, host: str, device_config: dict[str, str]) -> bool:
+    """Detaches a known SR, so that it can be attached otherwise; False if it is attached so already."""
+    for ref, pbd in connection.call("PBD.get_all_records").items():
+        if pbd["SR"] != reference or pbd["host"] != host:
+            continue
+        same = all(pbd["device_config"].get(key) == value for key, value in device_config.items())
+        if pbd["currently_attached"]:
+            if same:
+                return False
+            connection.call("PBD.unplug", ref)
+        connection.call("PBD.destroy", ref)
+    return True
 
 
 def this_host(connection: Connection) -> str:
@@ -141,11 +153,24 @@ def _choices(records: dict[str, dict[str, Any]]) -> str:
 
 
 def _uuid_of(location: str) -> str:
-    name = os.path.basename(location)
+    """What the SR says of itself, else the directory's name where that is a uuid, else a new one."""
+    for found in (_marked_uuid(location), os.path.basename(location)):
+        try:
+            if len(found) == 36:
+                return str(uuids.UUID(found))
+        except ValueError:
+            continue
+    return str(uuids.uuid4())
+
+
+def _marked_uuid(location: str) -> str:
+    """The uuid in the SR's marker; empty where there is none, or where only the gateway can read it."""
     try:
-        return str(uuids.UUID(name)) if len(name) == 36 else str(uuids.uuid4())
-    except ValueError:
-        return str(uuids.uuid4())
+        with open(os.path.join(location, ".vdi-gateway", "sr.json"), "rb") as file:
+            marker = loads(file.read(65536))
+    except (OSError, ValueError):
+        return ""
+    return str(marker.get("uuid", "")) if isinstance(marker, dict) else ""
 
 
 def _print_sr(connection: Connection, reference: str, *, json: bool) -> int:
