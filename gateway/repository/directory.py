@@ -8,6 +8,7 @@ The trap: the directory of a network share that is not mounted exists, and is em
 a marker, and without it nothing is concluded from files that cannot be seen.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -150,6 +151,14 @@ def read_marker(directory: SRDirectory) -> str | None:
     return uuid
 
 
+def check_marker(directory: SRDirectory, uuid: str | None) -> str | None:
+    """The uuid in the marker; raises DirectoryUnavailable if it is not `uuid`, should that be given."""
+    found = read_marker(directory)
+    if found is not None and uuid is not None and found != uuid:
+        raise DirectoryUnavailable(directory.root, f"the SR {found} is there, not {uuid}")
+    return found
+
+
 def write_marker(directory: SRDirectory, uuid: str, files: FileCalls = FILES) -> None:
     """Mark the directory as the SR `uuid`. The marker is whole or absent, whatever happens."""
     content = json.dumps({"format": MARKER_FORMAT, "uuid": uuid}).encode() + b"\n"
@@ -167,6 +176,14 @@ def replace_file(path: str, content: bytes, files: FileCalls = FILES) -> None:
         files.close(fd)
     files.rename(new, path)
     files.sync_directory(os.path.dirname(path))
+
+
+def remove_service_files(directory: SRDirectory, files: FileCalls = FILES) -> None:
+    """Make the directory of an SR an ordinary one again; our empty directories stay."""
+    for path in (directory.records, directory.marker, directory.owner):
+        with contextlib.suppress(FileNotFoundError):
+            files.unlink(path)
+    files.sync_directory(directory.service)
 
 
 class OwnerLock:

@@ -2,8 +2,8 @@
 
 All file calls run in worker threads of this SR's own, so that a file server that hangs stops its SR alone.
 What names files (create, destroy, commit) runs under `structure_lock`; a lease is taken before that lock,
-never inside it, since taking a lease waits for it. Every step that changes the directory first looks whether
-it is still the one that was attached.
+never inside it, since taking a lease waits for it. A scan may take long and holds nobody up. Every step that
+changes the directory first looks whether it is still the one that was attached.
 
 The trap: an unmounted share leaves an empty directory under the same path, into which everything could be
 written, and from which it would seem that every image had been deleted.
@@ -13,6 +13,7 @@ import errno
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -27,9 +28,11 @@ from gateway.repository.directory import (
     DirectoryUnavailable,
     OwnerLock,
     SRDirectory,
+    check_marker,
     make_directory,
     make_service_directory,
     read_marker,
+    remove_service_files,
     require_directory,
     write_marker,
 )
@@ -65,6 +68,9 @@ class Repository:
         self._scanner = Scanner(directory)
         self._root = _identity(directory.root)
         self._images: dict[str, ScannedImage] = {}
+        self._scanning = trio.Lock()
+        # What was done here since a running scan began, which it may have seen or not; None: destroyed.
+        self._since: dict[str, ScannedImage | None] = {}
         self._threads = trio.CapacityLimiter(8)
 
     @classmethod
@@ -114,7 +120,7 @@ class Repository:
 
         def attach() -> "Repository":
             require_directory(directory)
-            found = _check_marker(directory, uuid)
+            found = check_marker(directory, uuid)
             if not writable:
                 if found is None and known_images and not Scanner(directory).scan().images:
                     raise DirectoryUnavailable(path, "it held images and is empty now; is it mounted?")
@@ -124,7 +130,7 @@ class Repository:
             make_service_directory(directory, files)
             owner = OwnerLock(directory, who, files)
             try:
-                found = _check_marker(directory, uuid)
+                found = check_marker(directory, uuid)
                 if found is None:
                     assert introduce is not None
                     found = introduce
@@ -165,8 +171,25 @@ class Repository:
 
     async def scan(self) -> ScanResult:
         """Look at every file. Raises DirectoryUnavailable, OSError; then nothing is concluded."""
-        async with self.structure_lock:
-            return await self._scan()
+
+        def scan() -> ScanResult:
+            self._require_available()
+            try:
+                return self._scanner.scan()
+            except OSError as error:
+                raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
+
+        async with self._scanning:
+            self._since = {}
+            result = await self._in_thread(scan)
+            images = dict(result.images)
+            for uuid, image in self._since.items():
+                if image is None:
+                    images.pop(uuid, None)
+                else:
+                    images[uuid] = image
+            self._images = images
+            return replace(result, images=images)
 
     async def read_records(self) -> RecordsCopy | None:
         """The copy of the records in the SR, see records_file.py. Raises RecordsUnreadable."""
@@ -239,7 +262,7 @@ class Repository:
         async with self.structure_lock:
             with trio.CancelScope(shield=True):
                 image = await self._in_thread(create)
-                self._images[uuid] = image
+                self._note(uuid, image)
         return image
 
     async def destroy_image(self, uuid: str, holder: Holder, *, wait: float | None = None) -> None:
@@ -253,31 +276,28 @@ class Repository:
         except MissingParent as error:
             raise XenAPIError("OPERATION_NOT_ALLOWED", str(error)) from error
         try:
+            # With the lease held, nobody here can make a child of the image.
+            result = await self.scan()
+            for problem in (*result.errors(), *(f"{name}: an operation of SM" for name in result.journals)):
+                raise XenAPIError(
+                    "OPERATION_NOT_ALLOWED",
+                    f"nothing is destroyed in this SR until this is resolved: {problem}",
+                )
+            self._require_no_children(result.images, uuid)
+
+            def destroy() -> None:
+                self._require_writable()
+                # A symbolic link leads to the file too, but then it is the link that would go.
+                same = _identity(lease.leaf_path) == lease.chain.nodes[0].identity
+                if not same or os.path.islink(lease.leaf_path):
+                    raise XenAPIError("VDI_IN_USE", holder.vdi, "its file was replaced from outside")
+                self._files.unlink(lease.leaf_path)
+                trio.from_thread.run_sync(self._note, uuid, None)
+                self._files.sync_directory(self.directory.root)
+
             async with self.structure_lock:
-                result = await self._scan()
-                for problem in (
-                    *result.errors(),
-                    *(f"{name}: an operation of SM" for name in result.journals),
-                ):
-                    raise XenAPIError(
-                        "OPERATION_NOT_ALLOWED",
-                        f"nothing is destroyed in this SR until this is resolved: {problem}",
-                    )
-                self._require_no_children(result.images, uuid)
-
-                def destroy() -> None:
-                    self._require_writable()
-                    # A symbolic link leads to the file too, but then it is the link that would go.
-                    if _identity(lease.leaf_path) != lease.chain.nodes[0].identity or os.path.islink(
-                        lease.leaf_path
-                    ):
-                        raise XenAPIError("VDI_IN_USE", holder.vdi, "its file was replaced from outside")
-                    self._files.unlink(lease.leaf_path)
-                    self._files.sync_directory(self.directory.root)
-
                 with trio.CancelScope(shield=True):
                     await self._in_thread(destroy)
-                    del self._images[uuid]
         finally:
             lease.release()
             with trio.CancelScope(shield=True):
@@ -327,29 +347,21 @@ class Repository:
 
         def remove() -> None:
             self._require_writable()
-            for path in (self.directory.records, self.directory.marker, self.directory.owner):
-                with suppress(FileNotFoundError):
-                    self._files.unlink(path)
-            self._files.sync_directory(self.directory.service)
+            remove_service_files(self.directory, self._files)
 
         with trio.CancelScope(shield=True):
             await self._in_thread(remove)
 
-    async def _scan(self) -> ScanResult:
-        def scan() -> ScanResult:
-            self._require_available()
-            try:
-                return self._scanner.scan()
-            except OSError as error:
-                raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
-
-        result = await self._in_thread(scan)
-        self._images = dict(result.images)
-        return result
+    def _note(self, uuid: str, image: ScannedImage | None) -> None:
+        self._since[uuid] = image
+        if image is None:
+            self._images.pop(uuid, None)
+        else:
+            self._images[uuid] = image
 
     def _look_again(self, path: str) -> ScannedImage:
         image = self._scanner.scan_one(path)
-        self._images[image.uuid] = image
+        trio.from_thread.run_sync(self._note, image.uuid, image)
         return image
 
     def _create_raw(self, path: str, size: int) -> None:
@@ -387,13 +399,6 @@ class Repository:
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
-
-
-def _check_marker(directory: SRDirectory, uuid: str | None) -> str | None:
-    found = read_marker(directory)
-    if found is not None and uuid is not None and found != uuid:
-        raise DirectoryUnavailable(directory.root, f"the SR {found} is there, not {uuid}")
-    return found
 
 
 def _identity(path: str) -> FileIdentity:

@@ -1,0 +1,67 @@
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gateway.core.database import Database
+from gateway.core.events import Events
+from gateway.core.leases import Leases
+from gateway.core.limits import Limits
+from gateway.core.records import Records
+from gateway.images.files import FILES, FileCalls
+from gateway.repository.inventory import Inventory
+from gateway.repository.repository import Repository
+
+SR_UUID = "5a3c1f5e-6c2b-4e1a-9f0d-0123456789ab"
+
+OpenInventory = Callable[..., AbstractAsyncContextManager[Inventory]]
+
+
+@pytest.fixture
+def leases() -> Leases:
+    return Leases(Limits(lease_wait=0))
+
+
+@pytest.fixture
+async def repository(tmp_path: Path, leases: Leases) -> AsyncIterator[Repository]:
+    made = await Repository.create(str(tmp_path / "sr"), SR_UUID, leases, who="the test")
+    yield made
+    await made.detach()
+
+
+@pytest.fixture
+def open_inventory(tmp_path: Path) -> OpenInventory:
+    @asynccontextmanager
+    async def opened(
+        *, database: str = "gateway.sqlite3", files: FileCalls = FILES
+    ) -> AsyncIterator[Inventory]:
+        events = Events()
+        store = await Database.open(str(tmp_path / database))
+        try:
+            records = await Records.load(store, events)
+            async with Inventory.open(
+                records, Leases(Limits(lease_wait=0)), events, who="the test", files=files
+            ) as inventory:
+                yield inventory
+        finally:
+            await store.aclose()
+
+    return opened
+
+
+@pytest.fixture
+async def inventory(open_inventory: OpenInventory) -> AsyncIterator[Inventory]:
+    async with open_inventory() as made:
+        yield made
+
+
+def listing(directory: str | Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file below `directory` with its inode, time stamp and content."""
+    found = {}
+    for path in sorted(Path(directory).rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        found[os.path.relpath(path, directory)] = (status.st_ino, status.st_mtime_ns, content)
+    return found
