@@ -58,10 +58,11 @@ class _Level(Protocol):
 
 
 class _Sparse:
-    """A dynamic or differencing image that is only read."""
+    """A dynamic or differencing image that is only read; its children see `visible` bytes of it."""
 
-    def __init__(self, image: VhdFile) -> None:
+    def __init__(self, image: VhdFile, visible: int) -> None:
         self._image = image
+        self._visible = visible
 
     def find(self, start: int, sectors: int) -> tuple[int, int] | None:
         image = self._image
@@ -73,7 +74,7 @@ class _Sparse:
             return None
         within = start % image.block_size
         mask = sectors_present(image.read_bitmap(offset), within, sectors)
-        return offset + image.bitmap_size + within, clip(mask, start, sectors, image.size)
+        return offset + image.bitmap_size + within, clip(mask, start, sectors, self._visible)
 
 
 class _Flat:
@@ -138,18 +139,20 @@ class VhdChain:
         self._flat_level = 0
         self._flat_size = 0
         sizes = [image.block_size for image in images if image.header is not None]
+        visible = self.size  # a small node hides what its parents have beyond its end
         for image in images:
+            visible = min(visible, image.size)
             if image.footer.disk_type is DiskType.FIXED:
-                self._add_flat(image.size)
+                self._add_flat(visible)
             else:
                 _ = image.bat  # its errors belong to opening the disk
-                self._levels.append(_Sparse(image))
+                self._levels.append(_Sparse(image, visible))
         if self._writer is not None:
             self._levels[0] = _WrittenLeaf(self._writer, leaf)
         if raw_root is not None:
             self._fds.append(raw_root[0])
             self._paths.append(raw_root[1])
-            self._add_flat(os.fstat(raw_root[0]).st_size)
+            self._add_flat(min(visible, os.fstat(raw_root[0]).st_size))
         self._granule = min(sizes, default=BLOCK_SIZE)
         self._sectors = self._granule // SECTOR
         self._shift = self._granule.bit_length() - 1

@@ -13,6 +13,7 @@ must never be followed by one that succeeds.
 
 import threading
 from array import array
+from bisect import bisect_left
 from itertools import pairwise
 from typing import Final
 
@@ -162,16 +163,20 @@ class LeafWriter:
             return
         image = self._image
         whole = (image.bitmap_size + image.block_size) // SECTOR
-        last_block = image.blocks - 1
-        in_use = sorted((entry, block) for block, entry in enumerate(self._bat) if entry != UNUSED)
-        for (entry, block), (following, other) in pairwise(in_use):
-            if entry + whole > following and (block != last_block or entry == following):
-                raise CorruptImage(image.path, f"blocks {block} and {other} overlap")
-        for _, block in in_use:
-            image.block_offset(block)  # raises when it is in the metadata or beyond the end
+        in_use = sorted(entry for entry in self._bat if entry != UNUSED)
+        last_block = self._bat[-1] if image.blocks else UNUSED  # may be cut off where the disk ends
+        for entry, following in pairwise(in_use):
+            if following - entry < whole and (entry != last_block or following == entry):
+                one, other = self._bat.index(entry), self._bat.index(following)
+                raise CorruptImage(image.path, f"block {one} and block {other} overlap")
         ends = [stop for _, stop in image.metadata]
         if in_use:
-            ends.append((in_use[-1][0] + whole) * SECTOR)
+            image.block_offset(self._bat.index(in_use[-1]))  # raises when it is beyond the end
+            ends.append((in_use[-1] + whole) * SECTOR)
+        for first, last in image.metadata:
+            nearest = bisect_left(in_use, first // SECTOR - whole + 1)
+            if nearest < len(in_use) and in_use[nearest] * SECTOR < last:
+                image.block_offset(self._bat.index(in_use[nearest]))  # raises when it is in the metadata
         self._end = round_up_to_sector(max(ends))
         self._unused = image.blocks - len(in_use)
         self._checked = True
