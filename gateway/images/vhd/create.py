@@ -91,9 +91,7 @@ def create_differencing(
         virtual_size = round_up_to_sector(status.st_size) if parent is None else parent.size
     _check_size(virtual_size, path)
     footer = Footer.new(virtual_size, DiskType.DIFFERENCING, unique_id)
-    stored_name = name.encode("utf-16-be")
-    if len(stored_name) > SECTOR - 2:
-        raise UnsupportedImage(parent_path, "the parent's name is too long for a VHD header")
+    stored_name = name.encode("utf-16-be")  # a file's name has at most 255 bytes, so it fits
     windows_path = f".\\{name}".encode("utf-16-le")
     locations = [
         (Platform.MACX, f"file://./{name}".encode()),

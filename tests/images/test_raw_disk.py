@@ -1,0 +1,100 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.images.disk import Disk, Extent, ExtentKind, FileRange, Hole
+from gateway.images.errors import CorruptImage
+from gateway.images.files import FileCalls
+from tests.images.disks import open_leaf, read, read_by_segments
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.raw"
+    with path.open("wb") as file:
+        file.seek(MIB)
+        file.write(b"d" * 8192)
+        file.truncate(4 * MIB)
+    return path
+
+
+def kinds(disk: Disk) -> list[Extent]:
+    return list(disk.extents(0, disk.size))
+
+
+def test_holes_of_the_file_are_holes_of_the_disk(image: Path) -> None:
+    disk = open_leaf(image)
+    assert kinds(disk) == [
+        Extent(0, MIB, ExtentKind.HOLE),
+        Extent(MIB, 8192, ExtentKind.DATA),
+        Extent(MIB + 8192, 3 * MIB - 8192, ExtentKind.HOLE),
+    ]
+    parts = list(disk.segments(MIB + 100, 2 * MIB))
+    assert [type(part) for part in parts] == [FileRange, Hole]
+    assert [part.length for part in parts] == [8092, 2 * MIB - 8092]
+    assert read_by_segments(disk, 0, 4 * MIB) == image.read_bytes()
+    disk.close()
+
+
+def test_writes_zeroes_and_trims_read_back(image: Path) -> None:
+    disk = open_leaf(image, writable=True)
+    disk.pwrite(memoryview(b"w" * 5000), 10)
+    disk.zero(MIB, 4096, trim=True)
+    disk.zero(MIB + 4096, 4096, trim=False)
+    disk.flush()
+    assert read(disk, 0, 5020) == bytes(10) + b"w" * 5000 + bytes(10)
+    assert not any(read(disk, MIB, 8192))
+    assert [extent.kind for extent in kinds(disk)][:3] == [ExtentKind.DATA, ExtentKind.HOLE, ExtentKind.DATA]
+    disk.close()
+    assert image.stat().st_size == 4 * MIB
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (4 * MIB, 1), (4 * MIB - 1, 2)])
+def test_the_disk_ends_where_the_file_ended_at_opening(image: Path, offset: int, length: int) -> None:
+    disk = open_leaf(image, writable=True)
+    for action in (
+        lambda: disk.pread_into(bytearray(length), offset),
+        lambda: disk.pwrite(bytes(length), offset),
+        lambda: disk.zero(offset, length, trim=True),
+        lambda: list(disk.extents(offset, length)),
+    ):
+        with pytest.raises(ValueError, match="not on a disk"):
+            action()
+    disk.close()
+
+
+def test_a_read_only_disk_refuses_to_change(image: Path) -> None:
+    disk = open_leaf(image)
+    with pytest.raises(PermissionError):
+        disk.pwrite(b"x", 0)
+    with pytest.raises(PermissionError):
+        disk.zero(0, 1, trim=True)
+    disk.close()
+
+
+def test_a_file_cut_shorter_is_an_error_and_no_stale_bytes(image: Path) -> None:
+    disk = open_leaf(image)
+    os.truncate(image, MIB)
+    with pytest.raises(CorruptImage, match="cut shorter"):
+        read(disk, MIB - 10, 20)
+    disk.close()
+
+
+def test_a_sync_that_failed_fails_for_good_and_the_descriptor_is_closed(image: Path) -> None:
+    class Failing(FileCalls):
+        def datasync(self, fd: int) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = len(os.listdir("/proc/self/fd"))
+    disk = open_leaf(image, writable=True, files=Failing())
+    disk.flush()
+    disk.pwrite(b"x", 0)
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.flush()
+    with pytest.raises(OSError, match="earlier sync failed"):
+        disk.close()
+    assert len(os.listdir("/proc/self/fd")) == before
