@@ -1,0 +1,284 @@
+"""What is refused before the body: the status, the line, the task, and that a client that streams on hears it."""
+
+import base64
+import ssl
+from dataclasses import replace
+
+import pytest
+import trio
+
+from gateway.core.records import PBD, SR, Host
+from gateway.core.refs import new_ref, new_uuid
+from gateway.core.tasks import TaskStatus
+from gateway.http.disk_request import location
+from gateway.http.request import parse_head
+from tests.http.gate import MIB, Gate, open_gate
+
+UNKNOWN = "1b2e7f0c-7a51-4a52-8e0c-2c1f6a3f6a10"
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    return {"authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+async def refused(
+    gate: Gate, status: int, code: str, target: str, headers: dict[str, str] | None = None
+) -> None:
+    answer = await gate.ask("PUT", target, headers, b"\x55" * 100)
+    assert (answer.status, answer.text.partition(":")[0]) == (status, code)
+    assert answer.text.count("\n") == 1 and answer.text.endswith("\n")
+    assert answer.headers["content-type"] == "text/plain"
+    assert answer.headers["connection"] == "close"
+    assert answer.whole
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Basic !!!"},
+        {"authorization": "Basic"},
+        {"authorization": "Bearer abc"},
+        {"authorization": "Basic " + base64.b64encode(b"nocolon").decode()},
+        {"cookie": "session_id="},
+        basic("root", "wrong"),
+        basic("nobody", "secret"),
+    ],
+)
+async def test_what_cannot_be_verified_is_403_and_touches_no_task(
+    gate: Gate, headers: dict[str, str]
+) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    target = gate.target(vdi, session_id="", task_id=task.ref)
+    await refused(gate, 403, "SESSION_AUTHENTICATION_FAILED", target, headers)
+    assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
+
+
+async def test_an_unknown_session_is_403_even_beside_a_right_password(gate: Gate) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    target = gate.target(vdi, session_id="OpaqueRef:" + UNKNOWN, task_id=task.ref)
+    await refused(gate, 403, "SESSION_INVALID", target, basic("root", "secret"))
+    assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
+
+
+async def test_too_low_a_role_is_403_and_fails_the_users_own_task(gate: Gate) -> None:
+    vdi, own, others = await gate.vdi(), await gate.task("reader"), await gate.task("alice")
+    for task in (own, others):
+        target = gate.target(vdi, session_id="", task_id=task.ref)
+        await refused(gate, 403, "RBAC_PERMISSION_DENIED", target, basic("reader", "secret"))
+    assert gate.tasks.get(own.ref).error_info[0] == "RBAC_PERMISSION_DENIED"
+    assert gate.tasks.get(others.ref).status is TaskStatus.PENDING
+
+
+@pytest.mark.parametrize("name", ["root", "alice"])
+async def test_basic_credentials_of_a_role_that_is_high_enough_will_do(gate: Gate, name: str) -> None:
+    vdi = await gate.vdi()
+    target = gate.target(vdi, session_id="")
+    assert (await gate.ask("PUT", target, basic(name, "secret"), bytes(4 * MIB))).whole
+
+
+@pytest.mark.parametrize(
+    "cookies",
+    [
+        "vdi={vdi};session_id={s};task_id={t}",
+        "x=1; vdi={vdi}; session_id={s} ;task_id={t}",
+        "vdi={vdi}&session_id={s}&task_id={t}",
+        "vdi={quoted};session_id={s};task_id={t}",
+    ],
+)
+async def test_parameters_may_come_as_cookies(gate: Gate, cookies: str) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    quoted = vdi.ref.replace(":", "%3a")
+    header = cookies.format(vdi=vdi.ref, quoted=quoted, s=gate.session, t=task.ref)
+    answer = await gate.ask("PUT", "/import_raw_vdi", {"cookie": header}, bytes(4 * MIB))
+    assert answer.whole, answer.text
+    assert answer.headers["task-id"] == task.ref
+
+
+async def test_the_query_comes_before_the_cookie_and_the_first_of_two_counts(gate: Gate) -> None:
+    vdi = await gate.vdi()
+    target = gate.target(vdi) + "&vdi=" + UNKNOWN
+    answer = await gate.ask("PUT", target, {"cookie": f"vdi={UNKNOWN}"}, bytes(4 * MIB))
+    assert answer.whole, answer.text
+
+
+@pytest.mark.parametrize(
+    ("vdi", "status", "code"),
+    [
+        ("", 500, "VALUE_NOT_SUPPORTED"),
+        (UNKNOWN, 500, "UUID_INVALID"),
+        ("OpaqueRef:" + UNKNOWN, 500, "HANDLE_INVALID"),
+        ("nonsense", 500, None),
+    ],
+)
+async def test_no_or_an_unknown_vdi_is_500_and_fails_the_task(
+    gate: Gate, vdi: str, status: int, code: str | None
+) -> None:
+    task = await gate.task()
+    answer = await gate.ask("PUT", gate.target(vdi, task_id=task.ref), body=b"1")
+    assert answer.status == status
+    ended = gate.tasks.get(task.ref)
+    assert ended.status is TaskStatus.FAILURE
+    assert ended.error_info[0] == answer.text.partition(":")[0]
+    assert code in {None, ended.error_info[0]}
+
+
+async def test_unknown_task_is_500(gate: Gate) -> None:
+    vdi = await gate.vdi()
+    await refused(gate, 500, "HANDLE_INVALID", gate.target(vdi, task_id="OpaqueRef:" + UNKNOWN))
+    await refused(gate, 500, "UUID_INVALID", gate.target(vdi, task_id=UNKNOWN))
+
+
+async def test_another_users_task_is_403_and_stays_as_it_was(gate: Gate) -> None:
+    vdi, task = await gate.vdi(), await gate.task("alice")
+    await refused(gate, 403, "RBAC_PERMISSION_DENIED", gate.target(vdi, task_id=task.ref))
+    assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
+
+
+async def test_a_task_that_has_ended_or_is_worked_on_is_409(gate: Gate) -> None:
+    vdi, other, task = await gate.vdi(), await gate.vdi(), await gate.task()
+    async with gate.client() as client:
+        await client.head("PUT", gate.target(vdi, task_id=task.ref), {"content-length": "4194304"})
+        await client.answer_head()
+        while not gate.tasks.get(task.ref).worked_on:
+            await trio.sleep(0.005)
+        await refused(gate, 409, "OTHER_OPERATION_IN_PROGRESS", gate.target(other, task_id=task.ref))
+        assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
+        await client.send(bytes(4 * MIB))
+        await client.rest()
+    await refused(gate, 409, "OPERATION_NOT_ALLOWED", gate.target(vdi, task_id=task.ref))
+    assert gate.tasks.get(task.ref).status is TaskStatus.SUCCESS
+
+
+@pytest.mark.parametrize("coding", ["chunked", "gzip, chunked", "identity", "gzip", "x"])
+async def test_any_transfer_encoding_is_403(gate: Gate, coding: str) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    async with gate.client() as client:
+        await client.head("PUT", gate.target(vdi, task_id=task.ref), {"transfer-encoding": coding})
+        answer = await client.answer()
+    assert (answer.status, answer.text.partition(":")[0]) == (403, "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED")
+    assert gate.tasks.get(task.ref).error_info == ("IMPORT_ERROR_CANNOT_HANDLE_CHUNKED",)
+
+
+async def test_format_is_raw_in_any_case_or_404(gate: Gate) -> None:
+    vdi = await gate.vdi()
+    assert (await gate.ask("PUT", gate.target(vdi, format="RaW"), body=bytes(4 * MIB))).whole
+    await refused(gate, 404, "IMPORT_ERROR_UNKNOWN_FORMAT", gate.target(vdi, format="vmdk"))
+
+
+async def elsewhere(gate: Gate, address: str) -> str:
+    """A VDI in an SR that only another host has; its reference."""
+    records = gate.inventory.records
+    vdi = await gate.vdi()
+    host = await records.hosts.add(Host(ref=new_ref(), uuid=new_uuid(), address=address))
+    sr = await records.srs.add(SR(ref=new_ref(), uuid=new_uuid()))
+    await records.pbds.add(
+        PBD(ref=new_ref(), uuid=new_uuid(), host=host.ref, sr=sr.ref, currently_attached=True)
+    )
+    there = await records.vdis.add(replace(vdi, ref=new_ref(), uuid=new_uuid(), sr=sr.ref))
+    return there.ref
+
+
+async def test_a_disk_of_another_host_is_302_with_the_query_and_the_task_goes_on(gate: Gate) -> None:
+    vdi, task = await elsewhere(gate, "10.0.0.7:8443"), await gate.task()
+    target = gate.target(vdi, task_id=task.ref).replace("/import_raw_vdi", "/import_raw_vdi/a%20b")
+    for method in ("PUT", "GET"):
+        asked = target if method == "PUT" else target.replace("import", "export")
+        answer = await gate.ask(method, asked)
+        assert answer.status == 302
+        assert answer.headers["location"] == "http://10.0.0.7:8443" + asked
+    assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
+
+
+async def test_the_redirection_keeps_the_scheme(gate: Gate, trust: ssl.SSLContext) -> None:
+    vdi = await elsewhere(gate, "fd00::1")
+    answer = await gate.ask("PUT", gate.target(vdi), trust=trust)
+    assert answer.headers["location"].startswith("https://[fd00::1]/import_raw_vdi?")
+
+
+@pytest.mark.parametrize(
+    ("address", "authority"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("host.example:81", "host.example:81"),
+        ("fd00::1", "[fd00::1]"),
+        ("[fd00::1]", "[fd00::1]"),
+        ("[fd00::1]:8080", "[fd00::1]:8080"),
+    ],
+)
+def test_addresses_in_locations(address: str, authority: str) -> None:
+    head = b"PUT /import_raw_vdi HTTP/1.0\r\n\r\n"
+    request, _ = parse_head(head, scheme="http", address="1.2.3.4", largest=1000)
+    assert location(request, address) == f"http://{authority}/import_raw_vdi"
+
+
+async def test_an_sr_that_nobody_has_attached_is_503(gate: Gate) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    (pbd,) = gate.inventory.records.pbds_of_sr(gate.sr)
+    await gate.inventory.pbd_unplug(pbd.ref)
+    await refused(gate, 503, "SR_NOT_ATTACHED", gate.target(vdi, task_id=task.ref))
+    assert gate.tasks.get(task.ref).error_info == ("SR_NOT_ATTACHED", gate.sr)
+
+
+@pytest.mark.parametrize("fields", [{"read_only": True}, {"is_a_snapshot": True}, {"managed": False}])
+async def test_what_must_not_be_written_is_409(gate: Gate, fields: dict[str, bool]) -> None:
+    vdi, task = await gate.vdi(**fields), await gate.task()
+    await refused(gate, 409, "VDI_READONLY", gate.target(vdi, task_id=task.ref))
+    assert gate.tasks.get(task.ref).error_info == ("VDI_READONLY", vdi.ref)
+
+
+async def test_too_many_transfers_are_503_with_retry_after(gate: Gate) -> None:
+    gate.services.slots.total_tokens = 1
+    first, second, task = await gate.vdi(), await gate.vdi(), await gate.task()
+    async with gate.client() as client:
+        await client.head("PUT", gate.target(first), {"content-length": "4194304"})
+        await client.answer_head()
+        answer = await gate.ask("PUT", gate.target(second, task_id=task.ref), body=b"1")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        assert gate.tasks.get(task.ref).error_info[0] == "TOO_MANY_TRANSFERS"
+        # Finding out that there is nothing to send is no transfer.
+        assert (await gate.ask("PUT", gate.target(second))).status == 200
+        await client.send(bytes(4 * MIB))
+        await client.rest()
+    assert (await gate.ask("PUT", gate.target(second), body=bytes(4 * MIB))).whole
+
+
+@pytest.mark.parametrize(
+    "lengths", [["-1"], ["1", "2"], ["5", "5"], ["5, 5"], ["+5"], ["0x5"], [""], ["1e3"]]
+)
+async def test_bad_content_lengths_are_400(gate: Gate, lengths: list[str]) -> None:
+    vdi = await gate.vdi()
+    lines = "".join(f"content-length: {length}\r\n" for length in lengths)
+    async with gate.client() as client:
+        await client.send(f"PUT {gate.target(vdi)} HTTP/1.1\r\nhost: test\r\n{lines}\r\n".encode())
+        answer = await client.answer()
+    assert answer.status == 400
+    assert answer.text.count("\n") == 1
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_client_that_streams_on_receives_the_refusal(
+    gate: Gate, trust: ssl.SSLContext, encrypted: bool
+) -> None:
+    """More than the socket buffers hold is on its way, and the client reads only when it has sent all."""
+    body = bytes(64 << 10)
+    async with gate.client(trust if encrypted else None) as client:
+        await client.head("PUT", gate.target(UNKNOWN), {"content-length": str(1 << 30)})
+        for _ in range(96):  # 6 MiB: less than the gateway drains
+            await client.send(body)
+        answer = await client.answer()
+        assert (answer.status, answer.whole) == (500, True)
+        assert answer.text.startswith("UUID_INVALID: ")
+
+
+async def test_draining_after_a_refusal_has_an_end(tmp_path: object) -> None:
+    from pathlib import Path
+
+    assert isinstance(tmp_path, Path)
+    async with open_gate(tmp_path, refusal_drain_seconds=0.05) as gate:
+        async with gate.client() as client:
+            await client.head("PUT", gate.target(UNKNOWN), {"content-length": str(1 << 30)})
+            with trio.fail_after(5):
+                await client.rest()
+                while gate.server.connection_count:
+                    await trio.sleep(0.005)
