@@ -27,6 +27,7 @@ from gateway.xenapi.types import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from gateway.core.sessions import Identity
     from gateway.core.task import Task
     from gateway.xenapi.estate import Estate
 
@@ -120,6 +121,10 @@ def _setter(name: str, doc: str, value_type: WireType, change: Callable[..., Awa
     )(run)
 
 
+async def _set_status(tasks: Tasks, ref: str, value: str, actor: Identity) -> None:
+    await tasks.set_status(ref, TaskStatus(value), actor)
+
+
 TASK = ApiClass(
     name="task",
     doc="An operation that takes time.",
@@ -128,7 +133,7 @@ TASK = ApiClass(
         create,
         destroy,
         cancel,
-        _setter("set_status", "End a task: success, failure or cancelled.", STATUS, Tasks.set_status),
+        _setter("set_status", "End a task: success, failure or cancelled.", STATUS, _set_status),
         _setter("set_progress", "Set the progress of a task, from 0 to 1.", FLOAT, Tasks.set_progress),
         _setter("set_result", "Set the result of a task.", STRING, Tasks.set_result),
         _setter("set_error_info", "Set the error of a task.", STRINGS, Tasks.set_error_info),
