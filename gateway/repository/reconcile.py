@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from gateway.core.records import SR, VDI
-from gateway.core.refs import new_ref, new_uuid
+from gateway.core.refs import is_ref, new_ref, new_uuid
 from gateway.repository.records_file import STAMP_KEY, newer
 from gateway.repository.scan import ScannedImage, ScanResult
 
@@ -50,6 +50,7 @@ def reconcile(
     result = Reconciled()
     known = {vdi.uuid: vdi for vdi in database}
     copies = {vdi.uuid: vdi for vdi in copy}
+    given: set[str] = set()
     for uuid, image in scan.images.items():
         record = known.get(uuid)
         if image.error is not None:
@@ -73,7 +74,10 @@ def reconcile(
             continue  # what SM has given up and not yet removed
         if uuid in copies:
             kept = copies[uuid]
-            ref = kept.ref if ref_is_free(kept.ref) else new_ref()
+            # References are kept where they can be, since clients have them and snapshots point to them.
+            free = is_ref(kept.ref) and kept.ref not in given and ref_is_free(kept.ref)
+            ref = kept.ref if free else new_ref()
+            given.add(ref)
             new = replace(kept, ref=ref, sr=sr.ref)
         else:
             new = VDI(ref=new_ref(), uuid=uuid, sr=sr.ref)

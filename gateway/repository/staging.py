@@ -110,7 +110,10 @@ class Staging:
     def discard(self) -> None:
         """Close everything and, unless it was committed, remove the file. Blocks."""
         try:
-            # What is thrown away need not be written.
+            if self.committed is None:
+                # Closing a disk flushes it, and what is thrown away need not be written out first.
+                with contextlib.suppress(OSError):
+                    self._files.truncate(self._filling.fd, 0)
             with contextlib.suppress(OSError):
                 self._close_disk()
         finally:

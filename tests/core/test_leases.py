@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +12,8 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode, Leases, Step
 from gateway.core.limits import Limits
 from gateway.images.files import identity_of
+from gateway.images.vhd.create import create_differencing, create_dynamic
+from gateway.images.vhd.image import open_vhd
 
 READ, REPLACE, WRITE = LeaseMode.READ, LeaseMode.REPLACE, LeaseMode.WRITE
 STEPS: tuple[Step, ...] = ("resolved", "granted", "locked", "checked")
@@ -306,3 +309,48 @@ async def test_the_lock_of_the_repository_is_held_only_while_resolving(image: st
 
     async with Leases(step=at).hold(image, READ, HOLDER, resolving=renaming):
         assert held == [False] * 4
+
+
+def make_chain(directory: Path) -> tuple[str, str]:
+    parent, child = str(directory / "parent.vhd"), str(directory / "child.vhd")
+    create_dynamic(parent, 2 << 20)
+    fd = os.open(parent, os.O_RDONLY)
+    create_differencing(child, parent, open_vhd(fd, parent))
+    os.close(fd)
+    return parent, child
+
+
+async def test_a_lease_covers_the_parents_too(tmp_path: Path) -> None:
+    parent, child = make_chain(tmp_path)
+    leases = Leases()
+    async with leases.hold(child, WRITE, HOLDER):
+        async with leases.hold(parent, READ, HOLDER, wait=0):
+            pass
+        with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+            await leases.acquire(parent, WRITE, HOLDER, wait=0)
+    async with leases.hold(child, WRITE, HOLDER, parents_mode=WRITE):
+        with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+            await leases.acquire(parent, READ, HOLDER, wait=0)
+
+
+@pytest.mark.parametrize("step", STEPS[:3])
+async def test_a_child_relinked_between_two_steps_is_leased_with_its_new_parents(
+    tmp_path: Path, step: Step
+) -> None:
+    parent, child = make_chain(tmp_path)
+    alone = str(tmp_path / "alone.vhd")
+    create_dynamic(alone, 2 << 20)
+    leases = Leases(step=calling_at(step, lambda: rename_in_another_process(alone, child)))
+    async with leases.hold(child, READ, HOLDER) as lease:
+        assert lease.chain.depth == 1
+        async with leases.hold(parent, WRITE, HOLDER, wait=0):
+            pass
+
+
+async def test_a_parent_replaced_between_two_steps_is_noticed(tmp_path: Path) -> None:
+    parent, child = make_chain(tmp_path)
+    copy = str(tmp_path / "copy")
+    shutil.copy(parent, copy)
+    leases = Leases(step=calling_at("locked", lambda: rename_in_another_process(copy, parent)))
+    async with leases.hold(child, READ, HOLDER) as lease:
+        assert lease.chain.nodes[1].identity.inode == os.stat(parent).st_ino

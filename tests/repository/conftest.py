@@ -1,6 +1,6 @@
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,16 @@ from gateway.repository.repository import Repository
 SR_UUID = "5a3c1f5e-6c2b-4e1a-9f0d-0123456789ab"
 
 OpenInventory = Callable[..., AbstractAsyncContextManager[Inventory]]
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_stays_open(tmp_path: Path) -> Iterator[None]:
+    yield
+    targets = []
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            targets.append(os.readlink(f"/proc/self/fd/{entry}"))
+    assert not [target for target in targets if target.startswith(str(tmp_path))]
 
 
 @pytest.fixture
