@@ -44,7 +44,7 @@ MESSAGES: Final[dict[str, str]] = {
     "VDI_READONLY": "The VDI {0} is read-only or a snapshot; write to a writable VDI instead.",
     "VDI_TOO_SMALL": "There is more data than the VDI {0} of {1} bytes holds; "
     "make the VDI larger or send a smaller disk.",
-    "VDI_TOO_LARGE": "A disk of {0} bytes is larger than the maximum of {1} bytes; ask for a smaller one.",
+    "VDI_TOO_LARGE": "A disk of {0} bytes is too large, the maximum is {1}; ask for a smaller one.",
     "VDI_IO_ERROR": "Reading or writing the disk failed ({0}); check the storage under the SR.",
     "SR_NOT_ATTACHED": "The SR {0} is not attached to any host; attach it and try again.",
     "SR_FULL": "There is no space left on the SR ({0} bytes were asked for, {1} bytes are free); "
@@ -59,6 +59,7 @@ MESSAGES: Final[dict[str, str]] = {
     "IMPORT_ERROR_LENGTH_REQUIRED": "The body had no length and ended after {1} of the {0} bytes that "
     "the VDI holds, so it may be cut short; nothing was changed: send it with a Content-Length.",
     "IMPORT_ERROR_CLIENT_STALLED": "No data came for {0} seconds; nothing was changed: send the disk again.",
+    "EXPORT_ERROR_CLIENT_STALLED": "The client took no data for {0} seconds; download the disk again.",
     "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "A transfer-encoding is not accepted; send the body as it is, "
     "with a Content-Length.",
     "IMPORT_ERROR_UNKNOWN_FORMAT": "There is no format {0!r}; use raw.",
