@@ -1,10 +1,11 @@
 """The HTTP door on the real rooms below it, in the test's own trio loop, and a client that speaks bytes."""
 
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import trio
@@ -26,7 +27,7 @@ from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server, listen
-from gateway.images.disk import Disk
+from gateway.images.chain import open_chain_files, open_disk
 from gateway.repository.inventory import Inventory
 
 MIB = 1 << 20
@@ -58,12 +59,20 @@ class Answer:
         return self.body.decode()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the others run until the condition holds; the test's time-out ends what never comes."""
+    while True:
+        if condition():
+            return
+        await trio.sleep(0.005)
+
+
 class Client:
     """One connection. `tls` is the context and the server's name."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
-        self._buffer = b""
+        self._buffer = bytearray()
 
     async def send(self, data: bytes) -> None:
         await self.stream.send_all(data)
@@ -86,7 +95,8 @@ class Client:
     async def answer_head(self) -> tuple[int, dict[str, str]]:
         while b"\r\n\r\n" not in self._buffer:
             assert await self._more(), f"no answer but {self._buffer!r}"
-        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        head, _, rest = bytes(self._buffer).partition(b"\r\n\r\n")
+        self._buffer = bytearray(rest)
         first, *lines = head.decode("latin-1").split("\r\n")
         pairs = (line.partition(":") for line in lines)
         return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
@@ -94,7 +104,8 @@ class Client:
     async def answer_body(self, length: int) -> bytes:
         while len(self._buffer) < length and await self._more():
             pass
-        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        body = bytes(self._buffer[:length])
+        del self._buffer[:length]
         return body
 
     async def answer(self, *, to_head: bool = False) -> Answer:
@@ -107,7 +118,8 @@ class Client:
         """Everything up to the end of the connection."""
         while await self._more():
             pass
-        data, self._buffer = self._buffer, b""
+        data = bytes(self._buffer)
+        self._buffer.clear()
         return data
 
     async def half_close(self) -> None:
@@ -159,19 +171,22 @@ class Gate:
             if body or method == "PUT":
                 given.setdefault("content-length", str(len(body)))
             await client.head(method, target, given)
-            try:
+            with suppress(trio.BrokenResourceError):
                 await client.send(body)
-            except trio.BrokenResourceError:
-                pass
             return await client.answer(to_head=method == "HEAD")
 
-    async def vdi(self, size: int = 4 * MIB, image_format: str = "vhd", **fields: object) -> VDI:
+    async def vdi(self, size: int = 4 * MIB, image_format: str = "vhd", **fields: Any) -> VDI:
         ref = await self.inventory.vdi_create(
             sr=self.sr, virtual_size=size, sm_config={"image-format": image_format}
         )
         if fields:
             await self.inventory.records.vdis.change(ref, **fields)
         return self.inventory.records.vdis.get(ref)
+
+    async def ended(self, task: str) -> Task:
+        """The task, once it has ended."""
+        await until(lambda: self.tasks.get(task).status.is_final)
+        return self.tasks.get(task)
 
     async def task(self, user: str = "root") -> Task:
         return await self.tasks.create("of the test", user=user, client_made=True)
@@ -185,9 +200,6 @@ class Gate:
 
     def content(self, vdi: VDI) -> bytes:
         """What the image file holds now, read without any lease."""
-        disk: Disk
-        from gateway.images.chain import open_chain_files, open_disk
-
         path = self.inventory.repository_of(vdi.ref).image_path(vdi.uuid)
         disk = open_disk(open_chain_files(path, writable=False))
         buffer = bytearray(disk.size)

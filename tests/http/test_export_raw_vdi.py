@@ -41,8 +41,7 @@ async def test_the_whole_disk_under_a_task(
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.headers["content-disposition"] == f'attachment; filename="{vdi.uuid}.raw"'
     ref = answer.headers["task-id"]
-    while not gate.tasks.get(ref).status.is_final:
-        await trio.sleep(0.005)
+    await gate.ended(ref)
     assert gate.tasks.get(ref).status is TaskStatus.SUCCESS
 
 
@@ -121,8 +120,7 @@ async def test_a_task_of_the_client_is_used_for_a_range_too(gate: Gate) -> None:
     target = gate.target(vdi, "export_raw_vdi", task_id=task.ref)
     answer = await gate.ask("GET", target, {"range": "bytes=0-9"})
     assert answer.headers["task-id"] == task.ref
-    while not gate.tasks.get(task.ref).status.is_final:
-        await trio.sleep(0.005)
+    await gate.ended(task.ref)
     assert gate.tasks.get(task.ref).status is TaskStatus.SUCCESS
 
 
@@ -169,8 +167,7 @@ async def test_a_dropped_download_cancels_its_task_quietly_and_frees_the_disk(
         _, headers = await client.answer_head()
         await client.answer_body(100_000)
     ref = headers["task-id"]
-    while not gate.tasks.get(ref).status.is_final:
-        await trio.sleep(0.005)
+    await gate.ended(ref)
     assert gate.tasks.get(ref).status is TaskStatus.CANCELLED
     lease = await gate.inventory.lease(vdi, LeaseMode.WRITE, Holder("test", "destroy", vdi.ref))
     lease.release()
@@ -183,8 +180,7 @@ async def test_a_client_that_stops_reading_is_cut_off(gate: Gate) -> None:
     async with gate.client() as client:
         await client.head("GET", gate.target(vdi, "export_raw_vdi"))
         _, headers = await client.answer_head()
-        while not gate.tasks.get(headers["task-id"]).status.is_final:
-            await trio.sleep(0.01)
+        await gate.ended(headers["task-id"])
         assert gate.tasks.get(headers["task-id"]).error_info == ("EXPORT_ERROR_CLIENT_STALLED", "0.2")
         assert len(await client.rest()) < 1 << 30
 
@@ -196,8 +192,7 @@ async def test_cancelling_the_task_breaks_the_download_off(gate: Gate) -> None:
         await client.answer_head()
         await gate.tasks.cancel(task.ref)
         assert len(await client.rest()) < 1 << 30
-    while not gate.tasks.get(task.ref).status.is_final:
-        await trio.sleep(0.005)
+    await gate.ended(task.ref)
     assert gate.tasks.get(task.ref).status is TaskStatus.CANCELLED
 
 

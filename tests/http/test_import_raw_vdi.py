@@ -8,7 +8,7 @@ import trio
 
 from gateway.core.tasks import TaskStatus
 from gateway.http.import_raw_vdi import LAST_LINE_BYTES
-from tests.http.gate import MIB, Gate
+from tests.http.gate import MIB, Gate, until
 
 
 @pytest.mark.parametrize("image_format", ["vhd", "raw"])
@@ -158,8 +158,7 @@ async def test_cancelling_the_task_ends_the_upload_and_tells_the_client(gate: Ga
     async with gate.client() as client:
         await client.head("PUT", gate.target(vdi, task_id=task.ref), {"content-length": "4194304"})
         await client.send(b"\x55" * MIB)
-        while gate.tasks.get(task.ref).progress < 0.25:
-            await trio.sleep(0.005)
+        await until(lambda: gate.tasks.get(task.ref).progress >= 0.25)
         await gate.tasks.cancel(task.ref)
         answer = await client.answer()
     assert not answer.whole
@@ -175,12 +174,10 @@ async def test_a_reset_during_the_body_fails_the_task(gate: Gate) -> None:
         await client.head("PUT", gate.target(vdi, task_id=task.ref), {"content-length": "4194304"})
         await client.answer_head()
         await client.send(b"\x55" * MIB)
-        while gate.tasks.get(task.ref).progress < 0.25:
-            await trio.sleep(0.005)
+        await until(lambda: gate.tasks.get(task.ref).progress >= 0.25)
         assert isinstance(client.stream, trio.SocketStream)
         client.stream.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER: close with a reset
-    while not gate.tasks.get(task.ref).status.is_final:
-        await trio.sleep(0.005)
+    await gate.ended(task.ref)
     assert gate.tasks.get(task.ref).error_info == ("IMPORT_ERROR_PREMATURE_EOF", "4194304", "1048576")
 
 
@@ -195,8 +192,7 @@ async def test_tls_that_ends_without_close_notify_is_an_end_of_file(
         assert isinstance(client.stream, trio.SSLStream)
         await client.stream.transport_stream.send_eof()
         ref = answered["task-id"]
-        while not gate.tasks.get(ref).status.is_final:
-            await trio.sleep(0.005)
+        await gate.ended(ref)
     assert gate.tasks.get(ref).status is TaskStatus.SUCCESS
     assert gate.content(vdi) == data
 

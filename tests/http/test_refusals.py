@@ -1,8 +1,10 @@
-"""What is refused before the body: the status, the line, the task, and that a client that streams on hears it."""
+"""What is refused before the body: status, line and task, and that a client that streams on hears it."""
 
 import base64
 import ssl
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -12,7 +14,7 @@ from gateway.core.refs import new_ref, new_uuid
 from gateway.core.tasks import TaskStatus
 from gateway.http.disk_request import location
 from gateway.http.request import parse_head
-from tests.http.gate import MIB, Gate, open_gate
+from tests.http.gate import MIB, Gate, open_gate, until
 
 UNKNOWN = "1b2e7f0c-7a51-4a52-8e0c-2c1f6a3f6a10"
 
@@ -140,8 +142,7 @@ async def test_a_task_that_has_ended_or_is_worked_on_is_409(gate: Gate) -> None:
     async with gate.client() as client:
         await client.head("PUT", gate.target(vdi, task_id=task.ref), {"content-length": "4194304"})
         await client.answer_head()
-        while not gate.tasks.get(task.ref).worked_on:
-            await trio.sleep(0.005)
+        await until(lambda: gate.tasks.get(task.ref).worked_on)
         await refused(gate, 409, "OTHER_OPERATION_IN_PROGRESS", gate.target(other, task_id=task.ref))
         assert gate.tasks.get(task.ref).status is TaskStatus.PENDING
         await client.send(bytes(4 * MIB))
@@ -221,7 +222,7 @@ async def test_an_sr_that_nobody_has_attached_is_503(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"read_only": True}, {"is_a_snapshot": True}, {"managed": False}])
-async def test_what_must_not_be_written_is_409(gate: Gate, fields: dict[str, bool]) -> None:
+async def test_what_must_not_be_written_is_409(gate: Gate, fields: dict[str, Any]) -> None:
     vdi, task = await gate.vdi(**fields), await gate.task()
     await refused(gate, 409, "VDI_READONLY", gate.target(vdi, task_id=task.ref))
     assert gate.tasks.get(task.ref).error_info == ("VDI_READONLY", vdi.ref)
@@ -271,14 +272,10 @@ async def test_a_client_that_streams_on_receives_the_refusal(
         assert answer.text.startswith("UUID_INVALID: ")
 
 
-async def test_draining_after_a_refusal_has_an_end(tmp_path: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(tmp_path, Path)
+async def test_draining_after_a_refusal_has_an_end(tmp_path: Path) -> None:
     async with open_gate(tmp_path, refusal_drain_seconds=0.05) as gate:
         async with gate.client() as client:
             await client.head("PUT", gate.target(UNKNOWN), {"content-length": str(1 << 30)})
             with trio.fail_after(5):
                 await client.rest()
-                while gate.server.connection_count:
-                    await trio.sleep(0.005)
+                await until(lambda: not gate.server.connection_count)

@@ -1,0 +1,96 @@
+"""A disk as a stream of bytes, into a sink that can fail."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.images.disk import Extent, FileRange, Hole
+from gateway.images.files import Buffer
+from gateway.images.raw import RawDisk
+from gateway.transfers.export_raw import RawExport, raw_entity_tag
+
+MIB = 1 << 20
+
+
+class Collected:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.calls: list[str] = []
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        self.calls.append("send")
+        self.data += bytes(data)
+
+    def sendfile(self, fd: int, offset: int, length: int) -> None:
+        self.calls.append("sendfile")
+        self.data += os.pread(fd, length, offset)
+
+    def zeroes(self, length: int) -> None:
+        self.calls.append("zeroes")
+        self.data += bytes(length)
+
+    def abort(self) -> None: ...
+
+
+def disk_of(path: Path, pieces: list[tuple[int, bytes]], size: int) -> RawDisk:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, size)
+    for offset, data in pieces:
+        os.pwrite(fd, data, offset)
+    return RawDisk(fd, size, read_only=True, path=str(path))
+
+
+def test_data_goes_by_sendfile_and_holes_are_not_read(tmp_path: Path) -> None:
+    data = os.urandom(MIB)
+    disk = disk_of(tmp_path / "x", [(4 * MIB, data)], 300 * MIB)
+    export, sink = RawExport(disk), Collected()
+    export.send(sink, 3 * MIB, 6 * MIB)
+    assert sink.data == bytes(MIB) + data + bytes(MIB)
+    assert "sendfile" in sink.calls
+    assert export.sent == 3 * MIB
+    disk.close()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 6), (0, 3 * MIB), (MIB - 1, MIB + 1)])
+def test_any_range(tmp_path: Path, start: int, stop: int) -> None:
+    data = os.urandom(3 * MIB)
+    disk = disk_of(tmp_path / "x", [(0, data)], len(data))
+    sink = Collected()
+    RawExport(disk).send(sink, start, stop)
+    assert sink.data == data[start:stop]
+    disk.close()
+
+
+def test_a_file_that_was_cut_is_an_error_and_no_short_body(tmp_path: Path) -> None:
+    class Cut:
+        size = 1000
+        read_only = True
+
+        def __init__(self, fd: int) -> None:
+            self.fd = fd
+
+        def segments(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
+            yield FileRange(self.fd, offset, length)
+
+        def pread_into(self, buf: bytearray | memoryview, offset: int) -> None: ...
+        def pwrite(self, buf: Buffer, offset: int) -> None: ...
+        def zero(self, offset: int, length: int, *, trim: bool) -> None: ...
+        def flush(self) -> None: ...
+        def extents(self, offset: int, length: int) -> Iterator[Extent]: ...  # type: ignore[empty-body]
+        def close(self) -> None: ...
+
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    os.write(fd, bytes(999))
+    with pytest.raises(OSError, match="ends before"):
+        RawExport(Cut(fd)).send(Collected(), 0, 1000)
+    os.close(fd)
+
+
+def test_tags_are_strong_and_follow_the_content() -> None:
+    tag = raw_entity_tag("a")
+    assert tag == raw_entity_tag("a") != raw_entity_tag("b")
+    assert tag.startswith('"') and tag.endswith('"')
