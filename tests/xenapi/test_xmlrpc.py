@@ -257,6 +257,27 @@ def test_the_number_of_elements_is_capped() -> None:
         parse_call(_value("<value><array><data>" + "<value/>" * MAX_ELEMENTS))
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"<methodCall " + b" ".join(b"a%d='1'" % number for number in range(30_000)) + b">",
+        b"<methodCall><!--" + b"a" * 200_000,
+        b"<" + b"a" * 200_000,
+    ],
+)
+def test_a_tag_without_an_end_is_refused_long_before_the_end_of_the_body(beginning: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match="tag or comment of more than"):
+        parse_call(beginning)
+
+
+def test_long_text_is_no_long_tag() -> None:
+    text = "é<&" * 100_000
+    body = xmlrpc.client.dumps((text,), "m").encode()
+    assert parse_call(body) == ("m", [text])
+    cdata = b"<methodCall><methodName><![CDATA[" + b"a" * 200_000 + b"]]></methodName></methodCall>"
+    assert parse_call(cdata) == ("a" * 200_000, [])
+
+
 async def test_a_call_is_answered_with_its_value() -> None:
     api, as_api = stub({"size": 2**40})
     body = xmlrpc.client.dumps(("OpaqueRef:session",), "VDI.get_record").encode()
