@@ -53,6 +53,11 @@ class Inventory(SRLifecycle):
                 nursery.start_soon(inventory._copies.run)
                 yield inventory
                 nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # What the block raised reaches its caller as it was.
+            if len(group.exceptions) == 1:
+                raise group.exceptions[0] from None
+            raise
         finally:
             await inventory.detach_all()
 

@@ -46,7 +46,7 @@ T = TypeVar("T")
 class Repository:
     """An SR between `attach` (or `create`) and `detach`. `uuid` is the SR's; None without a marker."""
 
-    def __init__(
+    def __init__(  # made by `create` and `attach`
         self,
         directory: SRDirectory,
         leases: Leases,
@@ -56,7 +56,6 @@ class Repository:
         swept: tuple[str, ...] = (),
         files: FileCalls = FILES,
     ) -> None:
-        """For `create` and `attach` only, which do what blocks."""
         self.directory = directory
         self.uuid = uuid
         self.writable = owner is not None
@@ -145,8 +144,8 @@ class Repository:
 
     async def detach(self) -> None:
         """Let another gateway have the SR. Who holds leases here keeps them, so end those first."""
-        owner, self._owner = self._owner, None
         self.writable = False
+        owner, self._owner = self._owner, None
         if owner is not None:
             with trio.CancelScope(shield=True):
                 await self._in_thread(owner.release)
@@ -158,11 +157,10 @@ class Repository:
 
     async def available(self) -> bool:
         """Whether the directory is still the one that was attached."""
-        try:
+        with suppress(DirectoryUnavailable):
             await self._in_thread(self._require_available)
-        except DirectoryUnavailable:
-            return False
-        return True
+            return True
+        return False
 
     async def space(self) -> tuple[int, int]:
         """The size of the file system and how much of it is used, in bytes. Raises OSError."""

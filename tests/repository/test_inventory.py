@@ -393,3 +393,11 @@ async def test_scans_beside_creates_and_destroys_lose_and_invent_nothing(
     await inventory.sr_scan(sr)
     assert {record.ref for record in inventory.records.vdis_of_sr(sr)} == set(kept)
     assert all(record.name_label and not record.missing for record in inventory.records.vdis_of_sr(sr))
+
+
+async def test_what_the_user_of_an_inventory_raises_comes_out_as_it_was(
+    open_inventory: OpenInventory,
+) -> None:
+    with pytest.raises(RuntimeError, match="on purpose"):
+        async with open_inventory():
+            raise RuntimeError("on purpose")
