@@ -81,6 +81,7 @@ def test_footer_goes_first_and_the_table_last_between_two_syncs(image: Path) -> 
         ("pwrite", grown, 512),  # the footer, behind room for all four blocks
         ("datasync", 0, 0),
         ("pwrite", end, 512),  # where the old footer was: zeroes
+        ("pwrite", start - 512, 512),  # the bitmap, still empty: its space is taken
         ("pwrite", start, MIB),
     ]
     assert grown > start + 4 * 2 * MIB
@@ -340,6 +341,44 @@ def test_a_sync_that_failed_fails_for_good(image: Path) -> None:
     with pytest.raises(OSError, match="earlier sync failed"):
         disk.close()
     assert entries(image) == [UNUSED] * 4
+
+
+class FullDisk(FileCalls):
+    """Has room for so many calls that take new space."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.taken: set[int] = set()
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        pages = set(range(offset // 4096, -(-(offset + len(data)) // 4096)))
+        if len(self.taken | pages) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.taken |= pages
+        super().pwrite(fd, data, offset)
+
+
+@pytest.mark.parametrize("room", range(3, 9))
+def test_a_full_disk_refuses_a_write_and_keeps_what_was_written_before(image: Path, room: int) -> None:
+    head = {0, 1}
+    files = FullDisk(room)
+    files.taken |= head
+    disk = open_leaf(image, writable=True, files=files)
+    written = 0
+    with pytest.raises(OSError, match="No space"):
+        for offset in range(0, SIZE, 2 * MIB):
+            disk.pwrite(DATA[:4096], offset)
+            written += 1
+    disk.flush()
+    disk.close()
+    expected = b"".join(
+        (DATA[:4096] if block < written else bytes(4096)) + bytes(2 * MIB - 4096) for block in range(4)
+    )
+    disk = open_leaf(image, writable=True)
+    assert read_all(disk) == expected
+    disk.pwrite(DATA[:4096], 6 * MIB)
+    disk.close()
+    assert libvhdi_reads([image])[6 * MIB : 6 * MIB + 4096] == DATA[:4096]
 
 
 def test_threads_write_and_read_different_parts_at_once(image: Path) -> None:

@@ -11,6 +11,7 @@ The traps: the old footer lies where a bitmap may come to lie, so it is cleared;
 must never be followed by one that succeeds.
 """
 
+import errno
 import threading
 from array import array
 from bisect import bisect_left
@@ -149,11 +150,21 @@ class LeafWriter:
         self._save(sync=True)
 
     def finish(self) -> None:
-        """Flush, and put the footer where the last block ends."""
+        """Flush, and put the footer where the last block ends.
+
+        On a full disk there may be no room for it there; then it stays where it is, as good as before, and
+        whoever writes to the image next moves it.
+        """
         self.flush()
-        if self._growing:
+        if not self._growing:
+            return
+        try:
             self._cut()
-            self._sync()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._failed is not None:
+                raise
+            return
+        self._sync()
 
     # Allocation; the lock is held
 
@@ -195,6 +206,8 @@ class LeafWriter:
             raise ImageTooLarge(image.path, "the file has reached the 2 TiB that a VHD can address")
         if stop > self._footer_at:
             self._grow(stop)
+        # The space of the bitmap is taken now, so that a full disk refuses this write and not a later flush.
+        self._files.pwrite(self._fd, bytes(image.bitmap_size), start)
         self._end = stop
         self._unused -= 1
         self._bat[block] = start // SECTOR
