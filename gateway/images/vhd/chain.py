@@ -12,12 +12,11 @@ take no lock. Nobody may close a disk while a request of another thread runs.
 
 import mmap
 import os
-import re
 import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from gateway.images.disk import (
     Extent,
@@ -32,6 +31,7 @@ from gateway.images.files import FILES, Buffer, FileCalls, next_data
 from gateway.images.raw import file_extents, read_range
 from gateway.images.vhd.format import BLOCK_SIZE, SECTOR, DiskType
 from gateway.images.vhd.image import VhdFile
+from gateway.images.vhd.levels import FlatLevel, Level, SparseLevel, WrittenLeaf, bit_runs
 from gateway.images.vhd.writer import LeafWriter
 
 # Places: the offset in the file, a multiple of 512, plus the number of the level, which begins at 1.
@@ -43,68 +43,6 @@ _OFFSET: Final = ~511
 
 _CACHED_RUNS: Final = 1 << 20  # of mixed granules: 12 bytes each
 _ZEROES: Final = bytes(1 << 20)
-_BYTES_WITH_BITS: Final = re.compile(rb"\xff+|[^\x00\xff]", re.DOTALL)
-
-
-class _Level(Protocol):
-    """One file of the chain, as the map sees it."""
-
-    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
-        """Return (file offset of the byte at `start`, mask of the sectors this level has), or None.
-
-        The first sector is the highest of the mask's `sectors` bits.
-        """
-        ...
-
-
-class _Sparse:
-    """A dynamic or differencing image that is only read; its children see `visible` bytes of it."""
-
-    def __init__(self, image: VhdFile, visible: int) -> None:
-        self._image = image
-        self._visible = visible
-
-    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
-        image = self._image
-        block = start // image.block_size
-        if block >= image.blocks:
-            return None
-        offset = image.block_offset(block)
-        if offset is None:
-            return None
-        within = start % image.block_size
-        mask = sectors_present(image.read_bitmap(offset), within, sectors)
-        return offset + image.bitmap_size + within, clip(mask, start, sectors, self._visible)
-
-
-class _Flat:
-    """A raw parent, or a fixed VHD: everything up to its size lies there."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
-        if start >= self._size:
-            return None
-        return start, clip((1 << sectors) - 1, start, sectors, self._size)
-
-
-class _WrittenLeaf:
-    """The leaf of a disk that is open for writing: what is in memory counts."""
-
-    def __init__(self, writer: LeafWriter, image: VhdFile) -> None:
-        self._writer = writer
-        self._image = image
-
-    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
-        image = self._image
-        block = start // image.block_size
-        offset = self._writer.data_offset(block)
-        if offset is None:
-            return None
-        within = start % image.block_size
-        mask = sectors_present(self._writer.bitmap(block), within, sectors)
-        return offset + within, clip(mask, start, sectors, image.size)
 
 
 class VhdChain:
@@ -135,7 +73,7 @@ class VhdChain:
             self._writer = LeafWriter(leaf, self._lock, files=files, published=published)
         self._fds = [-1, *(image.fd for image in images)]
         self._paths = ["", *(image.path for image in images)]
-        self._levels: list[_Level] = []
+        self._levels: list[Level] = []
         self._flat_level = 0
         self._flat_size = 0
         sizes = [image.block_size for image in images if image.header is not None]
@@ -146,9 +84,9 @@ class VhdChain:
                 self._add_flat(visible)
             else:
                 _ = image.bat  # its errors belong to opening the disk
-                self._levels.append(_Sparse(image, visible))
+                self._levels.append(SparseLevel(image, visible))
         if self._writer is not None:
-            self._levels[0] = _WrittenLeaf(self._writer, leaf)
+            self._levels[0] = WrittenLeaf(self._writer, leaf)
         if raw_root is not None:
             self._fds.append(raw_root[0])
             self._paths.append(raw_root[1])
@@ -264,7 +202,7 @@ class VhdChain:
     # Reading
 
     def _add_flat(self, size: int) -> None:
-        self._levels.append(_Flat(size))
+        self._levels.append(FlatLevel(size))
         self._flat_level = len(self._levels)
         self._flat_size = size
 
@@ -477,39 +415,3 @@ class VhdChain:
                 if next_data(self._fds[number], base + first * SECTOR, end) < end:
                     return True
         return False
-
-
-def sectors_present(bitmap: Buffer, within: int, sectors: int) -> int:
-    """Return the part of a bitmap that begins `within` bytes into the block, as an integer."""
-    first = within // SECTOR // 8
-    return int.from_bytes(bitmap[first : first + sectors // 8], "big")
-
-
-def clip(mask: int, start: int, sectors: int, size: int) -> int:
-    """Clear the bits of sectors that begin at or beyond `size` bytes."""
-    beyond = sectors - max(0, -(-(size - start) // SECTOR))
-    return mask if beyond <= 0 else mask >> beyond << beyond
-
-
-def bit_runs(mask: int, sectors: int) -> list[tuple[int, int]]:
-    """Return the runs [first, last) of set bits, the highest of `sectors` bits being number 0."""
-    runs: list[tuple[int, int]] = []
-    for match in _BYTES_WITH_BITS.finditer(mask.to_bytes(sectors // 8, "big")):
-        base = 8 * match.start()
-        if match.group()[0] == 0xFF:
-            parts: Sequence[tuple[int, int]] = ((0, 8 * len(match.group())),)
-        else:
-            parts = _RUNS_OF_BYTE[match.group()[0]]
-        for first, last in parts:
-            if runs and runs[-1][1] == base + first:
-                runs[-1] = (runs[-1][0], base + last)
-            else:
-                runs.append((base + first, base + last))
-    return runs
-
-
-def _runs_of_byte(byte: int) -> tuple[tuple[int, int], ...]:
-    return tuple(match.span() for match in re.finditer("1+", f"{byte:08b}"))
-
-
-_RUNS_OF_BYTE: Final = tuple(_runs_of_byte(byte) for byte in range(256))

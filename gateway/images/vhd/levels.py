@@ -1,0 +1,116 @@
+"""The files of a chain as the block map sees them: what each has of a stretch of the disk.
+
+A level answers with a place in its file and a mask of the sectors that are there, an integer whose highest
+bit is the first sector: whole-number arithmetic merges such masks without a loop over sectors.
+The trap: a small node hides what its parents have beyond its end, so each level knows how much of it shows.
+"""
+
+import re
+from typing import Final, Protocol
+
+from gateway.images.files import Buffer
+from gateway.images.vhd.format import SECTOR
+from gateway.images.vhd.image import VhdFile
+from gateway.images.vhd.writer import LeafWriter
+
+_BYTES_WITH_BITS: Final = re.compile(rb"\xff+|[^\x00\xff]", re.DOTALL)
+
+
+class Level(Protocol):
+    """One file of the chain, as the map sees it."""
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        """Return (file offset of the byte at `start`, mask of the sectors this level has), or None.
+
+        The first sector is the highest of the mask's `sectors` bits.
+        """
+        ...
+
+
+class SparseLevel:
+    """A dynamic or differencing image that is only read; its children see `visible` bytes of it."""
+
+    def __init__(self, image: VhdFile, visible: int) -> None:
+        self._image = image
+        self._visible = visible
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        """Return where the bytes at `start` lie and which sectors are there, or None."""
+        image = self._image
+        block = start // image.block_size
+        if block >= image.blocks:
+            return None
+        offset = image.block_offset(block)
+        if offset is None:
+            return None
+        within = start % image.block_size
+        mask = sectors_present(image.read_bitmap(offset), within, sectors)
+        return offset + image.bitmap_size + within, clip(mask, start, sectors, self._visible)
+
+
+class FlatLevel:
+    """A raw parent, or a fixed VHD: everything up to its size lies there."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        """Return where the bytes at `start` lie and which sectors are there, or None."""
+        if start >= self._size:
+            return None
+        return start, clip((1 << sectors) - 1, start, sectors, self._size)
+
+
+class WrittenLeaf:
+    """The leaf of a disk that is open for writing: what is in memory counts."""
+
+    def __init__(self, writer: LeafWriter, image: VhdFile) -> None:
+        self._writer = writer
+        self._image = image
+
+    def find(self, start: int, sectors: int) -> tuple[int, int] | None:
+        """Return where the bytes at `start` lie and which sectors are there, or None."""
+        image = self._image
+        block = start // image.block_size
+        offset = self._writer.data_offset(block)
+        if offset is None:
+            return None
+        within = start % image.block_size
+        mask = sectors_present(self._writer.bitmap(block), within, sectors)
+        return offset + within, clip(mask, start, sectors, image.size)
+
+
+def sectors_present(bitmap: Buffer, within: int, sectors: int) -> int:
+    """Return the part of a bitmap that begins `within` bytes into the block, as an integer."""
+    first = within // SECTOR // 8
+    return int.from_bytes(bitmap[first : first + sectors // 8], "big")
+
+
+def clip(mask: int, start: int, sectors: int, size: int) -> int:
+    """Clear the bits of sectors that begin at or beyond `size` bytes."""
+    beyond = sectors - max(0, -(-(size - start) // SECTOR))
+    return mask if beyond <= 0 else mask >> beyond << beyond
+
+
+def bit_runs(mask: int, sectors: int) -> list[tuple[int, int]]:
+    """Return the runs [first, last) of set bits, the highest of `sectors` bits being number 0."""
+    runs: list[tuple[int, int]] = []
+    for match in _BYTES_WITH_BITS.finditer(mask.to_bytes(sectors // 8, "big")):
+        base = 8 * match.start()
+        if match.group()[0] == 0xFF:
+            parts: tuple[tuple[int, int], ...] = ((0, 8 * len(match.group())),)
+        else:
+            parts = _RUNS_OF_BYTE[match.group()[0]]
+        for first, last in parts:
+            if runs and runs[-1][1] == base + first:
+                runs[-1] = (runs[-1][0], base + last)
+            else:
+                runs.append((base + first, base + last))
+    return runs
+
+
+def _runs_of_byte(byte: int) -> tuple[tuple[int, int], ...]:
+    return tuple(match.span() for match in re.finditer("1+", f"{byte:08b}"))
+
+
+_RUNS_OF_BYTE: Final = tuple(_runs_of_byte(byte) for byte in range(256))
