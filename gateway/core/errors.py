@@ -53,6 +53,10 @@ MESSAGES: Final[dict[str, str]] = {
     "SR_HAS_NO_PBDS": "The SR {0} has no PBD; attach it to a host first.",
     "SR_NOT_EMPTY": "The SR {0} still holds VDIs; destroy or move them first.",
     "SR_UNKNOWN_DRIVER": "There is no SR type {0}; use a type that SR.get_supported_types lists.",
+    # SM's own numbers (drivers/XE_SR_ERRORCODES.xml): device in use, SR scan failed, SR not available.
+    "SR_BACKEND_FAILURE_16": "{1}; detach it there first, or attach it read-only.",
+    "SR_BACKEND_FAILURE_40": "{1}; look at these images with vhd-check.",
+    "SR_BACKEND_FAILURE_47": "{1}; look whether it is mounted and the path is right.",
     # Transfers.
     "IMPORT_ERROR_PREMATURE_EOF": "The body ended after {1} of {0} bytes; "
     "nothing was changed: send it again.",

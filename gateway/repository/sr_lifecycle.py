@@ -16,7 +16,20 @@ from gateway.core.refs import NULL_REF, is_uuid, new_ref, new_uuid
 from gateway.repository.attachments import MARKED_KEY, Attachments, is_writable, read_copy
 from gateway.repository.repository import Repository
 
-_NOT_EMPTY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+# What a wrong path leads to: the caller's mistake, not the storage's.
+_WRONG_PLACE: Final = frozenset(
+    {
+        errno.ENOTEMPTY,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    }
+)
 
 
 class SRLifecycle(Attachments):
@@ -35,7 +48,8 @@ class SRLifecycle(Attachments):
     ) -> str:
         """Make an SR in an empty or absent directory and attach it writable; its reference.
 
-        Raises OPERATION_NOT_ALLOWED if there is something in the directory, SR_BACKEND_FAILURE_*, OSError.
+        Raises OPERATION_NOT_ALLOWED if there is something in the directory or it can't be made,
+        SR_BACKEND_FAILURE_*, OSError.
         """
         location = _normalised(path)
         sr = SR(
@@ -54,7 +68,7 @@ class SRLifecycle(Attachments):
                 location, sr.uuid, self.leases, who=self._who, files=self._files
             )
         except OSError as error:
-            if error.errno not in _NOT_EMPTY:
+            if error.errno not in _WRONG_PLACE:
                 raise
             raise XenAPIError("OPERATION_NOT_ALLOWED", f"{location}: {error.strerror}") from error
         with trio.CancelScope(shield=True):

@@ -44,6 +44,17 @@ def test_a_path_is_meant_from_where_the_command_runs(gateway: RunningGateway, tm
     assert (tmp_path / "here").is_dir()
 
 
+@pytest.mark.parametrize("place", ["no/such/parent", "file/sr", "full"])
+def test_a_directory_that_cannot_become_an_sr_is_refused_by_its_path(
+    gateway: RunningGateway, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").touch()
+    assert str(tmp_path / place) in refused(gateway.command("sr-create", str(tmp_path / place)))
+    assert gateway.call("SR.get_all") == []
+
+
 def test_vdi_create_prints_the_uuid_alone(with_sr: RunningGateway, tmp_path: Path) -> None:
     done = with_sr.command("vdi-create", "first", "10MiB", "--description", "ein Überrest")
     assert (done.returncode, done.stderr) == (0, "")
@@ -88,7 +99,7 @@ def test_without_an_sr_vdi_create_says_how_to_make_one(gateway: RunningGateway) 
 
 def test_a_refusal_of_the_gateway_is_its_sentence_and_its_code(with_sr: RunningGateway) -> None:
     line = refused(with_sr.command("vdi-create", "huge", "3000GiB"))
-    assert "larger than the maximum" in line
+    assert "3221225472000 bytes" in line
     assert "(VDI_TOO_LARGE from VDI.create)" in line
 
 
