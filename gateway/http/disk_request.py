@@ -8,7 +8,7 @@ elsewhere.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
@@ -77,16 +77,18 @@ class DiskServices:
         return cls(inventory, tasks, sessions, limits, slots, threads, Publications())
 
     @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Be one of the transfers. Raises Refusal when there are as many as are allowed."""
+    def slot(self, identity: "Identity") -> Iterator[None]:
+        """Be one of the transfers; the session doesn't expire meanwhile. Raises Refusal at the limit."""
         holder = object()
         try:
             self.slots.acquire_on_behalf_of_nowait(holder)
         except trio.WouldBlock:
             error = XenAPIError("TOO_MANY_TRANSFERS", str(self.limits.transfers))
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error, _RETRY_AFTER) from None
+        used = nullcontext() if identity.session is None else self.sessions.in_use(identity.session)
         try:
-            yield
+            with used:
+                yield
         finally:
             self.slots.release_on_behalf_of(holder)
 
@@ -180,10 +182,21 @@ class DiskRequest:
         raise Refusal(status, XenAPIError(*reason))
 
     def require_raw(self) -> None:
-        """Raw is the only format, and the one that is meant when none is named."""
+        """Raw is the only format, and the one that is meant when none is named.
+
+        What else changes the meaning of the bytes is refused too: a chunked body (xapi tests the parameter's
+        presence alone) would be written with its chunk headers, and a delta isn't the disk.
+        """
         name = self._request.parameter("format")
         if name is not None and name.lower() != "raw":
             raise Refusal(HTTPStatus.NOT_FOUND, XenAPIError("IMPORT_ERROR_UNKNOWN_FORMAT", name[:50]))
+        for other in ("chunked", "base"):
+            if other in self._request.query or other in self._request.cookies:
+                reason = "only whole disks as they are can be sent, leave the parameter out"
+                error = XenAPIError(
+                    "VALUE_NOT_SUPPORTED", other, self._request.parameter(other) or "", reason
+                )
+                raise Refusal(HTTPStatus.NOT_FOUND, error)
 
     def require_here(self, vdi: "VDI") -> None:
         """This gateway reaches the VDI's SR; else 302 to the host that does, or 503."""

@@ -63,7 +63,7 @@ class ExportRawVDI:
         elif request.method == "HEAD":
             await connection.respond_head(HTTPStatus.OK, _headers(vdi, vdi.virtual_size))
         else:
-            with self._services.slot():
+            with self._services.slot(identity):
                 vdi, lease = await self._lease(asked, vdi.ref, identity, task)
                 try:
                     await self._answer(_Download(connection, request, asked, identity, vdi, lease), task)

@@ -64,7 +64,7 @@ class ImportRawVDI:
             text = b"nothing was sent: the VDI and the task are as they were; send the disk with its length\n"
             await connection.respond(HTTPStatus.OK, text, OCTETS)
             return
-        with self._services.slot():
+        with self._services.slot(identity):
             lease = await asked.lease(vdi, LeaseMode.REPLACE, identity, task, "import")
             try:
                 task = task or await asked.new_task(identity, "import", f"import into VDI {vdi.uuid}")

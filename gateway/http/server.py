@@ -75,7 +75,6 @@ class Server:
         self._limits: Final = limits
         self._connections: set[Connection] = set()
         self._accepting = trio.CancelScope()
-        self._running = trio.CancelScope()
 
     @property
     def connection_count(self) -> int:
@@ -89,21 +88,20 @@ class Server:
     ) -> None:
         """Accept and serve until stop() or cancellation. Closes the listening sockets."""
         try:
-            with self._running:
-                async with trio.open_nursery() as connections:
-                    with self._accepting:
-                        async with trio.open_nursery() as accepting:
-                            for listener in listeners:
-                                listener.socket.setblocking(False)
-                                accepting.start_soon(self._accept, listener, connections)
-                            task_status.started()
-                    _close_all(listeners)
-                    with trio.move_on_after(self._limits.shutdown_seconds):
-                        while self._connections:
-                            for connection in list(self._connections):
-                                connection.stop()
-                            await trio.sleep(0.02)
-                    connections.cancel_scope.cancel()
+            async with trio.open_nursery() as connections:
+                with self._accepting:
+                    async with trio.open_nursery() as accepting:
+                        for listener in listeners:
+                            listener.socket.setblocking(False)
+                            accepting.start_soon(self._accept, listener, connections)
+                        task_status.started()
+                _close_all(listeners)
+                with trio.move_on_after(self._limits.shutdown_seconds):
+                    while self._connections:
+                        for connection in list(self._connections):
+                            connection.stop()
+                        await trio.sleep(0.02)
+                connections.cancel_scope.cancel()
         finally:
             _close_all(listeners)
 

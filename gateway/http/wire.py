@@ -28,7 +28,6 @@ from gateway.transfers.body import BodyReset, BodyStalled, Bytes, SinkClosed, Si
 _LOW_WATER: Final = 256 << 10
 _TLS_RECORD_SLACK: Final = 32 << 10  # OpenSSL may hold one record (16 KiB and overhead) that poll can't see
 _FILE_PIECE: Final = 256 << 10
-_SENDFILE_PIECE: Final = 64 << 20
 _ZEROES_LENGTH: Final = 16 << 20
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _PEER_GONE: Final = frozenset(
@@ -298,7 +297,7 @@ class ThreadWire:
             if self._aborted:
                 raise TransferAborted
             try:
-                sent = os.sendfile(out, fd, offset, min(end - offset, _SENDFILE_PIECE))
+                sent = os.sendfile(out, fd, offset, end - offset)
             except BlockingIOError:
                 if not self._wait(select.POLLOUT, self._idle):
                     raise SinkStalled(self._idle) from None

@@ -19,8 +19,8 @@ from gateway.transfers.thread import run_abortable
 if TYPE_CHECKING:
     from gateway.core.leases import Lease
 
-# A hole may be terabytes: it is sent in pieces, so that the progress moves.
-_HOLE_PIECE: Final = 64 << 20
+# A run of a file or a hole may be terabytes: it is sent in pieces, so that the progress moves.
+_PIECE: Final = 16 << 20
 
 
 def raw_entity_tag(content_id: str) -> str:
@@ -45,8 +45,7 @@ class RawExport:
         for segment in self._layout.segments(start, stop):
             match segment:
                 case FileRange():
-                    sink.sendfile(segment.fd, segment.offset, segment.length)
-                    self.sent += segment.length
+                    self._send_file(sink, segment)
                 case Hole():
                     self._send_hole(sink, segment.length)
                 case Literal():
@@ -62,9 +61,15 @@ class RawExport:
                     sink.send(buffer[: segment.length])
                     self.sent += segment.length
 
+    def _send_file(self, sink: Sink, run: FileRange) -> None:
+        for done in range(0, run.length, _PIECE):
+            piece = min(run.length - done, _PIECE)
+            sink.sendfile(run.fd, run.offset + done, piece)
+            self.sent += piece
+
     def _send_hole(self, sink: Sink, length: int) -> None:
         while length:
-            piece = min(length, _HOLE_PIECE)
+            piece = min(length, _PIECE)
             sink.zeroes(piece)
             self.sent += piece
             length -= piece

@@ -82,27 +82,25 @@ async def import_raw(
         with cancellation:
             repository = inventory.repository_of(vdi)
             whole = length is None or length == vdi.virtual_size
-            async with repository.staging(lease, whole=whole) as staging:
-                receiver = _Receiver(vdi, body, staging.disk, received, length, excess_wait, whole)
-                try:
+            try:
+                async with repository.staging(lease, whole=whole) as staging:
+                    receiver = _Receiver(vdi, body, staging.disk, received, length, excess_wait, whole)
                     await run_abortable(receiver.run, body, threads)
-                except OSError as error:
-                    if error.errno not in _NO_SPACE:
-                        raise
-                    total, used = await repository.space()
-                    missing = str(received.expected - received.count)
-                    raise XenAPIError("SR_FULL", missing, str(max(0, total - used))) from error
-                # From here on nothing stops the import: a commit is short and happens or doesn't.
-                with (
-                    trio.CancelScope(shield=True),
-                    publications.publishing(vdi.ref, lease.chain.nodes[0].identity),
-                ):
-                    try:
-                        await staging.commit()
-                    finally:
-                        # After a rename the content is new, even if making it durable failed.
-                        if staging.committed is not None:
-                            await inventory.vdi_changed(vdi.ref)
+                    replaced = lease.chain.nodes[0].identity
+                    # From here on nothing stops the import: a commit is short and happens or doesn't.
+                    with trio.CancelScope(shield=True), publications.publishing(vdi.ref, replaced):
+                        try:
+                            await staging.commit()
+                        finally:
+                            # After a rename the content is new, even if making it durable failed.
+                            if staging.committed is not None:
+                                await inventory.vdi_changed(vdi.ref)
+            except OSError as error:
+                if error.errno not in _NO_SPACE:
+                    raise
+                total, used = await repository.space()
+                free = str(max(0, total - used))
+                raise XenAPIError("SR_FULL", str(received.expected), free) from error
         if cancellation.cancelled_caught:
             raise XenAPIError("TASK_CANCELLED", task.ref)
         operation.result = f"<value>{vdi.ref}</value>"

@@ -28,6 +28,7 @@ from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server, listen
 from gateway.images.chain import open_chain_files, open_disk
+from gateway.images.files import FILES, FileCalls
 from gateway.repository.inventory import Inventory
 
 MIB = 1 << 20
@@ -229,7 +230,11 @@ def routes(services: DiskServices) -> Routes:
 
 @asynccontextmanager
 async def open_gate(
-    directory: Path, tls: ssl.SSLContext | None = None, **changed_limits: float
+    directory: Path,
+    tls: ssl.SSLContext | None = None,
+    *,
+    files: FileCalls = FILES,
+    **changed_limits: float,
 ) -> AsyncIterator[Gate]:
     limits = replace(LIMITS, **changed_limits)  # type: ignore[arg-type]
     events = Events()
@@ -241,7 +246,7 @@ async def open_gate(
     await users.create("reader", "secret", Role.READ_ONLY)
     sessions = await Sessions.load(database, users, limits=limits)
     tasks = await Tasks.load(database, events, limits=limits)
-    async with Inventory.open(records, Leases(limits), events, who="test") as inventory:
+    async with Inventory.open(records, Leases(limits), events, who="test", files=files) as inventory:
         gate = Gate(inventory, tasks, users, sessions)
         gate.directory = directory / "sr"
         gate.sr = await inventory.sr_create("local", str(gate.directory))

@@ -1,14 +1,17 @@
 """PUT /import_raw_vdi: what the body becomes, what the answer says, what the task says."""
 
+import errno
 import os
 import ssl
+from pathlib import Path
 
 import pytest
 import trio
 
 from gateway.core.tasks import TaskStatus
 from gateway.http.import_raw_vdi import LAST_LINE_BYTES
-from tests.http.gate import MIB, Gate, until
+from gateway.images.files import Buffer, FileCalls
+from tests.http.gate import MIB, Gate, open_gate, until
 
 
 @pytest.mark.parametrize("image_format", ["vhd", "raw"])
@@ -139,6 +142,50 @@ async def test_too_long_a_body_fails_before_it_was_sent_and_the_client_hears_it(
         answer = await client.answer()
     assert not answer.whole
     assert answer.text.startswith("failure VDI_TOO_SMALL")
+
+
+class Failing(FileCalls):
+    """The file calls of an SR that fail from the moment they are told to."""
+
+    def __init__(self) -> None:
+        self.write_error = self.sync_error = 0
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        if self.write_error and len(data) > 4096:
+            raise OSError(self.write_error, os.strerror(self.write_error))
+        super().pwrite(fd, data, offset)
+
+    def sync(self, fd: int) -> None:
+        if self.sync_error:
+            raise OSError(self.sync_error, os.strerror(self.sync_error))
+        super().sync(fd)
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "code"),
+    [
+        ("write_error", errno.ENOSPC, "SR_FULL"),
+        ("write_error", errno.EDQUOT, "SR_FULL"),
+        ("write_error", errno.EIO, "VDI_IO_ERROR"),
+        ("sync_error", errno.ENOSPC, "SR_FULL"),
+        ("sync_error", errno.EIO, "VDI_IO_ERROR"),
+    ],
+)
+async def test_failing_storage_has_its_code_and_keeps_the_old_content(
+    tmp_path: Path, when: str, number: int, code: str
+) -> None:
+    files = Failing()
+    async with open_gate(tmp_path, files=files) as gate:
+        vdi, old, task = await gate.vdi(), os.urandom(4 * MIB), await gate.task()
+        assert (await gate.ask("PUT", gate.target(vdi), body=old)).whole
+        setattr(files, when, number)
+        answer = await gate.ask("PUT", gate.target(vdi, task_id=task.ref), body=os.urandom(4 * MIB))
+        assert not answer.whole
+        assert answer.text.startswith(f"failure {code}: ")
+        assert gate.tasks.get(task.ref).error_info[0] == code
+        setattr(files, when, 0)
+        assert gate.content(vdi) == old
+        assert gate.staged() == []
 
 
 async def test_a_stalled_client_is_given_up(gate: Gate) -> None:

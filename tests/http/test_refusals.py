@@ -167,6 +167,12 @@ async def test_format_is_raw_in_any_case_or_404(gate: Gate) -> None:
     await refused(gate, 404, "IMPORT_ERROR_UNKNOWN_FORMAT", gate.target(vdi, format="vmdk"))
 
 
+async def test_chunks_and_deltas_are_never_taken_for_a_raw_disk(gate: Gate) -> None:
+    vdi = await gate.vdi()
+    for parameter in ("chunked", "chunked=false", "base=" + UNKNOWN):
+        await refused(gate, 404, "VALUE_NOT_SUPPORTED", f"{gate.target(vdi)}&{parameter}")
+
+
 async def elsewhere(gate: Gate, address: str) -> str:
     """A VDI in an SR that only another host has; its reference."""
     records = gate.inventory.records
