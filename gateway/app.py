@@ -5,6 +5,7 @@ directory is locked before anything in it is touched, the addresses are bound be
 port in use is told at once, and the ready line comes last, when a client would be answered.
 """
 
+import ctypes
 import ipaddress
 import os
 import signal
@@ -54,6 +55,11 @@ log = structlog.get_logger("gateway.app")
 RENEWAL_SECONDS = 12 * 3600.0
 
 
+# malloc.h: the parameter of mallopt; fixing the threshold also ends its growth.
+_M_MMAP_THRESHOLD: Final = -3
+MMAP_THRESHOLD: Final = 256 << 10
+
+
 class ServeRefused(Exception):  # noqa: N818  it says what happened, like the errors of the core
     """The gateway can't start: one line that says why and what to do."""
 
@@ -74,6 +80,7 @@ def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. `ready` gets one line once clients are answered. ServeRefused, if not."""
     os.umask(0o077)
     configure(settings.log_level)
+    give_memory_back()
     try:
         state = StateDirectory.take(settings.state_dir)
     except StateError as error:
@@ -93,6 +100,19 @@ def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
             state=state, plain=plain, encrypted=encrypted, context=context, password=password, ready=ready
         )
         trio.run(gateway.run)
+
+
+def give_memory_back() -> None:
+    """Makes glibc return large buffers to the system as soon as they are freed.
+
+    Left alone it raises its threshold for mmap with the first large buffer that is freed, and from then on
+    keeps them in its arenas: after eight uploads at once the process stayed at 117 MiB instead of 72.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return  # Another C library, with other habits.
+    mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def _listen_all(
@@ -164,6 +184,10 @@ class _Gateway:
             database = await Database.open(self.state.database)
         except DatabaseUnusable as error:
             raise ServeRefused(str(error)) from error
+        except OSError as error:
+            raise ServeRefused(
+                f"{self.state.database}: {error.strerror}; make it readable and writable for this user"
+            ) from error
         try:
             events = Events(entries=self.limits.event_entries)
             records = await Records.load(
