@@ -111,7 +111,7 @@ def check_files(paths: list[Path], expectation: Expectation, state: object, *, q
         expectation.check(read_by_qemu(paths[0]), "qemu", state)
 
 
-def go_on(path: Path, rng: random.Random) -> None:
+def go_on(path: Path, rng: random.Random, expectation: Expectation, *, alone: bool) -> None:
     """After a crash the image can be written to as if nothing had been."""
     before = bytearray(read_by_us(path))
     disk = open_leaf(path, writable=True)
@@ -123,6 +123,14 @@ def go_on(path: Path, rng: random.Random) -> None:
     disk.close()
     assert read_by_us(path) == before
     assert check_vhd(str(path)).errors == ()
+    if not alone:
+        return
+    # qemu looks at no bitmap: it sees an unflushed write too, but nothing that only lies there.
+    theirs = read_by_qemu(path)
+    for sector in range(len(before) // SECTOR):
+        value = theirs[sector * SECTOR : (sector + 1) * SECTOR]
+        if value != before[sector * SECTOR : (sector + 1) * SECTOR]:
+            assert expectation.allows(sector, value), sector
 
 
 class Work:
@@ -186,7 +194,7 @@ def run_in_place(
     qemu_every: int,
     go_on_every: int,
     sessions: int = 2,
-    requests: int = 12,
+    requests: int = 10,
 ) -> None:
     """Write to the image names[0] in place, then look at every way in which a crash may leave it."""
     before = read_by_us(scene.root / names[0])
@@ -202,7 +210,7 @@ def run_in_place(
         paths = [state.directory / name for name in names]
         check_files(paths, expectation, state, qemu=number % qemu_every == 0)
         if number % go_on_every == 0:
-            go_on(paths[0], scene.rng)
+            go_on(paths[0], scene.rng, expectation, alone=len(paths) == 1)
     assert expectation.current == read_by_us(scene.root / names[0])
 
 
@@ -241,13 +249,13 @@ class TestWritingInPlace:
 
     @pytest.mark.long
     @pytest.mark.timeout(1800)
-    @pytest.mark.parametrize("seed", range(12))
+    @pytest.mark.parametrize("seed", range(4))
     def test_loses_nothing_that_was_flushed_in_many_states(
         self, tmp_path: Path, make: Make, block_size: int, seed: int
     ) -> None:
         scene = Scene(tmp_path, seed)
         names = make(scene, block_size)
-        run_in_place(scene, names, per_point=10, qemu_every=10, go_on_every=7, sessions=3, requests=40)
+        run_in_place(scene, names, per_point=4, qemu_every=25, go_on_every=15, sessions=3, requests=25)
 
 
 def test_writing_into_a_large_image_grows_it_in_steps_that_a_crash_forgives(tmp_path: Path) -> None:

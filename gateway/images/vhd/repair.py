@@ -181,7 +181,7 @@ class _Repair:
             # The footer goes behind the cut block; where it was, the block reads as zeroes.
             self.files.pwrite(self.fd, image.footer.pack(), end)
             self._sync(f"wrote the footer at {end}, so that the cut block ends before it")
-            self.files.pwrite(self.fd, bytes(FOOTER_SIZE), image.data_end)
+            self.files.pwrite(self.fd, bytes(min(FOOTER_SIZE, end - image.data_end)), image.data_end)
             self._sync(f"filled {end - image.data_end} lost bytes at {image.data_end} with zeroes")
         for block in lost:
             entry_offset = image.header.table_offset + 4 * block
@@ -219,7 +219,7 @@ class _Repair:
         if len(stored_name) > SECTOR - 2:
             return
         locators, places = self._place_locators(image, header, parent)
-        end = max(offset + SECTOR for offset, _ in places)
+        end = max(offset + len(data) for offset, data in places)
         if end > image.footer_offset:
             self._move_footer(image.footer, image.footer_offset, round_up_to_sector(end))
         for offset, data in places:
@@ -235,7 +235,7 @@ class _Repair:
         """Return the new locators and where their data goes: in its old place, or before a new footer."""
         old = {locator.platform: locator for locator in header.locators}
         assert image.footer_offset is not None
-        free = image.footer_offset
+        free = round_up_to_sector(image.footer_offset)
         locators: list[ParentLocator] = []
         places: list[tuple[int, bytes]] = []
         for platform in LOCATOR_PLATFORMS:
