@@ -19,6 +19,7 @@ from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
 from gateway.http.byte_ranges import ByteRange, UnsatisfiableRange, is_unchanged, requested_range
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
+from gateway.http.wire import WireBroken
 from gateway.images.errors import ImageError
 from gateway.transfers.body import SinkClosed, SinkStalled
 from gateway.transfers.export_raw import RawExport, open_raw_export, raw_entity_tag
@@ -117,7 +118,9 @@ class ExportRawVDI:
             except (OSError, ImageError, XenAPIError) as failure:
                 # The client sees it by the missing bytes; there is no other way to say it any more.
                 download.connection.break_off()
-                log.info("export failed", vdi=vdi.uuid, error=as_xenapi_error(failure).error_info)
+                told = as_xenapi_error(failure)
+                say = log.debug if told.code == "TASK_CANCELLED" else log.info
+                say("export ended early", vdi=vdi.uuid, error=told.error_info)
 
     async def _send_under(
         self, task: "Task", download: "_Download", export: RawExport, vdi: "VDI", wanted: ByteRange | None
@@ -149,11 +152,11 @@ class ExportRawVDI:
         if wanted is not None:
             status = HTTPStatus.PARTIAL_CONTENT
             headers.append(("content-range", wanted.content_range(export.size)))
-        await connection.respond_head(status, headers)
         sink = connection.take_sink()
         try:
+            await connection.respond_head(status, headers)
             await export.transfer(sink, start, stop, self._services.threads)
-        except SinkClosed as closed:
+        except (SinkClosed, WireBroken, trio.TooSlowError) as closed:
             log.debug("the client dropped its download", vdi=vdi.uuid, sent=export.sent, why=str(closed))
             connection.break_off()
             if task is not None:
@@ -164,7 +167,7 @@ class ExportRawVDI:
             raise XenAPIError("EXPORT_ERROR_CLIENT_STALLED", f"{stalled.seconds:g}") from stalled
         finally:
             sink.close()
-            connection.sent(export.sent)
+            connection.sent(sink.sent)
 
 
 @dataclass(frozen=True, slots=True)

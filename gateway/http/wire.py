@@ -172,6 +172,7 @@ class ThreadWire:
         self._socket: Final = sock
         self._is_tls: Final = tls
         self._idle: Final = idle_seconds
+        self.sent = 0
         self._first = memoryview(first)
         self._aborted = False
         self._low_water = 1
@@ -276,7 +277,9 @@ class ThreadWire:
                 raise TransferAborted
             events = select.POLLOUT
             try:
-                rest = rest[self._socket.send(rest) :]
+                sent = self._socket.send(rest)
+                rest = rest[sent:]
+                self.sent += sent
                 continue
             except (BlockingIOError, ssl.SSLWantWriteError):
                 pass
@@ -309,6 +312,7 @@ class ThreadWire:
             if not sent:
                 raise OSError(errno.EIO, f"the image file ends at {offset}, before {end}")
             offset += sent
+            self.sent += sent
 
     def _send_file_encrypted(self, fd: int, offset: int, length: int) -> None:
         if self._scratch is None:

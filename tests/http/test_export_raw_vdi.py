@@ -1,15 +1,18 @@
 """GET and HEAD /export_raw_vdi: bytes, ranges, tags, tasks, and clients that go or stop."""
 
 import os
+import socket
 import ssl
+import struct
 
 import pytest
+import structlog
 import trio
 
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.tasks import TaskStatus
-from tests.http.gate import MIB, Answer, Gate
+from tests.http.gate import MIB, Answer, Gate, until
 from tests.http.test_refusals import UNKNOWN, basic
 
 DATA = os.urandom(MIB) + bytes(2 * MIB) + os.urandom(100) + bytes(70_000) + os.urandom(MIB - 70_100)
@@ -172,6 +175,22 @@ async def test_a_dropped_download_cancels_its_task_quietly_and_frees_the_disk(
     lease = await gate.inventory.lease(vdi, LeaseMode.WRITE, Holder("test", "destroy", vdi.ref))
     lease.release()
     await lease.released()
+
+
+async def test_a_client_that_goes_before_the_head_is_no_failure_of_the_gateway(gate: Gate) -> None:
+    vdi, task = await gate.vdi(), await gate.task()
+    writer = await gate.inventory.lease(vdi, LeaseMode.WRITE, Holder("test", "nbd", vdi.ref))
+    with structlog.testing.capture_logs() as logs:
+        async with gate.client() as client:
+            await client.head("GET", gate.target(vdi, "export_raw_vdi", task_id=task.ref))
+            assert isinstance(client.stream, trio.SocketStream)
+            client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await until(lambda: gate.services.slots.borrowed_tokens == 1)
+        writer.release()
+        ended = await gate.ended(task.ref)
+        await until(lambda: not gate.server.connection_count)
+    assert ended.status is TaskStatus.CANCELLED
+    assert not [entry for entry in logs if entry["log_level"] == "error"], logs
 
 
 async def test_a_client_that_stops_reading_is_cut_off(gate: Gate) -> None:

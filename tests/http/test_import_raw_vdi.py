@@ -2,7 +2,9 @@
 
 import errno
 import os
+import socket
 import ssl
+import struct
 from pathlib import Path
 
 import pytest
@@ -223,7 +225,7 @@ async def test_a_reset_during_the_body_fails_the_task(gate: Gate) -> None:
         await client.send(b"\x55" * MIB)
         await until(lambda: gate.tasks.get(task.ref).progress >= 0.25)
         assert isinstance(client.stream, trio.SocketStream)
-        client.stream.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER: close with a reset
+        client.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     await gate.ended(task.ref)
     assert gate.tasks.get(task.ref).error_info == ("IMPORT_ERROR_PREMATURE_EOF", "4194304", "1048576")
 
