@@ -1,73 +1,252 @@
-"""Every limit of the gateway in one place, each with its reason. Times are seconds, sizes are bytes."""
+"""Every limit of the gateway in one place, each with its unit, its range and its reason.
 
-from dataclasses import dataclass
+Times are seconds, sizes are bytes. The reasons are data: `config-show` and the configuration reference print
+them. All objects of one gateway share one Limits and read it whenever they need it; SIGHUP changes it in
+place. The trap: whoever copies a value keeps the old one.
+"""
 
-KIB = 1024
-MIB = 1024 * KIB
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+DAY: Final = 24 * 3600.0
 
 
-@dataclass(frozen=True, slots=True)
+class Unit(Enum):
+    """What a limit counts."""
+
+    SECONDS = "seconds"
+    BYTES = "bytes"
+    NUMBER = "number"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What is known of one limit. `name` is its attribute of Limits, `key` what the configuration calls it.
+
+    A limit that isn't `live` is read once at the start.
+    """
+
+    name: str
+    key: str
+    unit: Unit
+    default: float
+    least: float
+    most: float
+    reason: str
+    live: bool
+
+
+_ABOUT: Final = "limit"
+
+
+def _limit(
+    default: float,
+    reason: str,
+    *,
+    unit: Unit,
+    within: tuple[float, float],
+    key: str = "",
+    live: bool = True,
+) -> Any:
+    about = {"reason": reason, "unit": unit, "within": within, "key": key, "live": live}
+    return field(default=default, metadata={_ABOUT: about})
+
+
+def _seconds(
+    default: float, within: tuple[float, float], reason: str, *, key: str = "", live: bool = True
+) -> Any:
+    return _limit(default, reason, unit=Unit.SECONDS, within=within, key=key, live=live)
+
+
+def _bytes(default: int, within: tuple[int, int], reason: str, *, key: str = "") -> Any:
+    return _limit(default, reason, unit=Unit.BYTES, within=within, key=key)
+
+
+def _number(default: int, within: tuple[int, int], reason: str, *, live: bool = True) -> Any:
+    return _limit(default, reason, unit=Unit.NUMBER, within=within, live=live)
+
+
+@dataclass(slots=True)
 class Limits:
-    """The defaults suit one gateway with a few dozen clients; tests make their own."""
+    """The defaults suit one gateway with a few dozen clients; tests make their own, of any value."""
 
-    # A close reaches us a little late (nbdkit, FUSE and HTTP all tear down asynchronously), so asking for a
-    # lease waits as long as that takes, and no longer than a person accepts before an answer.
-    lease_wait: float = 5.0
+    lease_wait: float = _seconds(
+        5.0,
+        (0, 600),
+        "a close reaches the gateway a little late, so a disk in use is waited for as long as that takes,"
+        " and no longer than a person accepts before an answer",
+    )
 
-    # A client that sends nothing for so long is gone: a TCP peer that lost its power never says so.
-    transfer_idle: float = 60.0
-    # All headers must have come by then: a client that dribbles them holds a connection for nothing.
-    header_seconds: float = 15.0
-    # A session, a task and a VDI reference in the query take 230 bytes; 64 KiB leave room for every cookie
-    # jar.
-    header_bytes: int = 64 * KIB
-    # Between two requests on one connection; longer than a browser's poll, shorter than a firewall's memory.
-    keepalive_idle: float = 60.0
-    # Below the usual limit of 1024 descriptors, with room for the image files of every chain.
-    connections: int = 512
-    # Each holds a worker thread and a buffer; more of them only make each slower.
-    transfers: int = 16
-    # XenAPI calls are small; an uploader sends its disks over HTTP.
-    rpc_body_bytes: int = 4 * MIB
-    # After a refusal the body that is already under way is read and thrown away, or the reset would eat our
-    # answer.
-    refusal_drain_bytes: int = 16 * MIB
-    refusal_drain_seconds: float = 5.0
-    # With no length given, bytes past the virtual size may still come; so long is waited for the one that
-    # proves it.
-    excess_wait: float = 1.0
-    # What stops with SIGTERM gets so long to end in order.
-    shutdown_seconds: float = 10.0
+    transfer_idle: float = _seconds(
+        60.0,
+        (1, DAY),
+        "a client that sends or takes nothing for so long is gone: a peer that lost its power never says so",
+    )
+    header_seconds: float = _seconds(
+        15.0,
+        (1, 600),
+        "a request's whole head must have come by then: a client that dribbles it holds a connection for"
+        " nothing",
+        key="header_time",
+    )
+    header_bytes: int = _bytes(
+        64 * KIB,
+        (1 * KIB, 1 * MIB),
+        "a session, a task and a VDI reference in the query take 230 bytes; this has room for cookies too",
+        key="header_size",
+    )
+    keepalive_idle: float = _seconds(
+        60.0,
+        (1, DAY),
+        "between two requests on one connection: longer than a client's poll, shorter than a firewall's"
+        " memory",
+    )
+    connections: int = _number(
+        512,
+        (1, 100_000),
+        "below the usual limit of 1024 descriptors, with room for the image files of every chain",
+    )
+    transfers: int = _number(
+        16,
+        (1, 1024),
+        "each holds a worker thread and a buffer, and more of them only make each slower",
+    )
+    rpc_body_bytes: int = _bytes(
+        4 * MIB,
+        (4 * KIB, 64 * MIB),
+        "XenAPI calls are small; disks come over other paths",
+        key="rpc_body_size",
+    )
+    refusal_drain_bytes: int = _bytes(
+        16 * MIB,
+        (0, 1024 * MIB),
+        "after a refusal so much of the body that is under way is read and thrown away, or the reset would"
+        " eat the answer",
+        key="refusal_drain_size",
+    )
+    refusal_drain_seconds: float = _seconds(
+        5.0,
+        (0, 600),
+        "and no longer than this",
+        key="refusal_drain_time",
+    )
+    excess_wait: float = _seconds(
+        1.0,
+        (0, 60),
+        "of an upload without a length bytes past the virtual size may still come; so long is waited for the"
+        " one that proves it",
+    )
+    shutdown_seconds: float = _seconds(
+        10.0,
+        (0, 3600),
+        "requests and transfers get so long to end when the gateway is stopped, before they are cancelled",
+        key="shutdown_time",
+    )
 
-    # Holders of leases come back within a second of a restart; those who have not after this are dead.
-    announce_seconds: float = 10.0
-    # xapi keeps finished tasks for a day too.
-    task_keep_seconds: float = 24 * 3600.0
-    # A task record is about 1 KiB, and a list of more helps nobody.
-    task_keep: int = 1000
-    # Progress is asked for once a second; more events than that would only wake clients up.
-    task_progress_seconds: float = 1.0
+    announce_seconds: float = _seconds(
+        10.0,
+        (0, 600),
+        "holders of leases come back within a second of a restart; those who have not after this are dead",
+        key="announce_time",
+        live=False,
+    )
+    task_keep_seconds: float = _seconds(
+        DAY,
+        (1, 365 * DAY),
+        "xapi keeps finished tasks for a day too",
+        key="task_keep_time",
+    )
+    task_keep: int = _number(
+        1000,
+        (1, 100_000),
+        "a finished task takes about 1 KiB, and a list of more helps nobody; also the most pending tasks that"
+        " clients may make",
+    )
+    task_progress_seconds: float = _seconds(
+        1.0,
+        (0.1, 60),
+        "progress is asked for once a second; more events than that would only wake clients up",
+        key="task_progress_interval",
+    )
 
-    # xapi's default.
-    session_idle: float = 24 * 3600.0
-    # Being used is written down at most this often: a restart may shorten a session by as much.
-    session_touch_seconds: float = 60.0
-    # Clients that never log out must not fill the memory; each user's least recently used session goes.
-    sessions_per_user: int = 500
+    session_idle: float = _seconds(DAY, (60, 365 * DAY), "xapi's default")
+    session_touch_seconds: float = _seconds(
+        60.0,
+        (1, 3600),
+        "that a session was used is written down at most this often: a restart may shorten one by as much",
+        key="session_touch_interval",
+    )
+    sessions_per_user: int = _number(
+        500,
+        (1, 100_000),
+        "clients that never log out must not fill the memory; each user's least recently used session goes",
+    )
 
-    # A verified Basic password is believed so long without another hash.
-    basic_cache_seconds: float = 600.0
-    basic_cache_entries: int = 1024
-    # A wrong password costs this, doubled with each further one up to the maximum.
-    password_delay_first: float = 0.25
-    password_delay_maximum: float = 4.0
-    # Wrong passwords are forgotten after so long without another one.
-    password_delay_forget: float = 300.0
-    # So many users and so many addresses are remembered; the longest untouched go.
-    password_delay_entries: int = 4096
-    # An address whose attempts have queued up for longer is refused at once: waiting must not pile up
-    # connections.
-    password_queue_seconds: float = 30.0
+    basic_cache_seconds: float = _seconds(
+        600.0,
+        (0, DAY),
+        "a verified Basic password is believed so long without another hash",
+        key="basic_cache_time",
+    )
+    basic_cache_entries: int = _number(1024, (1, 100_000), "of so many different credentials")
+    password_delay_first: float = _seconds(
+        0.25,
+        (0, 60),
+        "the first wrong password costs this, each further one twice as much",
+    )
+    password_delay_maximum: float = _seconds(
+        4.0,
+        (0, 600),
+        "up to this: a guesser gets nowhere, and a person who mistyped waits for it",
+    )
+    password_delay_forget: float = _seconds(
+        300.0,
+        (1, DAY),
+        "wrong passwords are forgotten after so long without another one",
+    )
+    password_delay_entries: int = _number(
+        4096,
+        (16, 1_000_000),
+        "so many users and so many addresses are remembered; the longest untouched go",
+    )
+    password_queue_seconds: float = _seconds(
+        30.0,
+        (1, 600),
+        "an address whose attempts have queued up for longer is refused at once: waiting must not pile up"
+        " connections",
+        key="password_queue_time",
+    )
 
-    # Changes of so many objects are remembered for event.from; a client that comes later starts again.
-    event_entries: int = 16384
+    event_entries: int = _number(
+        16384,
+        (16, 1_000_000),
+        "changes of so many objects are remembered for event.from; a client that comes later starts again",
+        live=False,
+    )
+
+    def adopt(self, values: Mapping[str, float]) -> None:
+        """Take other values, by attribute; all that share this object go by them from now on."""
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+def _about(each: Any) -> Limit:
+    about = each.metadata[_ABOUT]
+    least, most = about["within"]
+    return Limit(
+        name=each.name,
+        key=about["key"] or each.name,
+        unit=about["unit"],
+        default=each.default,
+        least=least,
+        most=most,
+        reason=about["reason"],
+        live=about["live"],
+    )
+
+
+LIMITS: Final[tuple[Limit, ...]] = tuple(_about(each) for each in fields(Limits))
