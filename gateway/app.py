@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -31,18 +32,19 @@ from gateway.core.records import Records
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
 from gateway.core.users import Users
+from gateway.http.connection import Connection
 from gateway.http.disk_request import DiskServices
 from gateway.http.export_raw_vdi import ExportRawVDI
 from gateway.http.import_raw_vdi import ImportRawVDI
 from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
-from gateway.http.server import Listener, Server, listen
+from gateway.http.server import Listener, Server, listen, listen_locally
 from gateway.repository.inventory import Inventory
 from gateway.state import ADMINISTRATOR, RunningGateway, StateDirectory, StateError
 from gateway.tls import CertificateError, ReloadableContext
 from gateway.xenapi.classes import CLASSES
-from gateway.xenapi.dispatch import Api, Caller
+from gateway.xenapi.dispatch import LOCAL, Api, Caller
 from gateway.xenapi.estate import Estate
 from gateway.xenapi.jsonrpc import answer_jsonrpc
 from gateway.xenapi.xmlrpc import answer_xmlrpc
@@ -97,7 +99,13 @@ def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
         except OSError as error:
             raise ServeRefused(f"{error.filename or state.path}: {error.strerror}") from error
         gateway = _Gateway(
-            state=state, plain=plain, encrypted=encrypted, context=context, password=password, ready=ready
+            state=state,
+            local=_listen_locally(state, opened),
+            plain=plain,
+            encrypted=encrypted,
+            context=context,
+            password=password,
+            ready=ready,
         )
         trio.run(gateway.run)
 
@@ -134,12 +142,27 @@ def _listen_all(
     return sockets
 
 
+def _listen_locally(state: StateDirectory, opened: ExitStack) -> socket.socket:
+    try:
+        bound = listen_locally(state.socket)
+    except OSError as error:
+        raise ServeRefused(f"can't listen on {state.socket}: {error.strerror}") from error
+    opened.callback(Path(state.socket).unlink, missing_ok=True)
+    opened.callback(bound.close)
+    return bound
+
+
 def _context(settings: ServeSettings, state: StateDirectory) -> ReloadableContext:
     if settings.tls_cert is not None and settings.tls_key is not None:
         given = ServerCertificate(chain=settings.tls_cert, key=settings.tls_key, authority=None)
         return ReloadableContext(lambda: given)
     names = own_names(host for host, _ in settings.https)
     return ReloadableContext(lambda: ensure_server_certificate(state.tls, names))
+
+
+def _caller(request: Request, connection: Connection) -> Caller:
+    transport = LOCAL if request.address == LOCAL else request.scheme
+    return Caller(request.address, transport, connection.ending)
 
 
 def _host_port(host: str, port: int) -> str:
@@ -155,6 +178,7 @@ class _Gateway:
     """One run of the gateway, from a locked state directory and listening sockets to the end."""
 
     state: StateDirectory
+    local: socket.socket
     plain: list[socket.socket]
     encrypted: list[socket.socket]
     context: ReloadableContext | None
@@ -226,11 +250,11 @@ class _Gateway:
         services = DiskServices.for_limits(estate.inventory, estate.tasks, estate.sessions, self.limits)
         api = Api(estate, nursery, CLASSES)
 
-        async def xmlrpc(body: bytes, request: Request) -> bytes:
-            return await answer_xmlrpc(api, body, Caller(request.address, request.scheme))
+        async def xmlrpc(body: bytes, request: Request, connection: Connection) -> bytes:
+            return await answer_xmlrpc(api, body, _caller(request, connection))
 
-        async def jsonrpc(body: bytes, request: Request) -> bytes:
-            return await answer_jsonrpc(api, body, Caller(request.address, request.scheme))
+        async def jsonrpc(body: bytes, request: Request, connection: Connection) -> bytes:
+            return await answer_jsonrpc(api, body, _caller(request, connection))
 
         xml = {"POST": rpc_handler(xmlrpc, XML)}
         return Routes(
@@ -245,7 +269,7 @@ class _Gateway:
         )
 
     def _listeners(self) -> list[Listener]:
-        listeners = [Listener(one) for one in self.plain]
+        listeners = [Listener(one) for one in (self.local, *self.plain)]
         if self.context is not None:
             listeners += [Listener(one, self.context.current) for one in self.encrypted]
         return listeners

@@ -4,6 +4,7 @@
     gateway.sqlite3    sessions, tasks, users, SR and VDI records
     tls/               the authority, the server certificate and their keys
     gateway.json       where the running gateway listens: read by the commands on the same machine
+    xapi.sock          where the running gateway answers its own user without a password
     lock               held by the running gateway, names its process
 
 Standard library only: the small commands read from here without loading the gateway. The trap: the lock is
@@ -78,6 +79,7 @@ class StateDirectory:
         self.password_file = os.path.join(self.path, "admin-password")
         self.database = os.path.join(self.path, "gateway.sqlite3")
         self.tls = os.path.join(self.path, "tls")
+        self.socket = os.path.join(self.path, "xapi.sock")
         self._running = os.path.join(self.path, "gateway.json")
         self._lock = os.path.join(self.path, "lock")
         self._lock_fd: int | None = None

@@ -49,6 +49,7 @@ class Connection:
         self._answered: int | None = None
         self._bytes_sent = 0
         self._stopping = False
+        self._stop = trio.Event()
         self._idle_scope: trio.CancelScope | None = None
 
     # --- the loop
@@ -71,6 +72,7 @@ class Connection:
     def stop(self) -> None:
         """End at the next occasion: at once when no request is being served, else after its answer."""
         self._stopping = True
+        self._stop.set()
         if self._idle_scope is not None:
             self._idle_scope.cancel()
 
@@ -228,6 +230,21 @@ class Connection:
         if self._continue_pending:
             self._continue_pending = False
             await self.send(_CONTINUE)
+
+    async def ending(self) -> None:
+        """Return when there is no use in waiting any more: the client has gone, or the gateway stops.
+
+        For a handler that has read its body and waits for something to tell.
+        """
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await self.wire.gone()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            await self._stop.wait()
+            nursery.cancel_scope.cancel()
 
     async def read_body(self, limit: int) -> bytes:
         """The whole body of up to `limit` bytes. Raises BadRequest (411, 413, 408), WireBroken."""

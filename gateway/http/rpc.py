@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 XML: Final = "text/xml"
 JSON: Final = "application/json"
 
-# Gets the body and the request it came with (for the caller's address and transport), gives the answer's.
-Answer = Callable[[bytes, "Request"], Awaitable[bytes]]
+# Gets the body, the request it came with (for the caller's address and transport) and the connection (to
+# know when nobody waits any more), gives the answer's body.
+Answer = Callable[[bytes, "Request", "Connection"], Awaitable[bytes]]
 
 
 def rpc_handler(answer: Answer, content_type: str) -> "Handler":
@@ -25,6 +26,6 @@ def rpc_handler(answer: Answer, content_type: str) -> "Handler":
 
     async def handle(connection: "Connection", request: "Request") -> None:
         body = await connection.read_body(connection.limits.rpc_body_bytes)
-        await connection.respond(HTTPStatus.OK, await answer(body, request), content_type)
+        await connection.respond(HTTPStatus.OK, await answer(body, request, connection), content_type)
 
     return handle

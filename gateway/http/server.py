@@ -7,8 +7,10 @@ The trap: at the limit a client must be told at once; leaving it in the backlog 
 
 import contextlib
 import errno
+import os
 import socket
 import ssl
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -27,6 +29,8 @@ log = structlog.get_logger("gateway.http")
 
 _BACKLOG: Final = 256
 _PAUSE_WITHOUT_DESCRIPTORS: Final = 0.1
+# struct ucred of socket(7): process, user, group.
+_PEER: Final = struct.Struct("iII")
 _BUSY: Final = b"Too many connections are open; try again later.\n"
 _BUSY_ANSWER: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nretry-after: 5\r\nconnection: close\r\n"
@@ -65,6 +69,31 @@ def listen(host: str, port: int) -> list[socket.socket]:
             opened.close()
         raise
     return sockets
+
+
+def listen_locally(path: str) -> socket.socket:
+    """Bind and listen on a Unix socket that only this user and root may connect to. Raises OSError.
+
+    What is at `path` is removed: the caller knows that nobody listens there any more. The path may be of any
+    length, unlike that of a socket address.
+    """
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name = os.path.basename(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+        # Nobody can connect before listen(), and by then the permissions are right.
+        bound.bind(f"/proc/self/fd/{directory}/{name}")
+        os.chmod(name, 0o600, dir_fd=directory)
+        bound.listen(_BACKLOG)
+        bound.setblocking(False)
+    except BaseException:
+        bound.close()
+        raise
+    finally:
+        os.close(directory)
+    return bound
 
 
 class Server:
@@ -125,6 +154,9 @@ class Server:
             if len(self._connections) >= self._limits.connections:
                 _turn_away(accepted, tls=listener.tls is not None)
                 continue
+            if not _is_welcome(accepted):
+                accepted.close()
+                continue
             try:
                 wire = Wire(accepted, listener.tls() if listener.tls is not None else None)
             except (OSError, ValueError) as error:
@@ -140,6 +172,20 @@ class Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
+
+
+def _is_welcome(accepted: socket.socket) -> bool:
+    """Whether this user may come in: through a Unix socket the gateway's own and root alone may.
+
+    The permissions of the socket say the same; this holds where its directory was opened to others.
+    """
+    if accepted.family != socket.AF_UNIX:
+        return True
+    pid, uid, _ = _PEER.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if uid in {0, os.geteuid()}:
+        return True
+    log.warning("another user came to the local socket and was sent away", uid=uid, process=pid)
+    return False
 
 
 def _turn_away(accepted: socket.socket, *, tls: bool) -> None:

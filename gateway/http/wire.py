@@ -29,6 +29,7 @@ _LOW_WATER: Final = 256 << 10
 _TLS_RECORD_SLACK: Final = 32 << 10  # OpenSSL may hold one record (16 KiB and overhead) that poll can't see
 _FILE_PIECE: Final = 256 << 10
 _ZEROES_LENGTH: Final = 16 << 20
+_FAREWELL_INTERVAL: Final = 1.0
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _PEER_GONE: Final = frozenset(
     {
@@ -142,6 +143,23 @@ class Wire:
                     return
                 limit -= got
                 await trio.lowlevel.checkpoint()
+
+    async def gone(self) -> None:
+        """Return once the other side has closed the connection, or its end of it. Reads nothing.
+
+        Bytes that have come before, such as TLS's word of farewell or the next request, keep the socket
+        readable; behind them the end is looked for once a second.
+        """
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        while True:
+            state = sum(flags for _, flags in poll.poll(0))
+            if state & ~select.POLLIN:
+                return
+            if state:
+                await trio.sleep(_FAREWELL_INTERVAL)
+            else:
+                await trio.lowlevel.wait_readable(self._socket)
 
     def for_thread(self, idle_seconds: float, first: bytes = b"") -> "ThreadWire":
         """The same socket for one worker thread. `first` was received already and belongs to the body.

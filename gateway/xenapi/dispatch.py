@@ -25,7 +25,7 @@ from gateway.xenapi.types import STRINGS, VOID
 from gateway.xenapi.xmlrpc import dump_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from gateway.core.sessions import Identity
     from gateway.core.task import Task
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+LOCAL: Final = "unix"
+"""The transport of calls through the Unix socket, and the address of those who call."""
+
 _ASYNC: Final = "Async."
 _LONGEST_NAME: Final = 100
 """Characters of an unknown method's name that are sent back."""
@@ -41,15 +44,20 @@ _LONGEST_NAME: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Where a call comes from: the peer's address, and the transport ("http", "https" or "unix")."""
+    """Where a call comes from: the peer's address, and the transport ("http", "https" or LOCAL).
+
+    `ending` returns when there is no use in waiting for something to tell: the client has gone, or the
+    gateway stops.
+    """
 
     address: str
     transport: str
+    ending: Callable[[], Awaitable[None]] | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether the caller came through the Unix socket, whose file permissions have let it in."""
-        return self.transport == "unix"
+        return self.transport == LOCAL
 
 
 @dataclass(frozen=True, slots=True)

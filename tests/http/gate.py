@@ -20,6 +20,7 @@ from gateway.core.roles import Role
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Task, Tasks
 from gateway.core.users import Users
+from gateway.http.connection import Connection
 from gateway.http.disk_request import DiskServices
 from gateway.http.export_raw_vdi import ExportRawVDI
 from gateway.http.import_raw_vdi import ImportRawVDI
@@ -212,7 +213,7 @@ class Gate:
         return [path.name for path in (self.directory / ".vdi-gateway" / "staging").iterdir()]
 
 
-async def _echo(body: bytes, request: Request) -> bytes:
+async def _echo(body: bytes, request: Request, _connection: Connection) -> bytes:
     return request.scheme.encode() + b":" + body
 
 

@@ -165,7 +165,7 @@ async def test_secrets_are_masked_in_the_log(gate: Gate) -> None:
 
 
 async def test_an_unexpected_failure_is_500_without_details() -> None:
-    async def fail(_body: bytes, _request: Request) -> bytes:
+    async def fail(_body: bytes, _request: Request, _connection: Connection) -> bytes:
         raise ValueError("the secret detail")
 
     with structlog.testing.capture_logs() as logs:
@@ -215,7 +215,7 @@ async def talk(data: bytes, routes: Routes) -> bytes:
     return said
 
 
-async def _echo(body: bytes, _request: Request) -> bytes:
+async def _echo(body: bytes, _request: Request, _connection: Connection) -> bytes:
     return body
 
 

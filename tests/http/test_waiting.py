@@ -1,0 +1,128 @@
+"""Handlers that wait for something to tell, and the Unix socket."""
+
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+
+from gateway.core.limits import Limits
+from gateway.http import server as server_module
+from gateway.http.connection import Connection
+from gateway.http.request import Request
+from gateway.http.routes import Routes
+from gateway.http.server import Listener, Server, listen, listen_locally
+from tests.http.gate import Client
+
+POST = b"POST / HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\n\r\nx"
+
+
+class Waiting:
+    """A server whose only handler waits for the end of its connection."""
+
+    def __init__(self) -> None:
+        self.began = trio.Event()
+        self.ended = trio.Event()
+        self.server = Server(Routes({"/": {"POST": self.handle}}), Limits(refusal_drain_seconds=1.0))
+
+    async def handle(self, connection: Connection, request: Request) -> None:
+        await connection.read_body(10)
+        self.began.set()
+        await connection.ending()
+        self.ended.set()
+        await connection.respond(HTTPStatus.OK, request.address.encode())
+
+
+@asynccontextmanager
+async def served(*listeners: Listener) -> AsyncIterator[Waiting]:
+    waiting = Waiting()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(waiting.server.run, listeners)
+        yield waiting
+        nursery.cancel_scope.cancel()
+
+
+def tls(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_handler_that_waits_learns_that_its_client_has_gone(
+    encrypted: bool, authority: trustme.CA, trust: ssl.SSLContext
+) -> None:
+    (bound,) = listen("127.0.0.1", 0)
+    context = tls(authority)
+    async with served(Listener(bound, (lambda: context) if encrypted else None)) as waiting:
+        stream: trio.abc.Stream = await trio.open_tcp_stream("127.0.0.1", bound.getsockname()[1])
+        if encrypted:
+            stream = trio.SSLStream(stream, trust, server_hostname="localhost", https_compatible=True)
+        await stream.send_all(POST)
+        await waiting.began.wait()
+        assert not waiting.ended.is_set()
+        await stream.aclose()
+        await waiting.ended.wait()
+
+
+async def test_the_next_request_does_not_hide_that_the_client_has_gone() -> None:
+    (bound,) = listen("127.0.0.1", 0)
+    async with served(Listener(bound)) as waiting:
+        stream = await trio.open_tcp_stream("127.0.0.1", bound.getsockname()[1])
+        await stream.send_all(POST)
+        await waiting.began.wait()
+        await stream.send_all(POST)
+        await stream.aclose()
+        await waiting.ended.wait()
+
+
+async def test_a_handler_that_waits_answers_at_once_when_the_gateway_stops() -> None:
+    (bound,) = listen("127.0.0.1", 0)
+    async with served(Listener(bound)) as waiting:
+        client = Client(await trio.open_tcp_stream("127.0.0.1", bound.getsockname()[1]))
+        await client.send(POST)
+        await waiting.began.wait()
+        waiting.server.stop()
+        answer = await client.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        await client.stream.aclose()
+
+
+async def test_the_unix_socket_takes_the_place_of_a_stale_one_and_is_private(tmp_path: Path) -> None:
+    directory = tmp_path / ("long" * 40)
+    directory.mkdir()
+    path = directory / "xapi.sock"
+    listen_locally(str(path)).close()
+    bound = listen_locally(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    async with served(Listener(bound)) as waiting:
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        opened = os.open(directory, os.O_PATH)
+        await sock.connect(f"/proc/self/fd/{opened}/xapi.sock")
+        os.close(opened)
+        client = Client(trio.SocketStream(sock))
+        await client.send(POST)
+        await waiting.began.wait()
+        waiting.server.stop()
+        assert (await client.answer()).body == b"unix"
+        await client.stream.aclose()
+
+
+async def test_another_user_is_sent_away_from_the_unix_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "xapi.sock")
+    bound = listen_locally(path)
+    stranger = server_module._PEER.pack(1, os.geteuid() + 12345, 1)
+    monkeypatch.setattr(socket.socket, "getsockopt", lambda *_: stranger)
+    async with served(Listener(bound)) as waiting:
+        stream = await trio.open_unix_socket(path)
+        assert await stream.receive_some() == b""
+        assert not waiting.began.is_set()
+        await stream.aclose()
