@@ -1,0 +1,252 @@
+"""Every option of the gateway: its name in the configuration file, its range, its default and the reason.
+
+One table: the file is read by it, and `config-show` prints it. Times and sizes are texts with a unit ("15s",
+"64KiB"). The trap: a default is a value as it is used, not as the file has it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from gateway.core.limits import LIMITS, Limit, Unit
+
+DEFAULT_HTTP: Final = "127.0.0.1:8080"
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("auto", "json", "console")
+
+_SECONDS: Final[Mapping[str, float]] = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES: Final[Mapping[str, float]] = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class WrongValue(Exception):  # noqa: N818  the reason alone: who reads it knows the name
+    """Why a value can't be used, and what can."""
+
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One key of the file. `read` checks what was given and `shown` is its opposite.
+
+    `argument` is its name on the command line, if it has one. What isn't `live` changes by a restart alone.
+    """
+
+    section: str
+    key: str
+    default: Any
+    reason: str
+    allowed: str
+    read: Callable[[Any], Any]
+    shown: Callable[[Any], Any]
+    argument: str | None = None
+    live: bool = True
+    limit: Limit | None = None
+
+    @property
+    def path(self) -> str:
+        """The name in words: listen.http."""
+        return f"{self.section}.{self.key}"
+
+
+# --- values
+
+
+def address(text: str) -> Address:
+    """Host and port of `HOST:PORT` or `[IPv6]:PORT`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\[\]:\s]+)):(\d{1,5})", text)
+    if found is None or int(found[3]) > 65535:
+        raise WrongValue(f"{text!r} is no HOST:PORT")
+    return found[1] or found[2], int(found[3])
+
+
+def _addresses(given: Any) -> list[Address]:
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise WrongValue(f"{_called(given)} is no list of texts")
+    return [address(each) for each in given]
+
+
+def _flag(given: Any) -> bool:
+    if not isinstance(given, bool):
+        raise WrongValue(f"{_called(given)} is neither true nor false")
+    return given
+
+
+def path_text(given: Any) -> str:
+    if not isinstance(given, str) or "\0" in given:
+        raise WrongValue(f"{_called(given)} is no path")
+    return given
+
+
+def _one_of(words: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(given: Any) -> str:
+        if not isinstance(given, str) or given not in words:
+            raise WrongValue(f"{_called(given)} is none of them")
+        return given
+
+    return read
+
+
+def _called(given: Any) -> str:
+    """What was given, for an error: short, and as the file has it where that is simple."""
+    if isinstance(given, bool):
+        return str(given).lower()
+    if isinstance(given, str | int | float):
+        text = repr(given)
+        return text if len(text) <= 60 else text[:57] + "..."
+    return {"list": "an array", "dict": "a section"}.get(type(given).__name__, f"a {type(given).__name__}")
+
+
+def _quantity(limit: Limit) -> Callable[[Any], float]:
+    units = _SECONDS if limit.unit is Unit.SECONDS else _BYTES
+
+    def read(given: Any) -> float:
+        value: float
+        if limit.unit is Unit.NUMBER:
+            if not isinstance(given, int) or isinstance(given, bool):
+                raise WrongValue(f"{_called(given)} is no whole number")
+            value = given
+        else:
+            found = (
+                re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Za-z]+)", given)
+                if isinstance(given, str)
+                else None
+            )
+            if found is None or found[2] not in units:
+                what = "time" if limit.unit is Unit.SECONDS else "size"
+                raise WrongValue(f"{_called(given)} is no {what} with a unit")
+            value = float(found[1]) * units[found[2]]
+            if limit.unit is Unit.BYTES:
+                value = int(value)
+        if not limit.least <= value <= limit.most:
+            raise WrongValue(f"{_called(given)} is out of range")
+        return value
+
+    return read
+
+
+def quantity_text(unit: Unit, value: float) -> str | int:
+    """A limit as the file has it: "90s", "64KiB", 512. The largest unit that keeps it whole."""
+    if unit is Unit.NUMBER:
+        return int(value)
+    units = _SECONDS if unit is Unit.SECONDS else _BYTES
+    for name, factor in reversed(list(units.items())):
+        if value >= factor and (value / factor).is_integer():
+            return f"{int(value / factor)}{name}"
+    return f"{value:g}{'s' if unit is Unit.SECONDS else 'B'}"
+
+
+def _allowed(limit: Limit) -> str:
+    least, most = quantity_text(limit.unit, limit.least), quantity_text(limit.unit, limit.most)
+    if limit.unit is Unit.NUMBER:
+        return f"a whole number from {least} to {most}"
+    units = _SECONDS if limit.unit is Unit.SECONDS else _BYTES
+    return f'a text from "{least}" to "{most}"; the units are {", ".join(units)}'
+
+
+# --- the table
+
+_ADDRESSES_ALLOWED: Final = "addresses as in 127.0.0.1:8080, [::1]:8080 or 0.0.0.0:8443"
+
+
+def _addresses_text(value: list[Address]) -> list[str]:
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in value]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+OPTIONS: Final[tuple[Option, ...]] = (
+    Option(
+        section="listen",
+        key="http",
+        default=[],
+        reason=f"plain HTTP, for the loopback; {DEFAULT_HTTP} when https is empty too",
+        allowed=_ADDRESSES_ALLOWED,
+        read=_addresses,
+        shown=_addresses_text,
+        argument="--http",
+        live=False,
+    ),
+    Option(
+        section="listen",
+        key="https",
+        default=[],
+        reason="nothing is opened to other machines unasked",
+        allowed=_ADDRESSES_ALLOWED,
+        read=_addresses,
+        shown=_addresses_text,
+        argument="--https",
+        live=False,
+    ),
+    Option(
+        section="listen",
+        key="insecure",
+        default=False,
+        reason="plain HTTP off the loopback shows passwords and disks to the network",
+        allowed="true or false",
+        read=_flag,
+        shown=_same,
+        argument="--insecure",
+        live=False,
+    ),
+    Option(
+        section="tls",
+        key="certificate",
+        default="",
+        reason="the gateway makes an authority and a certificate of its own; a relative path starts at this"
+        " file's directory",
+        allowed="the path of a PEM file",
+        read=path_text,
+        shown=_same,
+        argument="--tls-cert",
+    ),
+    Option(
+        section="tls",
+        key="key",
+        default="",
+        reason="the key of the certificate, without a passphrase",
+        allowed="the path of a PEM file",
+        read=path_text,
+        shown=_same,
+        argument="--tls-key",
+    ),
+    Option(
+        section="log",
+        key="level",
+        default="info",
+        reason="a line for each request and each change",
+        allowed=f"one of {', '.join(LOG_LEVELS)}",
+        read=_one_of(LOG_LEVELS),
+        shown=_same,
+        argument="--log-level",
+    ),
+    Option(
+        section="log",
+        key="format",
+        default="auto",
+        reason="coloured lines on a terminal, JSON everywhere else",
+        allowed=f"one of {', '.join(LOG_FORMATS)}",
+        read=_one_of(LOG_FORMATS),
+        shown=_same,
+        argument="--log-format",
+    ),
+    *(
+        Option(
+            section="limits",
+            key=each.key,
+            default=each.default,
+            reason=each.reason,
+            allowed=_allowed(each),
+            read=_quantity(each),
+            shown=lambda value, unit=each.unit: quantity_text(unit, value),  # type: ignore[misc]
+            live=each.live,
+            limit=each,
+        )
+        for each in LIMITS
+    ),
+)
+BY_PATH: Final = {each.path: each for each in OPTIONS}
+SECTIONS: Final = tuple(dict.fromkeys(each.section for each in OPTIONS))
