@@ -5,9 +5,10 @@ Only the newest change of each object is remembered, and only so many objects: w
 bounded memory. Everything here runs on the trio thread; `publish` never blocks.
 """
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import trio
 
@@ -16,18 +17,26 @@ Operation = Literal["add", "mod", "del"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`counter` rises by one with each change in the gateway; `class_name` is XenAPI's ("VDI", "task")."""
+    """`counter` rises by one with each change in the gateway; `class_name` is XenAPI's ("VDI", "task").
+
+    `moment` is in seconds since 1970.
+    """
 
     counter: int
     class_name: str
     operation: Operation
     ref: str
+    moment: float
 
 
 class Events:
-    """The changes since the gateway started."""
+    """The changes since the gateway started.
+
+    `epoch` tells this run of the gateway from earlier ones: its start in microseconds since 1970.
+    """
 
     def __init__(self, *, entries: int = 16384) -> None:
+        self.epoch: Final = time.time_ns() // 1000
         self.counter = 0
         self._entries = entries
         self._newest: OrderedDict[tuple[str, str], _Change] = OrderedDict()
@@ -41,7 +50,7 @@ class Events:
         key = (class_name, ref)
         before = self._newest.pop(key, None)
         added = self.counter if operation == "add" else before.added if before is not None else 0
-        self._newest[key] = _Change(self.counter, added, operation)
+        self._newest[key] = _Change(self.counter, added, operation, time.time())
         if len(self._newest) > self._entries:
             _, oldest = self._newest.popitem(last=False)
             self._forgotten = oldest.counter
@@ -62,7 +71,7 @@ class Events:
             operation: Operation = (
                 "add" if change.operation == "mod" and change.added > counter else change.operation
             )
-            changes.append(Event(change.counter, class_name, operation, ref))
+            changes.append(Event(change.counter, class_name, operation, ref, change.moment))
         changes.reverse()
         return changes
 
@@ -78,3 +87,4 @@ class _Change(NamedTuple):
     counter: int
     added: int
     operation: Operation
+    moment: float

@@ -11,13 +11,14 @@ The table knows files by device and inode and opens none. It belongs to one trio
 
 import itertools
 from bisect import insort
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 
 import trio
 
+from gateway.core.refs import new_uuid
 from gateway.images.files import FileIdentity
 
 
@@ -66,6 +67,7 @@ class Grant:
     holder: Holder
     files: Mapping[FileIdentity, LeaseMode]
     since: float
+    uuid: str = field(default_factory=new_uuid)
     granted: bool = False
     arrival: trio.Event = field(default_factory=trio.Event)
 
@@ -79,10 +81,13 @@ class TableBusy(Exception):  # noqa: N818 - a state of the table, not a fault
 
 
 class LeaseTable:
-    """All grants of one gateway."""
+    """All grants of one gateway. `changed` is called with a VDI's reference when its grants are others."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[str], None] | None = None) -> None:
+        self._changed = changed
         self._tickets = itertools.count()
+        # VDI -> what is granted for it, in the order of granting
+        self._of_vdi: dict[str, dict[str, Grant]] = {}
         self._held: dict[FileIdentity, list[Grant]] = {}
         self._waiting: list[Grant] = []
 
@@ -124,6 +129,11 @@ class LeaseTable:
                 self._held[file].remove(grant)
                 if not self._held[file]:
                     del self._held[file]
+            of_vdi = self._of_vdi[grant.holder.vdi]
+            del of_vdi[grant.uuid]
+            if not of_vdi:
+                del self._of_vdi[grant.holder.vdi]
+            self._tell(grant)
         elif grant in self._waiting:
             self._waiting.remove(grant)
         else:
@@ -143,6 +153,15 @@ class LeaseTable:
     def holders_of(self, file: FileIdentity) -> tuple[Holder, ...]:
         """Who holds `file` now, first come first."""
         return tuple(grant.holder for grant in self._held.get(file, ()))
+
+    def grants_for(self, vdi: str) -> tuple[Grant, ...]:
+        """What is granted for the VDI with this reference."""
+        return tuple(self._of_vdi.get(vdi, {}).values())
+
+    def work_under(self, grant: Grant, task: str) -> None:
+        """The holder's task is known now."""
+        grant.holder = replace(grant.holder, task=task)
+        self._tell(grant)
 
     def grants(self) -> tuple[Grant, ...]:
         """All that is granted, in the order of asking."""
@@ -170,8 +189,14 @@ class LeaseTable:
             grant.since = trio.current_time()
             for file in grant.files:
                 self._held.setdefault(file, []).append(grant)
+            self._of_vdi.setdefault(grant.holder.vdi, {})[grant.uuid] = grant
             grant.arrival.set()
+            self._tell(grant)
         self._waiting = passed_over
+
+    def _tell(self, grant: Grant) -> None:
+        if self._changed is not None:
+            self._changed(grant.holder.vdi)
 
     def _conflicting_holders(self, grant: Grant) -> Iterator[Grant]:
         for file, mode in grant.files.items():

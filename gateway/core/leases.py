@@ -44,13 +44,21 @@ class Lease:
     def __init__(self, leases: "Leases", chain: ChainFiles, mode: LeaseMode, grant: Grant) -> None:
         self.chain = chain
         self.mode = mode
-        self.holder = grant.holder
         self._leases = leases
         self._grant = grant
         self._guard = threading.Lock()
         self._descriptors_taken = False
         self._released = False
         self._settled = trio.Event()
+
+    @property
+    def holder(self) -> Holder:
+        """Who holds it, and what for."""
+        return self._grant.holder
+
+    def work_under(self, task: str) -> None:
+        """Name the task (its reference) under which the holder works, if it was not known before."""
+        self._leases.work_under(self._grant, task)
 
     @property
     def since(self) -> float:
@@ -134,15 +142,20 @@ class _Attempt:
 class Leases:
     """All leases of this gateway.
 
-    `step` is awaited after each step of the loop in `acquire`, so that a test can hold it there.
+    `step` is awaited after each step of the loop in `acquire`, so that a test can hold it there. `changed` is
+    called with a VDI's reference whenever its operations have become others.
     """
 
     def __init__(
-        self, limits: Limits | None = None, *, step: Callable[[Step], Awaitable[None]] | None = None
+        self,
+        limits: Limits | None = None,
+        *,
+        step: Callable[[Step], Awaitable[None]] | None = None,
+        changed: Callable[[str], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
         self._step = step or _go_on
-        self._table = LeaseTable()
+        self._table = LeaseTable(changed)
         # Its own threads: a file server that hangs here must not stop transfers or the database.
         self._threads = trio.CapacityLimiter(16)
 
@@ -212,16 +225,26 @@ class Leases:
 
     def holders_for(self, vdi: str) -> tuple[Holder, ...]:
         """Who holds a lease for the VDI with this reference: its current operations."""
-        return tuple(grant.holder for grant in self._table.grants() if grant.holder.vdi == vdi)
+        return tuple(grant.holder for grant in self._table.grants_for(vdi))
+
+    def operations_for(self, vdi: str) -> dict[str, str]:
+        """VDI.current_operations: the holders' operations by their tasks.
+
+        A holder without a task has a dummy reference of the form that xapi uses for such work.
+        """
+        return {
+            grant.holder.task or f"DummyRef:|{grant.uuid}|{grant.holder.who}": grant.holder.operation
+            for grant in self._table.grants_for(vdi)
+        }
 
     def modes_for(self, vdi: str) -> tuple[LeaseMode, ...]:
         """The strongest mode of each lease that is held for the VDI with this reference."""
         strength = list(LeaseMode)
-        return tuple(
-            max(grant.files.values(), key=strength.index)
-            for grant in self._table.grants()
-            if grant.holder.vdi == vdi
-        )
+        return tuple(max(grant.files.values(), key=strength.index) for grant in self._table.grants_for(vdi))
+
+    def work_under(self, grant: Grant, task: str) -> None:
+        """See Lease.work_under."""
+        self._table.work_under(grant, task)
 
     def extend(self, grant: Grant, file: FileIdentity, mode: LeaseMode) -> None:
         """See Lease.move_to."""

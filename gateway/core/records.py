@@ -149,9 +149,24 @@ class Records:
         self.pools: Final = Table(Pool, "pool", schema.pools, database, events, indexed=("name_label",))
         self.hosts: Final = Table(Host, "host", schema.hosts, database, events, indexed=("name_label",))
         self.srs: Final = Table(SR, "SR", schema.srs, database, events, indexed=("name_label",))
-        self.pbds: Final = Table(PBD, "PBD", schema.pbds, database, events, indexed=("host", "sr"))
+        self.pbds: Final = Table(
+            PBD,
+            "PBD",
+            schema.pbds,
+            database,
+            events,
+            indexed=("host", "sr"),
+            owners={"host": "host", "sr": "SR"},
+            told=("currently_attached",),
+        )
         self.vdis: Final = Table(
-            VDI, "VDI", schema.vdis, database, events, indexed=("name_label", "sr", "snapshot_of")
+            VDI,
+            "VDI",
+            schema.vdis,
+            database,
+            events,
+            indexed=("name_label", "sr", "snapshot_of"),
+            owners={"sr": "SR", "snapshot_of": "VDI"},
         )
 
     @classmethod

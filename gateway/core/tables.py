@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
-from gateway.core.refs import is_ref
+from gateway.core.refs import NULL_REF, is_ref
 
 
 class Record(Protocol):
@@ -35,7 +35,12 @@ T = TypeVar("T", bound=Record)
 
 
 class Table(Generic[T]):
-    """The records of one class. `class_name` is XenAPI's; `indexed` names what `referring` looks up."""
+    """The records of one class. `class_name` is XenAPI's; `indexed` names what `referring` looks up.
+
+    `owners` maps fields that refer to another object to its class: that object's record says something of
+    this one (SR.VDIs), so it has changed too when this one comes, goes, turns to another, or changes in one
+    of the fields that are `told`.
+    """
 
     def __init__(
         self,
@@ -46,8 +51,12 @@ class Table(Generic[T]):
         events: Events,
         *,
         indexed: tuple[str, ...] = (),
+        owners: Mapping[str, str] | None = None,
+        told: tuple[str, ...] = (),
     ) -> None:
         self.class_name: Final = class_name
+        self._owners = dict(owners or {})
+        self._told = (*self._owners, *told)
         self._kind = kind
         self._fields = tuple(field.name for field in dataclasses.fields(kind))
         self._columns = columns
@@ -131,6 +140,7 @@ class Table(Generic[T]):
             for record in added:
                 self._put(record)
                 self._events.publish(self.class_name, "add", record.ref)
+            self._publish_owners(*added)
 
     async def change(self, ref: str, **fields: Any) -> T:
         """Set `fields` of one record; the record as it is then. Raises HANDLE_INVALID."""
@@ -168,6 +178,7 @@ class Table(Generic[T]):
             for record in records:
                 self._drop(record)
                 self._events.publish(self.class_name, "del", record.ref)
+            self._publish_owners(*records)
 
     async def _store(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         changed: list[T] = []
@@ -184,9 +195,22 @@ class Table(Generic[T]):
         rows = [{**self._row(record), "_ref": record.ref} for record in changed]
         await self._write(lambda connection: connection.execute(statement, rows))
         for record in changed:
-            self._drop_from_indexes(self._by_ref[record.ref])
+            before = self._by_ref[record.ref]
+            self._drop_from_indexes(before)
             self._put(record)
             self._events.publish(self.class_name, "mod", record.ref)
+            if any(getattr(before, field) != getattr(record, field) for field in self._told):
+                self._publish_owners(before, record)
+
+    def _publish_owners(self, *records: T) -> None:
+        owners = {
+            (class_name, str(getattr(record, field)))
+            for record in records
+            for field, class_name in self._owners.items()
+        }
+        for class_name, ref in sorted(owners):
+            if ref != NULL_REF and (class_name != self.class_name or ref in self._by_ref):
+                self._events.publish(class_name, "mod", ref)
 
     async def _write(self, work: Callable[[Connection], Any]) -> None:
         try:

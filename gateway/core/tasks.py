@@ -61,6 +61,7 @@ class Tasks:
         self._lock = trio.Lock()
         self._tasks: dict[str, Task] = {}
         self._by_uuid: dict[str, str] = {}
+        self._subtasks: dict[str, dict[str, None]] = {}
         self._operations: dict[str, Operation] = {}
         # Pending tasks of an earlier run of the gateway whose holder may still come back.
         self._unannounced: set[str] = set()
@@ -102,6 +103,9 @@ class Tasks:
 
     # Reading
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     def get(self, ref: str) -> Task:
         """The task as it is now, with its live progress. Raises HANDLE_INVALID."""
         task = self._get(ref)
@@ -125,7 +129,7 @@ class Tasks:
 
     def subtasks_of(self, ref: str) -> list[Task]:
         """The tasks that say they are part of this one."""
-        return [self.get(task.ref) for task in self._tasks.values() if task.subtask_of == ref]
+        return [self.get(subtask) for subtask in self._subtasks.get(ref, ())]
 
     def can_cancel(self, ref: str) -> bool:
         """Whether `cancel` would be heard now. Raises HANDLE_INVALID."""
@@ -458,6 +462,10 @@ class Tasks:
         for ref in refs:
             task = self._tasks.pop(ref)
             del self._by_uuid[task.uuid]
+            if (siblings := self._subtasks.get(task.subtask_of)) is not None:
+                del siblings[ref]
+                if not siblings:
+                    del self._subtasks[task.subtask_of]
             self._unannounced.discard(ref)
             self._moved.discard(ref)
             self._events.publish("task", "del", ref)
@@ -465,6 +473,8 @@ class Tasks:
     def _put(self, task: Task) -> None:
         self._tasks[task.ref] = task
         self._by_uuid[task.uuid] = task.ref
+        if task.subtask_of != NULL_REF:
+            self._subtasks.setdefault(task.subtask_of, {})[task.ref] = None
 
     def _get(self, ref: str) -> Task:
         task = self._tasks.get(ref)

@@ -110,6 +110,7 @@ class ExportRawVDI:
             if wanted is None and task is None:
                 text = f"export of VDI {vdi.uuid}"
                 task = await download.asked.new_task(download.identity, "export_raw_vdi", text)
+                download.lease.work_under(task.ref)
             try:
                 if task is None:
                     await self._send(download, export, vdi, wanted, None)

@@ -68,6 +68,7 @@ class ImportRawVDI:
             lease = await asked.lease(vdi, LeaseMode.REPLACE, identity, task, "import")
             try:
                 task = task or await asked.new_task(identity, "import", f"import into VDI {vdi.uuid}")
+                lease.work_under(task.ref)
                 line = await self._import(connection, request, vdi, task, lease)
             finally:
                 lease.release()

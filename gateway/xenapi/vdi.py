@@ -57,9 +57,8 @@ _CUSTOM_FIELDS: Final = (("folder", Role.VM_OPERATOR), ("XenCenter.CustomFields.
 
 
 def current_operations(vdi: records.VDI, estate: Estate) -> dict[str, Any]:
-    """What is being done to the VDI now: its operations by their tasks, or by their holders where there is no
-    task."""
-    return {holder.task or holder.who: holder.operation for holder in estate.leases.holders_for(vdi.ref)}
+    """What is being done to the VDI now: its operations by their tasks."""
+    return dict(estate.leases.operations_for(vdi.ref))
 
 
 def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:

@@ -45,3 +45,11 @@ def test_who_missed_a_forgotten_change_is_told_so() -> None:
     changes = events.since(1)
     assert changes is not None
     assert [change.ref for change in changes] == ["b", "c"]
+
+
+def test_an_event_knows_its_moment_and_a_run_of_the_gateway_its_epoch() -> None:
+    events = Events()
+    events.publish("VDI", "add", "a")
+    told = events.since(0)
+    assert told is not None
+    assert told[0].moment >= events.epoch / 1e6 - 1

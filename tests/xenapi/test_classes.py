@@ -136,8 +136,11 @@ async def test_operations_of_a_vdi_are_those_of_its_leases(
 ) -> None:
     vdi = await vdi_of(live, await sr_of(live, tmp_path / "sr"))
     assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy",)
-    lease = await inventory_of(live).lease(vdi, mode, Holder("root", "import", vdi, "OpaqueRef:task"))
+    lease = await inventory_of(live).lease(vdi, mode, Holder("root", "import", vdi))
     try:
+        (dummy,) = await live.call("VDI.get_current_operations", ADMIN, vdi)
+        assert dummy.startswith("DummyRef:|")
+        lease.work_under("OpaqueRef:task")
         assert await live.call("VDI.get_current_operations", ADMIN, vdi) == {"OpaqueRef:task": "import"}
         assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == allowed
     finally:
