@@ -39,7 +39,7 @@ class Site:
         """A new SR in `directory`; its reference."""
         directory.mkdir(exist_ok=True)
         name = f"SR in {directory}"
-        done = self.gateway.command("sr-create", name, str(directory))
+        done = self.gateway.command("sr-create", str(directory), "--name", name)
         assert done.returncode == 0, done.stderr
         [reference] = self.gateway.call("SR.get_by_name_label", name)
         return str(reference)
@@ -91,7 +91,7 @@ class Site:
         assert record["status"] == "pending", record
 
     def import_url(self, vdi: Vdi | None, /, *, scheme: str = "http", path: str = "", **query: str) -> str:
-        """With the administrator's session; `query` adds and overrides parameters, an empty one is left out."""
+        """With the administrator's session; `query` adds and overrides parameters, "" leaves one out."""
         return self._url("/import_raw_vdi" + path, vdi, scheme, query)
 
     def export_url(self, vdi: Vdi | None, /, *, scheme: str = "http", path: str = "", **query: str) -> str:

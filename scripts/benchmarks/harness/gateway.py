@@ -59,7 +59,7 @@ class Gateway(Peer):
 
     def _create_sr(self, name: str, path: Path) -> str:
         done = subprocess.run(
-            [str(PROGRAM), "sr-create", "--state-dir", str(self.state), name, str(path)],
+            [str(PROGRAM), "sr-create", "--state-dir", str(self.state), "--name", name, str(path)],
             capture_output=True,
             text=True,
             check=False,
