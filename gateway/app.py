@@ -12,7 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -40,8 +40,10 @@ from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server, listen, listen_locally
+from gateway.reload import Configuration
 from gateway.repository.inventory import Inventory
 from gateway.state import ADMINISTRATOR, RunningGateway, StateDirectory, StateError
+from gateway.systemd import notify
 from gateway.tls import CertificateError, ReloadableContext
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import LOCAL, Api, Caller
@@ -66,33 +68,22 @@ class ServeRefused(Exception):  # noqa: N818  it says what happened, like the er
     """The gateway can't start: one line that says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeSettings:
-    """What `vdi-gateway serve` was asked to do; addresses are (host, port), port 0 takes a free one."""
-
-    state_dir: str
-    http: tuple[tuple[str, int], ...] = ()
-    https: tuple[tuple[str, int], ...] = ()
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    log_level: str = "info"
-
-
-def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
+def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. `ready` gets one line once clients are answered. ServeRefused, if not."""
     os.umask(0o077)
-    configure(settings.log_level)
+    config = configuration.current
+    configure(config.log_level, form=config.log_format)
     give_memory_back()
     try:
-        state = StateDirectory.take(settings.state_dir)
+        state = StateDirectory.take(state_dir)
     except StateError as error:
         raise ServeRefused(str(error)) from None
     with ExitStack() as opened:
         opened.callback(state.release)
-        plain = _listen_all(settings.http, "--http", opened)
-        encrypted = _listen_all(settings.https, "--https", opened)
+        plain = _listen_all(config.http, config.named("listen.http"), opened)
+        encrypted = _listen_all(config.https, config.named("listen.https"), opened)
         try:
-            context = _context(settings, state) if encrypted else None
+            context = _context(configuration, state) if encrypted else None
             password = state.ensure_password()
         except (CertificateError, StateError) as error:
             raise ServeRefused(str(error)) from None
@@ -106,6 +97,7 @@ def serve(settings: ServeSettings, *, ready: Callable[[str], None]) -> None:
             context=context,
             password=password,
             ready=ready,
+            configuration=configuration,
         )
         trio.run(gateway.run)
 
@@ -123,9 +115,7 @@ def give_memory_back() -> None:
     mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
-def _listen_all(
-    addresses: Sequence[tuple[str, int]], argument: str, opened: ExitStack
-) -> list[socket.socket]:
+def _listen_all(addresses: Sequence[tuple[str, int]], name: str, opened: ExitStack) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     for host, port in addresses:
         try:
@@ -133,7 +123,7 @@ def _listen_all(
         except OSError as error:
             reason = error.strerror or str(error)
             raise ServeRefused(
-                f"{argument}: can't listen on {_host_port(host, port)}: {reason};"
+                f"{name}: can't listen on {_host_port(host, port)}: {reason};"
                 " give a free port and an address of this machine"
             ) from None
         for one in bound:
@@ -152,12 +142,17 @@ def _listen_locally(state: StateDirectory, opened: ExitStack) -> socket.socket:
     return bound
 
 
-def _context(settings: ServeSettings, state: StateDirectory) -> ReloadableContext:
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        given = ServerCertificate(chain=settings.tls_cert, key=settings.tls_key, authority=None)
-        return ReloadableContext(lambda: given)
-    names = own_names(host for host, _ in settings.https)
-    return ReloadableContext(lambda: ensure_server_certificate(state.tls, names))
+def _context(configuration: Configuration, state: StateDirectory) -> ReloadableContext:
+    names = own_names(host for host, _ in configuration.started.https)
+
+    def find() -> ServerCertificate:
+        given = configuration.current.certificate
+        if given is None:
+            return ensure_server_certificate(state.tls, names)
+        chain, key = given
+        return ServerCertificate(chain=chain, key=key, authority=None)
+
+    return ReloadableContext(find)
 
 
 def _caller(request: Request, connection: Connection) -> Caller:
@@ -184,7 +179,12 @@ class _Gateway:
     context: ReloadableContext | None
     password: str
     ready: Callable[[str], None]
-    limits: Limits = field(default_factory=Limits)
+    configuration: Configuration
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force: one object, whose values change."""
+        return self.configuration.limits
 
     async def run(self) -> None:
         """Everything, until it is told to stop."""
@@ -193,7 +193,7 @@ class _Gateway:
             nursery.start_soon(estate.sessions.run)
             server = Server(self._routes(estate, nursery), self.limits)
             nursery.start_soon(self._obey_signals, server, nursery.cancel_scope)
-            if self.context is not None and self.context.authority is not None:
+            if self.context is not None:
                 nursery.start_soon(self._renew, self.context)
             async with trio.open_nursery() as serving:
                 await serving.start(server.run, self._listeners())
@@ -220,6 +220,7 @@ class _Gateway:
             tasks = await Tasks.load(database, events, limits=self.limits, resident_on=records.this_host.ref)
             users = await Users.load(database)
             await self._apply_password(users)
+            users.keep_passwords(self._keep_password)
             sessions = await Sessions.load(database, users, limits=self.limits)
             leases = Leases(self.limits)
             async with Inventory.open(records, leases, events, who=self._who()) as inventory:
@@ -242,6 +243,22 @@ class _Gateway:
                 log.info("password changed, as its file says", user=ADMINISTRATOR)
         except XenAPIError as error:
             raise ServeRefused(f"{self.state.password_file}: {error.message}") from error
+
+    async def _keep_password(self, name: str, password: str) -> None:
+        """The file always has the administrator's password, also when it was changed through the API."""
+        if name != ADMINISTRATOR:
+            return
+        if password.splitlines() != [password]:
+            raise XenAPIError(
+                "VALUE_NOT_SUPPORTED", "password", "***", "it goes into a file, where it must be one line"
+            )
+        try:
+            await trio.to_thread.run_sync(self.state.write_password, password)
+        except OSError as error:
+            problem = f"{self.state.password_file} can't be written: {error.strerror}"
+            log.warning("the password was not changed", user=name, why=problem)
+            raise XenAPIError("INTERNAL_ERROR", f"{problem}, the password is as it was") from error
+        log.info("password written to its file", user=name, file=self.state.password_file)
 
     def _who(self) -> str:
         return f"{socket.gethostname()}, process {os.getpid()}, state directory {self.state.path}"
@@ -285,30 +302,40 @@ class _Gateway:
         return "127.0.0.1"
 
     def _say_ready(self) -> None:
-        urls = RunningGateway(
+        urls = self._announce()
+        notify("READY=1")
+        self.ready(f"vdi-gateway {VERSION} ready: {' '.join((*urls.http, *urls.https))}")
+
+    def _announce(self) -> RunningGateway:
+        """Tell the commands on this machine where the gateway is and whose certificate it has."""
+        running = RunningGateway(
             pid=os.getpid(),
             http=_urls("http", self.plain),
             https=_urls("https", self.encrypted),
             authority=self.context.authority if self.context is not None else None,
         )
-        self.state.announce(urls)
-        self.ready(f"vdi-gateway {VERSION} ready: {' '.join((*urls.http, *urls.https))}")
+        self.state.announce(running)
+        return running
 
     async def _obey_signals(self, server: Server, everything: trio.CancelScope) -> None:
         asked_to_stop = False
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
             async for number in received:
                 if number == signal.SIGHUP:
+                    await self.configuration.reload()
                     if self.context is not None:
                         await trio.to_thread.run_sync(self.context.reload)
+                        self._announce()
                 elif asked_to_stop:
                     everything.cancel()
                 else:
                     asked_to_stop = True
+                    notify("STOPPING=1")
                     log.info("stopping", signal=signal.Signals(number).name)
                     server.stop()
 
     async def _renew(self, context: ReloadableContext) -> None:
         while True:
             await trio.sleep(RENEWAL_SECONDS)
-            await trio.to_thread.run_sync(context.reload)
+            if context.authority is not None:
+                await trio.to_thread.run_sync(context.reload)

@@ -63,37 +63,44 @@ class Config:
         self.settings: Final = settings
         self.file: Final = file
 
-    def _value(self, path: str) -> Any:
+    def value(self, path: str) -> Any:
+        """What the option with this path is."""
         return self.settings[path].value
+
+    def named(self, path: str) -> str:
+        """The option as the user gave it, for an error: `--http`, or `listen.http` with its file."""
+        if self.settings[path].source is Source.FILE:
+            return f"{self.file}: {path}"
+        return str(BY_PATH[path].argument)
 
     @property
     def http(self) -> tuple[Address, ...]:
         """Where to serve plain HTTP: (host, port), port 0 takes a free one."""
-        return tuple(self._value("listen.http"))
+        return tuple(self.value("listen.http"))
 
     @property
     def https(self) -> tuple[Address, ...]:
         """Where to serve HTTPS."""
-        return tuple(self._value("listen.https"))
+        return tuple(self.value("listen.https"))
 
     @property
     def certificate(self) -> tuple[str, str] | None:
         """The files of the operator's certificate and its key; None: the gateway makes its own."""
-        certificate, key = self._value("tls.certificate"), self._value("tls.key")
+        certificate, key = self.value("tls.certificate"), self.value("tls.key")
         return (certificate, key) if certificate and key else None
 
     @property
     def log_level(self) -> str:
-        return str(self._value("log.level"))
+        return str(self.value("log.level"))
 
     @property
     def log_format(self) -> str:
-        return str(self._value("log.format"))
+        return str(self.value("log.format"))
 
     @property
     def limits(self) -> dict[str, float]:
         """Values of the attributes of Limits."""
-        return {each.limit.name: self._value(each.path) for each in OPTIONS if each.limit is not None}
+        return {each.limit.name: self.value(each.path) for each in OPTIONS if each.limit is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,12 @@ class StateDirectory:
             return self.read_password()
         except FileNotFoundError:
             password = secrets.token_urlsafe(18)
-            write_private_file(self.password_file, f"{password}\n".encode())
+            self.write_password(password)
             return password
+
+    def write_password(self, password: str) -> None:
+        """Put another password into the administrator's file. One of several lines can't be read back."""
+        write_private_file(self.password_file, f"{password}\n".encode())
 
     def read_password(self) -> str:
         """The administrator's password. FileNotFoundError before the first start."""
@@ -183,7 +187,7 @@ class StateDirectory:
 def read_password_file(path: str) -> str:
     """The first line of a password file. StateError when it is empty or can't be read."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ plain ones are used.
 import logging
 import re
 import sys
+import threading
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, TextIO
 
@@ -64,16 +65,45 @@ def mask_secrets(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> 
     return line
 
 
-def configure(level: str = "info", stream: TextIO | None = None) -> None:
+class _Lines:
+    """The end of the log: writes lines, and never fails.
+
+    When nobody reads stderr any more or the disk under it is full, lines are lost and the work goes on. The
+    first line that gets through afterwards comes after one that says how many.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._lost = 0
+
+    def write_line(self, line: str) -> None:
+        with self._lock:
+            try:
+                if self._lost:
+                    self._stream.write(f'{{"event": "log lines were lost", "lines": {self._lost}}}\n')
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # ValueError: the stream is closed.
+                self._lost += 1
+            else:
+                self._lost = 0
+
+    # What structlog's wrapper calls, by level.
+    debug = info = warning = error = critical = exception = msg = log = write_line
+
+
+def configure(level: str = "info", stream: TextIO | None = None, *, form: str = "auto") -> None:
     """Send the log of the whole process to `stream` (stderr), from `level` ("debug" … "critical") upwards.
 
-    JSON lines for journald and pipes, coloured lines on a terminal. May be called again, for another level.
-    Raises ValueError for an unknown level.
+    `form` is "json", "console" (coloured lines), or "auto": the second on a terminal, the first for journald
+    and pipes. May be called again, for another level. Raises ValueError for an unknown level.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"there is no log level {level!r}; use debug, info, warning, error or critical")
     output = sys.stderr if stream is None else stream
+    lines = _Lines(output)
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -81,14 +111,14 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
         structlog.processors.ExceptionRenderer(),
         mask_secrets,
     ]
-    if output.isatty():
+    if form == "console" or (form == "auto" and output.isatty()):
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
         processors.append(structlog.processors.JSONRenderer())
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(output),
+        logger_factory=lambda *_: lines,
         # Loggers are made at import, before this is called, and SIGHUP calls it again.
         cache_logger_on_first_use=False,
     )

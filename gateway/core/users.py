@@ -3,7 +3,7 @@ for changes.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -41,6 +41,7 @@ class Users:
         self._lock = trio.Lock()
         self._users: dict[str, User] = {}
         self._listeners: list[Callable[[str], None]] = []
+        self._keepers: list[Callable[[str, str], Awaitable[None]]] = []
 
     @classmethod
     async def load(cls, database: Database, passwords: Passwords | None = None) -> "Users":
@@ -59,6 +60,10 @@ class Users:
     def on_change(self, listener: Callable[[str], None]) -> None:
         """Call `listener(name)` whenever a user's password, role or state changes or the user goes."""
         self._listeners.append(listener)
+
+    def keep_passwords(self, keeper: Callable[[str, str], Awaitable[None]]) -> None:
+        """Await `keeper(name, password)` before a password that was set counts; if it raises, it doesn't."""
+        self._keepers.append(keeper)
 
     def all(self) -> list[User]:
         """Every user, by name."""
@@ -105,6 +110,7 @@ class Users:
         async with self._lock:
             if name in self._users:
                 raise XenAPIError("DB_UNIQUENESS_CONSTRAINT_VIOLATION", "user", "name", name)
+            await self._keep(name, password)
             row = {"name": name, "role": int(role), "disabled": False, "password_hash": password_hash}
             await self._database.run(lambda connection: connection.execute(insert(schema.users), row))
             self._users[name] = user
@@ -113,7 +119,14 @@ class Users:
     async def set_password(self, name: str, password: str) -> None:
         """Give the user another password; sessions go on. Raises HANDLE_INVALID, VALUE_NOT_SUPPORTED."""
         self.get(name)
-        await self._change(name, password_hash=await self.passwords.hash(password))
+        password_hash = await self.passwords.hash(password)
+        async with self._lock:
+            user = self.get(name)
+            # Both or neither.
+            with trio.CancelScope(shield=True):
+                await self._keep(name, password)
+                await self._store(replace(user, password_hash=password_hash))
+        self._tell(name)
 
     async def set_role(self, name: str, role: Role) -> None:
         """Give the user another role, in sessions that are open too. Raises HANDLE_INVALID."""
@@ -142,6 +155,10 @@ class Users:
         async with self._lock:
             if self._users.get(user.name) is user:
                 await self._store(replace(user, password_hash=password_hash))
+
+    async def _keep(self, name: str, password: str) -> None:
+        for keeper in self._keepers:
+            await keeper(name, password)
 
     async def _change(self, name: str, **changes: Any) -> None:
         async with self._lock:

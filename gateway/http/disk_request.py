@@ -80,6 +80,8 @@ class DiskServices:
     def slot(self, identity: "Identity") -> Iterator[None]:
         """Be one of the transfers; the session doesn't expire meanwhile. Raises Refusal at the limit."""
         holder = object()
+        # The limit may have changed since.
+        self.slots.total_tokens = self.threads.total_tokens = self.limits.transfers
         try:
             self.slots.acquire_on_behalf_of_nowait(holder)
         except trio.WouldBlock:
