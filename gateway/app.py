@@ -324,8 +324,7 @@ class _Gateway:
                 if number == signal.SIGHUP:
                     await self.configuration.reload()
                     if self.context is not None:
-                        await trio.to_thread.run_sync(self.context.reload)
-                        self._announce()
+                        await trio.to_thread.run_sync(self._reload_certificate, self.context)
                 elif asked_to_stop:
                     everything.cancel()
                 else:
@@ -333,6 +332,15 @@ class _Gateway:
                     notify("STOPPING=1")
                     log.info("stopping", signal=signal.Signals(number).name)
                     server.stop()
+
+    def _reload_certificate(self, context: ReloadableContext) -> None:
+        before = context.authority
+        context.reload()
+        if context.authority != before:
+            try:
+                self._announce()
+            except OSError as error:
+                log.warning("the commands on this machine trust the old authority", why=str(error))
 
     async def _renew(self, context: ReloadableContext) -> None:
         while True:

@@ -19,6 +19,7 @@ PROGRAM = "vdi-gateway"
 
 COMMANDS = {
     "serve": "gateway.cli.serve:serve",
+    "config-show": "gateway.cli.config:config_show",
     "sr-create": "gateway.cli.sr:sr_create",
     "sr-attach": "gateway.cli.sr:sr_attach",
     "vdi-create": "gateway.cli.vdi:vdi_create",
@@ -35,7 +36,7 @@ def application() -> App:
         version=lambda: f"{PROGRAM} {version(PROGRAM)}",
         help="The bytes of XenServer and XCP-ng virtual disks over the doors people already use.",
         help_epilogue=(
-            "Commands other than serve and vhd-check talk to a running gateway: the one on --state-dir"
+            "Commands other than serve, config-show and vhd-check talk to a running gateway: the one on --state-dir"
             " ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
         ),
         help_format="plaintext",
