@@ -234,20 +234,20 @@ async def test_what_must_not_be_written_is_409(gate: Gate, fields: dict[str, Any
     assert gate.tasks.get(task.ref).error_info == ("VDI_READONLY", vdi.ref)
 
 
-async def test_too_many_transfers_are_503_with_retry_after(gate: Gate) -> None:
-    gate.services.slots.total_tokens = 1
-    first, second, task = await gate.vdi(), await gate.vdi(), await gate.task()
-    async with gate.client() as client:
-        await client.head("PUT", gate.target(first), {"content-length": "4194304"})
-        await client.answer_head()
-        answer = await gate.ask("PUT", gate.target(second, task_id=task.ref), body=b"1")
-        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-        assert gate.tasks.get(task.ref).error_info[0] == "TOO_MANY_TRANSFERS"
-        # Finding out that there is nothing to send is no transfer.
-        assert (await gate.ask("PUT", gate.target(second))).status == 200
-        await client.send(bytes(4 * MIB))
-        await client.rest()
-    assert (await gate.ask("PUT", gate.target(second), body=bytes(4 * MIB))).whole
+async def test_too_many_transfers_are_503_with_retry_after(tmp_path: Path) -> None:
+    async with open_gate(tmp_path, transfers=1) as gate:
+        first, second, task = await gate.vdi(), await gate.vdi(), await gate.task()
+        async with gate.client() as client:
+            await client.head("PUT", gate.target(first), {"content-length": "4194304"})
+            await client.answer_head()
+            answer = await gate.ask("PUT", gate.target(second, task_id=task.ref), body=b"1")
+            assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+            assert gate.tasks.get(task.ref).error_info[0] == "TOO_MANY_TRANSFERS"
+            # Finding out that there is nothing to send is no transfer.
+            assert (await gate.ask("PUT", gate.target(second))).status == 200
+            await client.send(bytes(4 * MIB))
+            await client.rest()
+        assert (await gate.ask("PUT", gate.target(second), body=bytes(4 * MIB))).whole
 
 
 @pytest.mark.parametrize(
