@@ -36,8 +36,8 @@ def application() -> App:
         version=lambda: f"{PROGRAM} {version(PROGRAM)}",
         help="The bytes of XenServer and XCP-ng virtual disks over the doors people already use.",
         help_epilogue=(
-            "Commands other than serve, config-show and vhd-check talk to a running gateway: the one on --state-dir"
-            " ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
+            "Commands other than serve, config-show and vhd-check talk to a running gateway: the one on"
+            " --state-dir ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
         ),
         help_format="plaintext",
         help_formatter=DefaultFormatter() if sys.stdout.isatty() else ManualFormatter(),
