@@ -39,6 +39,7 @@ MESSAGES: Final[dict[str, str]] = {
     "OTHER_OPERATION_IN_PROGRESS": "Another operation is using the {0} {1}; "
     "wait until it has finished and try again.",
     # Disks and repositories.
+    "VDI_NOT_NAMED": "The request names no VDI; add vdi=<reference or uuid> to its query.",
     "VDI_MISSING": "The image of the VDI is missing from its SR; put the file back or destroy the VDI.",
     "VDI_IN_USE": "The VDI {0} is in use ({1}); wait until that has finished and try again.",
     "VDI_READONLY": "The VDI {0} is read-only or a snapshot; write to a writable VDI instead.",
@@ -73,6 +74,13 @@ MESSAGES: Final[dict[str, str]] = {
     "TASK_INTERRUPTED": "The gateway was stopped while the task ran; start the operation again.",
     "TOO_MANY_PENDING_TASKS": "There are {0} pending tasks, the most that are allowed; "
     "destroy those that nobody needs.",
+    # Events.
+    "EVENT_FROM_TOKEN_PARSE_FAILURE": "{0!r} is no token of event.from; begin with an empty one.",
+    "EVENT_SUBSCRIPTION_PARSE_FAILURE": "{0!r} is neither a class nor one of its objects; "
+    "subscribe to a class, to class/reference, or to *.",
+    "EVENTS_LOST": "Too much has changed since the last call; register again and read all records.",
+    "SESSION_NOT_REGISTERED": "The session of {0} listens to no class; call event.register first, "
+    "or better event.from.",
     "INTERNAL_ERROR": "The gateway failed unexpectedly ({0}); see its log.",
 }
 

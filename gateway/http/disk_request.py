@@ -153,9 +153,7 @@ class DiskRequest:
         """The VDI that `vdi` names, by reference or uuid."""
         name = self._request.parameter("vdi")
         if name is None:
-            error = XenAPIError(
-                "VALUE_NOT_SUPPORTED", "vdi", "", "the request names no VDI by reference or uuid"
-            )
+            error = XenAPIError("VDI_NOT_NAMED")
             raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, error)
         try:
             return self._services.inventory.records.vdis.find(name)
@@ -227,7 +225,7 @@ class DiskRequest:
         """A task of the gateway's own for a request that brought none."""
         session_uuid = identity.session.uuid if identity.session is not None else ""
         return await self._services.tasks.create(
-            label, description, user=identity.user, session_uuid=session_uuid
+            label, description, user=identity.user, session_uuid=session_uuid, client_made=False
         )
 
     async def refuse(self, connection: "Connection", refusal: Refusal) -> None:

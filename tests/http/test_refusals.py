@@ -107,7 +107,7 @@ async def test_the_query_comes_before_the_cookie_and_the_first_of_two_counts(gat
 @pytest.mark.parametrize(
     ("vdi", "status", "code"),
     [
-        ("", 500, "VALUE_NOT_SUPPORTED"),
+        ("", 500, "VDI_NOT_NAMED"),
         (UNKNOWN, 500, "UUID_INVALID"),
         ("OpaqueRef:" + UNKNOWN, 500, "HANDLE_INVALID"),
         ("nonsense", 500, None),
