@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ import structlog
 import trio
 
 from gateway.certificates import ServerCertificate, ensure_server_certificate, own_names
+from gateway.core.current_operations import CurrentOperations
 from gateway.core.database import Database, DatabaseUnusable
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
@@ -48,6 +50,7 @@ from gateway.tls import CertificateError, ReloadableContext
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import LOCAL, Api, Caller
 from gateway.xenapi.estate import Estate
+from gateway.xenapi.host import software_version
 from gateway.xenapi.jsonrpc import answer_jsonrpc
 from gateway.xenapi.xmlrpc import answer_xmlrpc
 
@@ -215,17 +218,24 @@ class _Gateway:
         try:
             events = Events(entries=self.limits.event_entries)
             records = await Records.load(
-                database, events, address=self._address(), software_version={"product_version": VERSION}
+                database, events, address=self._address(), software_version=software_version(VERSION)
             )
             tasks = await Tasks.load(database, events, limits=self.limits, resident_on=records.this_host.ref)
             users = await Users.load(database)
             await self._apply_password(users)
             users.keep_passwords(self._keep_password)
             sessions = await Sessions.load(database, users, limits=self.limits)
-            leases = Leases(self.limits)
+            leases = Leases(self.limits, changed=partial(events.publish, "VDI", "mod"))
             async with Inventory.open(records, leases, events, who=self._who()) as inventory:
                 yield Estate(
-                    records=records, tasks=tasks, sessions=sessions, inventory=inventory, leases=leases
+                    records=records,
+                    tasks=tasks,
+                    users=users,
+                    sessions=sessions,
+                    inventory=inventory,
+                    leases=leases,
+                    events=events,
+                    operations=CurrentOperations(events),
                 )
         finally:
             await database.aclose()

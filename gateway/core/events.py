@@ -45,9 +45,14 @@ class Events:
         self._waiting = trio.lowlevel.ParkingLot()
 
     def publish(self, class_name: str, operation: Operation, ref: str) -> None:
-        """Count and remember one change, and wake everybody who waits."""
-        self.counter += 1
+        """Count and remember one change, and wake everybody who waits.
+
+        An object that is gone does not change any more: references are not used again.
+        """
         key = (class_name, ref)
+        if operation == "mod" and (last := self._newest.get(key)) is not None and last.operation == "del":
+            return
+        self.counter += 1
         before = self._newest.pop(key, None)
         added = self.counter if operation == "add" else before.added if before is not None else 0
         self._newest[key] = _Change(self.counter, added, operation, time.time())

@@ -3,12 +3,17 @@
 from typing import Final
 
 from gateway.xenapi.datamodel import ApiClass
+from gateway.xenapi.event import event_class
 from gateway.xenapi.host import HOST
 from gateway.xenapi.pbd import PBD
 from gateway.xenapi.pool import POOL
 from gateway.xenapi.session import SESSION
 from gateway.xenapi.sr import SR
 from gateway.xenapi.task import TASK
+from gateway.xenapi.user import USER
+from gateway.xenapi.vbd import VBD
 from gateway.xenapi.vdi import VDI
 
-CLASSES: Final[tuple[ApiClass, ...]] = (SESSION, TASK, POOL, HOST, SR, PBD, VDI)
+_WITH_OBJECTS: Final[tuple[ApiClass, ...]] = (SESSION, TASK, POOL, HOST, SR, PBD, VDI, VBD, USER)
+
+CLASSES: Final[tuple[ApiClass, ...]] = (*_WITH_OBJECTS, event_class(_WITH_OBJECTS))

@@ -205,6 +205,6 @@ def _system(api: Api) -> ApiClass:
         asynchronous=False,
     )
     async def list_methods(_call: Call) -> list[str]:
-        return [method.name for method in api.methods]
+        return [method.name for method in api.methods if method.message.listed]
 
     return ApiClass(name="system", doc="Introspection.", messages=(list_methods,), enumerable=False)

@@ -3,24 +3,59 @@ object."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from gateway.core.current_operations import CurrentOperations
+    from gateway.core.events import Events
     from gateway.core.leases import Leases
     from gateway.core.records import Records
     from gateway.core.sessions import Sessions
     from gateway.core.tasks import Tasks
+    from gateway.core.users import Users
     from gateway.repository.inventory import Inventory
+
+_MOST_REGISTRATIONS: Final = 1000
+"""Sessions that listen through event.next; those that began first are forgotten, and told so."""
+
+
+@dataclass(slots=True)
+class Registration:
+    """What one session listens to through event.next: class names as it wrote them, and what it knows."""
+
+    counter: int
+    classes: dict[str, None] = field(default_factory=dict)
+
+
+class Registrations:
+    """The sessions that listen through event.next."""
+
+    def __init__(self) -> None:
+        self._registrations: Final[OrderedDict[str, Registration]] = OrderedDict()
+
+    def find(self, listener: str) -> Registration | None:
+        return self._registrations.get(listener)
+
+    def of(self, listener: str, counter: int) -> Registration:
+        """The listener's registration; a new one begins at `counter`."""
+        registration = self._registrations.setdefault(listener, Registration(counter))
+        if len(self._registrations) > _MOST_REGISTRATIONS:
+            self._registrations.popitem(last=False)
+        return registration
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estate:
-    """Everything that a message may reach. `changing` is held while a field is read, changed and written
-    back."""
+    """Everything that a message may reach."""
 
     records: Records
     tasks: Tasks
+    users: Users
     sessions: Sessions
     inventory: Inventory
     leases: Leases
+    events: Events
+    operations: CurrentOperations
+    registrations: Registrations = field(default_factory=Registrations)

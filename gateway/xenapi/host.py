@@ -6,7 +6,10 @@ follows it with its credentials. So making and changing hosts takes a pool-admin
 
 from __future__ import annotations
 
+import platform
 import re
+import socket
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from gateway.core.errors import XenAPIError
@@ -16,6 +19,7 @@ from gateway.core.roles import Role
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, message, stored
 from gateway.xenapi.types import (
     BOOL,
+    DATETIME,
     INT,
     STRING,
     STRING_MAP,
@@ -38,6 +42,28 @@ ADDRESS: Final = Text(
     form="a host name, an IPv4 address or an IPv6 address in brackets, with a port or without",
 )
 
+BRAND: Final = "VDI Gateway"
+
+
+def software_version(version: str) -> dict[str, str]:
+    """host.software_version of a gateway of this version, with the keys that XenAPI's clients look for.
+
+    `product_version` has three numbers there, and `xapi` the version of the API that is offered.
+    """
+    return {
+        "product_brand": BRAND,
+        "product_version": version,
+        "product_version_text": version,
+        "product_version_text_short": ".".join(version.split(".")[:2]),
+        "platform_name": BRAND,
+        "platform_version": version,
+        "build_number": version,
+        "hostname": socket.gethostname(),
+        "xapi": ".".join(map(str, API_VERSION)),
+        "linux": platform.release(),
+    }
+
+
 _OPERATIONS: Final = Choice("host_allowed_operations", ("evacuate", "shutdown", "reboot", "power_on"))
 
 FIELDS = (
@@ -50,9 +76,7 @@ FIELDS = (
     fixed("API_version_major", INT, API_VERSION[0], "major version of the API"),
     fixed("API_version_minor", INT, API_VERSION[1], "minor version of the API"),
     fixed("API_version_vendor", STRING, "XenSource", "vendor of the API"),
-    fixed(
-        "API_version_vendor_implementation", STRING_MAP, {"name": "VDI Gateway"}, "what implements the API"
-    ),
+    fixed("API_version_vendor_implementation", STRING_MAP, {"name": BRAND}, "what implements the API"),
     stored("enabled", BOOL, "whether it takes work"),
     stored("software_version", STRING_MAP, "versions of what runs on it"),
     stored("other_config", STRING_MAP, "additional configuration", writer=Role.POOL_OPERATOR),
@@ -179,6 +203,12 @@ def _enabled(value: bool) -> Any:
     return run
 
 
+@message("get_servertime", "The host's clock.", _SELF, result=DATETIME, asynchronous=False)
+async def get_servertime(call: Call, ref: str) -> datetime:
+    call.estate.records.hosts.get(ref)
+    return datetime.now(UTC)
+
+
 HOST = ApiClass(
     name="host",
     doc="A machine that reaches SRs: this gateway, or another one.",
@@ -186,6 +216,7 @@ HOST = ApiClass(
     messages=(
         create,
         destroy,
+        get_servertime,
         message("enable", "Let the host take work.", _SELF, role=Role.POOL_OPERATOR)(_enabled(True)),
         message("disable", "Let the host take no work.", _SELF, role=Role.POOL_OPERATOR)(_enabled(False)),
     ),

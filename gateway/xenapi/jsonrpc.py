@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from gateway.core.errors import XenAPIError
-from gateway.xenapi.types import WireValue, moment_text
+from gateway.xenapi.types import Int32, WireValue, is_large, moment_text
 
 if TYPE_CHECKING:
     from gateway.xenapi.dispatch import Api, Caller
@@ -107,6 +107,8 @@ def _plain(value: WireValue) -> WireValue:
     if isinstance(value, str):
         # A lone surrogate, as file names in error texts may hold, cannot be written as UTF-8.
         return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, Int32):
+        return int(value)
     return "" if value is None else value
 
 
@@ -154,6 +156,6 @@ async def answer_jsonrpc(api: Api, body: bytes, caller: Caller) -> bytes:
         value = await api.call(request.method, request.params, caller)
     except XenAPIError as error:
         return dump_failure(request, error.error_info)
-    if isinstance(value, dict | list) and len(value) > 1000:
+    if is_large(value):
         return await trio.to_thread.run_sync(dump_success, request, value)
     return dump_success(request, value)

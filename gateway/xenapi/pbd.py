@@ -48,12 +48,14 @@ async def create(call: Call, args: dict[str, Any]) -> str:
     errors=("SR_BACKEND_FAILURE_140",),
 )
 async def plug(call: Call, ref: str) -> None:
-    await call.estate.inventory.pbd_plug(ref)
+    with call.operating(call.estate.records.pbds.get(ref).sr, "plug"):
+        await call.estate.inventory.pbd_plug(ref)
 
 
 @message("unplug", "Detach the SR from the host.", _SELF, role=Role.POOL_OPERATOR, errors=("VDI_IN_USE",))
 async def unplug(call: Call, ref: str) -> None:
-    await call.estate.inventory.pbd_unplug(ref)
+    with call.operating(call.estate.records.pbds.get(ref).sr, "unplug"):
+        await call.estate.inventory.pbd_unplug(ref)
 
 
 @message(

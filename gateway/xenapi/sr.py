@@ -24,7 +24,8 @@ from gateway.xenapi.types import (
 )
 
 SR_OPERATIONS: Final = Choice(
-    "storage_operations", ("scan", "destroy", "forget", "plug", "unplug", "vdi_create", "vdi_destroy")
+    "storage_operations",
+    ("scan", "destroy", "forget", "plug", "unplug", "update", "vdi_create", "vdi_destroy"),
 )
 
 SUPPORTED_TYPES: Final = ("file",)
@@ -33,8 +34,13 @@ _CUSTOM_FIELDS: Final = (("folder", Role.POOL_OPERATOR), ("XenCenter.CustomField
 
 
 def _allowed_operations(sr: Any, estate: Any) -> tuple[str, ...]:
-    attached = any(pbd.currently_attached for pbd in estate.records.pbds_of_sr(sr.ref))
-    return ("scan", "unplug", "vdi_create", "vdi_destroy") if attached else ("plug", "destroy", "forget")
+    pbds = estate.records.pbds_of_sr(sr.ref)
+    attached = [pbd for pbd in pbds if pbd.currently_attached]
+    if not attached:
+        return ("plug", "destroy", "forget") if pbds else ("forget",)
+    if any(pbd.device_config.get("writable") == "true" for pbd in attached):
+        return ("scan", "update", "unplug", "vdi_create", "vdi_destroy")
+    return ("scan", "update", "unplug")
 
 
 FIELDS = (
@@ -42,7 +48,12 @@ FIELDS = (
     stored("name_label", STRING, "a human-readable name", writer=Role.POOL_OPERATOR),
     stored("name_description", STRING, "a human-readable description", writer=Role.POOL_OPERATOR),
     computed("allowed_operations", SetOf(SR_OPERATIONS), "what may be started now", _allowed_operations),
-    fixed("current_operations", MapOf(SR_OPERATIONS, STRING), {}, "what is being done, by task"),
+    computed(
+        "current_operations",
+        MapOf(SR_OPERATIONS, STRING),
+        "what is being done, by task",
+        lambda sr, estate: estate.operations.of(sr.ref),
+    ),
     computed(
         "VDIs",
         SetOf(Reference("VDI")),
@@ -170,7 +181,8 @@ async def introduce(  # noqa: PLR0917 - xapi's parameters in xapi's order
     errors=("SR_NOT_ATTACHED",),
 )
 async def scan(call: Call, sr: str) -> None:
-    await call.estate.inventory.sr_scan(sr)
+    with call.operating(sr, "scan"):
+        await call.estate.inventory.sr_scan(sr)
 
 
 @message(
@@ -178,7 +190,8 @@ async def scan(call: Call, sr: str) -> None:
 )
 async def update(call: Call, sr: str) -> None:
     call.estate.inventory.repository(sr)
-    await call.estate.inventory.refresh_sizes(sr)
+    with call.operating(sr, "update"):
+        await call.estate.inventory.refresh_sizes(sr)
 
 
 @message(
@@ -189,7 +202,8 @@ async def update(call: Call, sr: str) -> None:
     errors=("SR_NOT_EMPTY", "SR_HAS_PBD", "SR_HAS_NO_PBDS"),
 )
 async def destroy(call: Call, sr: str) -> None:
-    await call.estate.inventory.sr_destroy(sr)
+    with call.operating(sr, "destroy"):
+        await call.estate.inventory.sr_destroy(sr)
 
 
 @message(
@@ -200,7 +214,8 @@ async def destroy(call: Call, sr: str) -> None:
     errors=("SR_HAS_PBD",),
 )
 async def forget(call: Call, sr: str) -> None:
-    await call.estate.inventory.sr_forget(sr)
+    with call.operating(sr, "forget"):
+        await call.estate.inventory.sr_forget(sr)
 
 
 @message(

@@ -98,7 +98,6 @@ async def destroy(call: Call, ref: str) -> None:
     "cancel",
     "Ask a task to stop. It may take its time, or finish all the same.",
     _SELF,
-    asynchronous=False,
     errors=("OPERATION_NOT_ALLOWED",),
 )
 async def cancel(call: Call, ref: str) -> None:

@@ -25,9 +25,15 @@ WireValue: TypeAlias = (
     "str | bool | int | float | datetime | list[Any] | tuple[Any, ...] | dict[str, Any] | None"
 )
 
+
+class Int32(int):
+    """A number that XenAPI sends with 32 bits. In XML it is an <i4>, where 64-bit integers are strings."""
+
+
 NEVER: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """What XenAPI writes where a moment has not come yet."""
 
+_LARGE: Final = 500
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}\Z")
 _INTEGER_RANGE = range(-(2**63), 2**63)
 _MOMENT = re.compile(
@@ -279,6 +285,14 @@ DATETIME: Final = Moment()
 VOID: Final = Nothing()
 STRINGS: Final = SetOf(STRING)
 STRING_MAP: Final = MapOf(STRING, STRING)
+
+
+def is_large(value: WireValue) -> bool:
+    """Whether an answer has so many parts that it is written in a worker thread."""
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else ()
+    return len(value) > _LARGE or any(isinstance(part, dict | list) and len(part) > _LARGE for part in parts)
 
 
 def parse_moment(text: str) -> datetime | None:

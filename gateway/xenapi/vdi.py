@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.core.leases import LeaseMode
+from gateway.core.refs import NULL_REF
 from gateway.core.roles import Role
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, given, message, stored
 from gateway.xenapi.types import (
@@ -149,7 +150,8 @@ _SELF = Parameter("self", Reference("VDI"), "the VDI")
     errors=("SR_NOT_ATTACHED", "SR_FULL", "VDI_TOO_LARGE"),
 )
 async def create(call: Call, args: dict[str, Any]) -> str:
-    return await call.estate.inventory.vdi_create(**{name.lower(): value for name, value in args.items()})
+    with call.operating(args["SR"], "vdi_create"):
+        return await call.estate.inventory.vdi_create(**{name.lower(): value for name, value in args.items()})
 
 
 @message(
@@ -160,7 +162,10 @@ async def create(call: Call, args: dict[str, Any]) -> str:
     errors=("VDI_IN_USE", "OPERATION_NOT_ALLOWED", "VDI_READONLY", "SR_NOT_ATTACHED"),
 )
 async def destroy(call: Call, vdi: str) -> None:
-    await call.estate.inventory.vdi_destroy(vdi, who=call.who, task=call.task)
+    records = call.estate.records
+    sr = records.vdis.get(vdi).sr if vdi in records.vdis else NULL_REF
+    with call.operating(sr, "vdi_destroy"):
+        await call.estate.inventory.vdi_destroy(vdi, who=call.who, task=call.task)
 
 
 @message(

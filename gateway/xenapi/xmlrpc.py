@@ -19,7 +19,7 @@ from xml.parsers import expat
 import trio
 
 from gateway.core.errors import XenAPIError
-from gateway.xenapi.types import WireValue, moment_text, parse_moment
+from gateway.xenapi.types import Int32, WireValue, is_large, moment_text, parse_moment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +105,8 @@ def _write(value: WireValue, out: list[str]) -> None:
         out.append("</data></array></value>")
     elif isinstance(value, bool):
         out.append("<value><boolean>1</boolean></value>" if value else "<value><boolean>0</boolean></value>")
+    elif isinstance(value, Int32):
+        out.append(f"<value><i4>{value}</i4></value>")
     elif isinstance(value, int):
         out.append(f"<value>{value}</value>")
     elif isinstance(value, float):
@@ -336,6 +338,6 @@ async def answer_xmlrpc(api: Api, body: bytes, caller: Caller) -> bytes:
     except XenAPIError as error:
         return dump_failure(error.error_info)
     write = _document if method == "system.listMethods" else dump_success
-    if isinstance(value, dict | list) and len(value) > 1000:
+    if is_large(value):
         return await trio.to_thread.run_sync(write, value)
     return write(value)

@@ -3,22 +3,24 @@
 A session's reference is the wire name of its role: `await site.call("VDI.get_all", "vm-admin")`.
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import trio
 
+from gateway.core.current_operations import CurrentOperations
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.records import Records
 from gateway.core.roles import Permission, Role
-from gateway.core.sessions import Credentials, Identity
+from gateway.core.sessions import Credentials, Identity, Session
 from gateway.core.tasks import Tasks
+from gateway.core.users import Users
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api, Caller
 from gateway.xenapi.estate import Estate
@@ -41,6 +43,10 @@ class KnownSessions:
         role = Role.from_wire(credentials.session_ref)
         permission.check(role)
         return Identity(user=role.wire_name, role=role, session=None)
+
+    @contextmanager
+    def in_use(self, session: Session | str) -> Iterator[None]:
+        yield
 
 
 class RecordedInventory:
@@ -76,19 +82,22 @@ class Site:
 
 
 @asynccontextmanager
-async def open_site(path: Path) -> AsyncIterator[Site]:
+async def open_site(path: Path, events: Events | None = None) -> AsyncIterator[Site]:
     database = await Database.open(str(path / "gateway.sqlite3"))
     try:
-        events = Events()
+        events = events or Events()
         records = await Records.load(database, events, host_name="gateway.test", address="192.0.2.7")
         tasks = await Tasks.load(database, events, resident_on=records.this_host.ref)
         inventory, sessions = RecordedInventory(), KnownSessions()
         estate = Estate(
+            users=await Users.load(database),
+            events=events,
+            operations=CurrentOperations(events),
             records=records,
             tasks=tasks,
             sessions=cast("Any", sessions),
             inventory=cast("Any", inventory),
-            leases=Leases(),
+            leases=Leases(changed=lambda vdi: events.publish("VDI", "mod", vdi)),
         )
         async with trio.open_nursery() as nursery:
             yield Site(Api(estate, nursery, CLASSES), estate, events, inventory, sessions)
