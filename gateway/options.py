@@ -134,7 +134,8 @@ def quantity_text(unit: Unit, value: float) -> str | int:
     for name, factor in reversed(list(units.items())):
         if value >= factor and (value / factor).is_integer():
             return f"{int(value / factor)}{name}"
-    return f"{value:g}{'s' if unit is Unit.SECONDS else 'B'}"
+    text = f"{value:.12f}".rstrip("0").rstrip(".")
+    return f"{text}{'s' if unit is Unit.SECONDS else 'B'}"
 
 
 def _allowed(limit: Limit) -> str:

@@ -1,6 +1,5 @@
 """A gateway with short limits cuts off those who stand still, and lets those who are only slow go on."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,29 +14,22 @@ from tests.system.slow_upload import SlowUpload
 
 IDLE = 1.0
 
-# The real program; only the defaults of its limits are others.
-_PROGRAM = f"""#!{sys.executable}
-import dataclasses, sys
-from gateway.core.limits import Limits
-changed = {{"transfer_idle": {IDLE}, "header_seconds": {IDLE}, "keepalive_idle": {IDLE}, "transfers": 3}}
-Limits.__init__.__defaults__ = tuple(
-    changed.get(field.name, field.default) for field in dataclasses.fields(Limits)
-)
-from gateway.cli.main import main
-main()
+_CONFIGURATION = f"""
+[limits]
+transfer_idle = "{IDLE}s"
+header_time = "{IDLE}s"
+keepalive_idle = "{IDLE}s"
+transfers = 3
 """
 
 
 @pytest.fixture(scope="module")
 def impatient_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("impatient")
-    program = directory / "vdi-gateway"
-    program.write_text(_PROGRAM)
-    program.chmod(0o700)
     gateway = RunningGateway(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RunningGateway.start.__globals__, "program", lambda: str(program))
-        gateway.start()
+    gateway.state_dir.mkdir()
+    (gateway.state_dir / "config.toml").write_text(_CONFIGURATION)
+    gateway.start()
     try:
         yield Site(gateway, directory / "sr")
     finally:
