@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 MIB = 1 << 20
 GIB = 1 << 30
 
+QUIET_SECONDS = 0.3
+QUIET_BUSY = 0.15
+PATIENCE_SECONDS = 20.0
+
 
 @dataclass(frozen=True)
 class Row:
@@ -101,11 +105,35 @@ def interleave(
         turn = number % len(order)
         for contestant in [*order[turn:], *order[:turn]]:
             os.sync()  # nobody pays for the dirty pages of the one before
+            wait_for_quiet()
             taken = contestants[contestant]()
             if number:
                 seconds[contestant].append(taken)
         log(f"{name}: round {number}/{rounds}: " + ", ".join(_latest(seconds, number)))
     return Rounds(size, seconds)
+
+
+def wait_for_quiet() -> None:
+    """Until the processors have been nearly idle for a moment, for as long as patience lasts.
+
+    On a machine that others use too, a contestant with one busy thread and one with three suffer differently;
+    waiting costs time and treats all alike.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        busy, total = _processor_ticks()
+        time.sleep(QUIET_SECONDS)
+        busy_then, total_then = _processor_ticks()
+        if busy_then - busy <= QUIET_BUSY * (total_then - total):
+            return
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """Busy and all ticks of all processors since the machine started."""
+    with open("/proc/stat") as file:
+        ticks = [int(field) for field in file.readline().split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return sum(ticks) - idle, sum(ticks)
 
 
 def timed(action: Callable[[], object]) -> float:
