@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import uuid
@@ -85,3 +86,43 @@ def test_tracebacks_show_neither_local_variables_nor_session_references(
 def test_an_unknown_level_is_named() -> None:
     with pytest.raises(ValueError, match="no log level 'loud'"):
         configure("loud")
+
+
+class Disk(io.StringIO):
+    full = False
+
+    def write(self, text: str) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+
+def test_lines_that_could_not_be_written_are_counted_once_there_is_space_again() -> None:
+    stream = Disk()
+    configure("info", stream)
+    log = structlog.get_logger()
+    stream.full = True
+    log.info("first")
+    log.warning("second")
+    stream.full = False
+    log.info("third")
+    log.info("fourth")
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in events] == ["log lines were lost", "third", "fourth"]
+    assert events[0]["lines"] == 2
+
+
+def test_a_closed_stream_stops_nobody() -> None:
+    stream = io.StringIO()
+    configure("info", stream)
+    stream.close()
+    structlog.get_logger().error("nobody reads this")
+
+
+def test_the_form_can_be_chosen() -> None:
+    stream = io.StringIO()
+    configure("info", stream, form="console")
+    structlog.get_logger().info("for people")
+    assert "for people" in stream.getvalue()
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(stream.getvalue())

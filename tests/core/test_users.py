@@ -140,3 +140,25 @@ async def test_the_memory_of_wrong_passwords_is_bounded() -> None:
 )
 def test_an_ipv6_client_is_known_by_its_network(address: str, network: str) -> None:
     assert _network(address) == network
+
+
+async def test_a_password_counts_only_once_its_keeper_has_it(database: Database) -> None:
+    users = await Users.load(database, Passwords(memory_kib=64, passes=1))
+    await users.create("root", "old", Role.POOL_ADMIN)
+    kept: list[tuple[str, str]] = []
+    refuse = True
+
+    async def keep(name: str, password: str) -> None:
+        if refuse:
+            raise OSError("no space")
+        kept.append((name, password))
+
+    users.keep_passwords(keep)
+    with pytest.raises(OSError, match="no space"):
+        await users.set_password("root", "new")
+    assert await users.passwords.verify(users.get("root").password_hash, "old") is Verdict.RIGHT
+    refuse = False
+    await users.set_password("root", "new")
+    await users.create("alice", "hers", Role.READ_ONLY)
+    assert kept == [("root", "new"), ("alice", "hers")]
+    assert await users.passwords.verify(users.get("root").password_hash, "new") is Verdict.RIGHT
