@@ -1,21 +1,40 @@
 """How a command reaches the running gateway: XML-RPC with the standard library, in a session of its own.
 
-Knows the state directory of a gateway on this machine, and --url for any other. The trap: the password must
-never be in the process list, so it comes from a file only.
+Knows the state directory of a gateway on this machine, --url for any other, and the user's client.toml. The
+trap: the password must never be in the process list or the environment, so it comes from a file or is asked
+for on the terminal.
 """
 
+import contextlib
+import getpass
+import http.client
 import ssl
+import sys
+import xml.parsers.expat
 import xmlrpc.client
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from cyclopts import Parameter
 
+from gateway.cli.client_config import ClientConfig, load_client_config
+from gateway.cli.door import CONNECT_SECONDS, Door, DoorClosedError
 from gateway.cli.output import CommandError, UsageError
 from gateway.state import ADMINISTRATOR, STATE_DIR_VARIABLE, StateDirectory, StateError, read_password_file
 
-TIMEOUT_SECONDS = 60.0
+CALL_SECONDS: Final = 120.0
+DEFAULT_STATE_DIR: Final = "./state"
+
+
+@dataclass(frozen=True)
+class Login:
+    """Where to log in, as whom; the password is fetched when it is needed."""
+
+    door: Door
+    user: str
+    password: Callable[[], str]
 
 
 @Parameter(name="*")
@@ -23,62 +42,100 @@ TIMEOUT_SECONDS = 60.0
 class GatewayChoice:
     """Which gateway a command talks to, and as whom."""
 
-    state_dir: Annotated[str, Parameter(env_var=STATE_DIR_VARIABLE)] = "./state"
-    """State directory of a gateway on this machine: its address and password are read from there."""
+    state_dir: Annotated[str | None, Parameter(env_var=STATE_DIR_VARIABLE)] = None
+    """State directory of a gateway on this machine, which needs no password; ./state unless client.toml names
+    a gateway."""
 
     url: str | None = None
-    """Address of a gateway elsewhere, as in https://host:8443; needs --password-file."""
+    """Address of a gateway elsewhere, as in https://host:8443."""
 
-    user: str = ADMINISTRATOR
-    """User to log in as."""
+    user: str | None = None
+    """User to log in as; root when it is left out."""
 
     password_file: str | None = None
-    """File whose first line is the password."""
+    """File whose first line is the password; without it the password is asked for on the terminal."""
 
     ca_file: str | None = None
-    """PEM file of the authority to trust; else that of the state directory, or those of the system."""
+    """PEM file of the authority that must have signed the certificate. Without it the certificate is
+    remembered when it is first seen, and must stay the same."""
 
     def connect(self) -> "Connection":
         """Logs in. CommandError says why not, and what to do."""
         try:
-            url, authority, password_file = self._address()
-            password = read_password_file(password_file)
-        except FileNotFoundError as error:
-            raise CommandError(
-                f"there is no file {error.filename}; name the file with the password"
-            ) from None
+            return Connection(self._login())
         except StateError as error:
             raise CommandError(str(error)) from None
-        return Connection(url, self.user, password, authority)
 
-    def _address(self) -> tuple[str, str | None, str]:
+    def _login(self) -> Login:
         if self.url is not None:
-            if not self.url.startswith(("http://", "https://")):
-                raise UsageError(f"--url: {self.url!r} is no address; give one as in https://host:8443")
-            if self.password_file is None:
-                raise UsageError("--url needs --password-file: the file whose first line is the password")
-            return self.url, self.ca_file, self.password_file
-        state = StateDirectory(self.state_dir)
-        running = state.running()
-        if self.password_file is None and self.user != ADMINISTRATOR:
-            raise UsageError(f"--user {self.user} needs --password-file")
-        return running.local_url, self.ca_file or running.authority, self.password_file or state.password_file
+            config = load_client_config()
+            return self._remote(self.url, config if self.url == config.url else ClientConfig(config.path))
+        if self.state_dir is None:
+            config = load_client_config()
+            if config.url is not None:
+                return self._remote(config.url, config)
+        return self._local(StateDirectory(self.state_dir or DEFAULT_STATE_DIR))
+
+    def _remote(self, url: str, config: ClientConfig) -> Login:
+        user = self.user or config.user or ADMINISTRATOR
+        door = Door(url, authority=self.ca_file or config.ca_file)
+        own = user == (config.user or ADMINISTRATOR)
+        if self.password_file is None and own and config.password is not None:
+            known = config.password
+            return Login(door, user, lambda: known)
+        path = self.password_file or (config.password_file if own else None)
+        if path is None and not sys.stdin.isatty() and not sys.stderr.isatty():
+            raise UsageError(
+                "there is no terminal to ask for the password; give --password-file, the file whose first"
+                f" line it is, or write it into {config.path}"
+            )
+        return Login(door, user, lambda: _ask(user, url) if path is None else read_password(path))
+
+    def _local(self, state: StateDirectory) -> Login:
+        """Through the Unix socket, where the kernel says who we are: the gateway's own user, or root."""
+        state.running()
+        door = Door(f"the socket {state.socket}", path=state.socket)
+        path = self.password_file
+        return Login(door, self.user or ADMINISTRATOR, lambda: "" if path is None else read_password(path))
+
+
+def read_password(path: str) -> str:
+    """The first line of a file. CommandError when there is none."""
+    try:
+        return read_password_file(path)
+    except FileNotFoundError:
+        raise CommandError(f"there is no file {path}; name the file with the password") from None
+    except StateError as error:
+        raise CommandError(str(error)) from None
+
+
+def _ask(user: str, url: str) -> str:
+    try:
+        return getpass.getpass(f"Password of {user} at {url}: ")
+    except EOFError:
+        raise CommandError("no password was given") from None
 
 
 class Connection:
     """A session at a gateway; leaving the block logs out."""
 
-    def __init__(self, url: str, user: str, password: str, authority: str | None) -> None:
-        self.url = url
-        context = None
-        if url.startswith("https://"):
-            try:
-                context = ssl.create_default_context(cafile=authority)
-            except OSError as error:
-                raise UsageError(f"--ca-file: {authority} can't be used: {error}") from None
-        transport: xmlrpc.client.Transport = _SafeTransport(context) if context else _Transport()
-        self._proxy = xmlrpc.client.ServerProxy(url, transport=transport)
-        self._session: str = self._answer("session.login_with_password", user, password, "1.0", "vdi-gateway")
+    def __init__(self, login: Login) -> None:
+        self.door: Final = login.door
+        self._login: Final = login
+        self._password: str | None = None
+        self._proxy = xmlrpc.client.ServerProxy(
+            f"http://{self.door.host}/", transport=_Transport(self.door, CALL_SECONDS)
+        )
+        self.session = ""
+        self.log_in()
+
+    def log_in(self) -> None:
+        """Begin a session; a new one, where the old one has ended."""
+        if self._password is None:
+            self._password = self._login.password()
+        self.session = self._answer(
+            "session.login_with_password", self._login.user, self._password, "1.0", "vdi-gateway"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -87,37 +144,55 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if not isinstance(error, CommandError):
-                self._answer("session.logout", self._session)
+            if not isinstance(error, DoorClosedError):
+                with contextlib.suppress(CommandError):
+                    self._answer("session.logout", self.session)
         finally:
             self._proxy("close")()
 
     def call(self, method: str, *parameters: Any) -> Any:
-        """The value of one call. CommandError carries the gateway's own line."""
-        return self._answer(method, self._session, *parameters)
+        """The value of one call. CallRefusedError carries the gateway's own line."""
+        return self._answer(method, self.session, *parameters)
+
+    def restart(self, seconds: float) -> None:
+        """Forget the connection under the session: the next call opens another, and waits so long for it."""
+        self._proxy("close")()
+        self._proxy = xmlrpc.client.ServerProxy(
+            f"http://{self.door.host}/", transport=_Transport(self.door, seconds)
+        )
 
     def _answer(self, method: str, *parameters: Any) -> Any:
         try:
             answer: Any = getattr(self._proxy, method)(*parameters)
-        except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", None) or error.reason or str(error)
-            raise CommandError(
-                f"the certificate of {self.url} isn't trusted ({reason});"
-                " give the gateway's tls/ca.pem with --ca-file"
+            status = answer.get("Status")
+        except (OSError, http.client.HTTPException, ssl.SSLError) as error:
+            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise DoorClosedError(
+                f"{self.door.url} broke the connection off: {text}; is it running?"
             ) from None
-        except OSError as error:
-            raise CommandError(
-                f"no gateway answers at {self.url}: {error.strerror or error}; is it running?"
-            ) from None
-        except (xmlrpc.client.Error, ValueError, SyntaxError) as error:
+        except (
+            xmlrpc.client.Error,
+            xml.parsers.expat.ExpatError,
+            AttributeError,
+            ValueError,
+            SyntaxError,
+        ) as error:
             text = getattr(error, "errmsg", None) or getattr(error, "faultString", None) or str(error)
             raise CommandError(
-                f"{self.url} doesn't answer as a gateway does: {text}; check the address"
+                f"{self.door.url} doesn't answer as a gateway does: {text}; check the address"
             ) from None
-        if answer.get("Status") == "Success":
+        if status == "Success":
             return answer.get("Value")
-        code, *details = answer.get("ErrorDescription", ["INTERNAL_ERROR", "no description"])
-        raise CommandError(error_text(method, code, details))
+        code, *details = answer.get("ErrorDescription") or ["INTERNAL_ERROR", "no description"]
+        raise CallRefusedError(method, code, details)
+
+
+class CallRefusedError(CommandError):
+    """The gateway refused a call: its code and what belongs to it."""
+
+    def __init__(self, method: str, code: str, details: list[str]) -> None:
+        super().__init__(error_text(method, code, details))
+        self.code: Final = code
 
 
 def error_text(method: str, code: str, details: list[str]) -> str:
@@ -127,18 +202,33 @@ def error_text(method: str, code: str, details: list[str]) -> str:
     return f"{XenAPIError(code, *details).message} ({code} from {method})"
 
 
+class _HTTPConnection(http.client.HTTPConnection):
+    def __init__(self, door: Door, seconds: float) -> None:
+        super().__init__(door.host, timeout=seconds)
+        self._door = door
+
+    def connect(self) -> None:
+        self.sock = self._door.open(min(CONNECT_SECONDS, self.timeout or CONNECT_SECONDS))
+        self.sock.settimeout(self.timeout)
+
+
 class _Transport(xmlrpc.client.Transport):
-    def make_connection(self, host: Any) -> Any:
-        connection = super().make_connection(host)
-        connection.timeout = TIMEOUT_SECONDS
-        return connection
+    """XML-RPC through a door, on one connection that is kept."""
 
+    user_agent = "vdi-gateway"
 
-class _SafeTransport(xmlrpc.client.SafeTransport):
-    def __init__(self, context: ssl.SSLContext) -> None:
-        super().__init__(context=context)
+    def __init__(self, door: Door, seconds: float) -> None:
+        super().__init__()
+        self._door = door
+        self._seconds = seconds
+        self._kept: _HTTPConnection | None = None
 
-    def make_connection(self, host: Any) -> Any:
-        connection = super().make_connection(host)
-        connection.timeout = TIMEOUT_SECONDS
-        return connection
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        if self._kept is None:
+            self._kept = _HTTPConnection(self._door, self._seconds)
+        return self._kept
+
+    def close(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()

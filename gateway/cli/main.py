@@ -1,6 +1,6 @@
 """The `vdi-gateway` command: finds the sub-command, and turns every expected error into one line on stderr.
 
-Exit codes: 0 done, 1 refused or failed, 2 the arguments are wrong, 130 interrupted. The trap: each
+Exit codes: 0 done, 1 refused or failed, 2 the arguments are wrong, 130 interrupted by Ctrl-C. The trap: each
 sub-command is loaded only when it runs, because a command that asks a running gateway must not load
 the gateway itself.
 """
@@ -14,18 +14,37 @@ from cyclopts.help import DefaultFormatter
 
 from gateway.cli.help import ManualFormatter
 from gateway.cli.output import CommandError, UsageError
+from gateway.cli.words import translated
 
 PROGRAM = "vdi-gateway"
 
 COMMANDS = {
     "serve": "gateway.cli.serve:serve",
     "config-show": "gateway.cli.config:config_show",
+    "status": "gateway.cli.host:status",
+    "sr-list": "gateway.cli.sr:sr_list",
     "sr-create": "gateway.cli.sr:sr_create",
     "sr-attach": "gateway.cli.sr:sr_attach",
-    "vdi-create": "gateway.cli.vdi:vdi_create",
+    "sr-scan": "gateway.cli.sr:sr_scan",
+    "sr-forget": "gateway.cli.sr:sr_forget",
     "vdi-list": "gateway.cli.vdi:vdi_list",
+    "vdi-create": "gateway.cli.vdi:vdi_create",
+    "vdi-import": "gateway.cli.transfers:vdi_import",
+    "vdi-export": "gateway.cli.transfers:vdi_export",
+    "vdi-resize": "gateway.cli.vdi:vdi_resize",
+    "vdi-param-set": "gateway.cli.vdi:vdi_param_set",
+    "vdi-destroy": "gateway.cli.vdi:vdi_destroy",
     "task-list": "gateway.cli.task:task_list",
+    "task-watch": "gateway.cli.task:task_watch",
+    "task-cancel": "gateway.cli.task:task_cancel",
+    "session-list": "gateway.cli.user:session_list",
+    "user-list": "gateway.cli.user:user_list",
+    "user-add": "gateway.cli.user:user_add",
+    "user-passwd": "gateway.cli.user:user_passwd",
+    "user-disable": "gateway.cli.user:user_disable",
+    "host-list": "gateway.cli.host:host_list",
     "vhd-check": "gateway.cli.check:vhd_check",
+    "completion": "gateway.cli.completion:completion",
 }
 
 
@@ -54,7 +73,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code."""
     name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
     try:
-        code = application()(list(arguments))
+        app = application()
+        code = app(translated(app, arguments) if name != PROGRAM else list(arguments))
     except CycloptsError as error:
         return _complain(name, f"{_one_line(error)} Try: {name} --help", 2)
     except UsageError as error:
@@ -69,9 +89,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def _one_line(error: CycloptsError) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, MissingArgumentError):
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
         # "Command "x" parameter --y requires an argument." reads as if --y had been given.
-        text = text.replace("requires an argument", "is missing or has no value")
+        names = [name for name in error.argument.names if name.startswith("--")]
+        position = f" ({error.argument.field_info.name.upper()})" if error.argument.index is not None else ""
+        text = f"{' or '.join(names)}{position} is missing or has no value."
     return text
 
 
@@ -85,5 +107,6 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
         code = 130
     sys.exit(code)

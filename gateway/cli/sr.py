@@ -1,22 +1,29 @@
-"""`vdi-gateway sr-create` and `sr-attach`: storage repositories of a running gateway."""
+"""The sr- commands: storage repositories of a running gateway."""
 
 import os
 import uuid as uuids
 from json import loads
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from gateway.cli.connection import Connection, GatewayChoice
-from gateway.cli.output import CommandError, print_json, print_note
+from gateway.cli.listing import Column, Row, Shape, print_list
+from gateway.cli.output import CommandError, UsageError, print_json, print_note, size_text
+
+Name = Annotated[str | None, Parameter(name=["--name", "--name-label"])]
+Location = Annotated[str | None, Parameter(name=["--path", "--location"])]
+DeviceConfig = Annotated[list[str] | None, Parameter(negative=())]
+Repository = Annotated[str, Parameter(name=["--uuid", "--sr"])]
 
 
 def sr_create(
-    path: str,
-    /,
+    path: Location = None,
     *,
-    name: str | None = None,
-    description: str = "",
+    name: Name = None,
+    description: Annotated[str, Parameter(name=["--description", "--name-description"])] = "",
+    type: Literal["file"] = "file",  # noqa: A002 - xe's key
+    device_config: DeviceConfig = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
@@ -30,10 +37,14 @@ def sr_create(
         Name of the SR; the last part of PATH when it is left out.
     description
         Description of the SR.
+    type
+        SR type; file is the only one.
+    device_config
+        location=PATH says the same as PATH, as in device-config:location=/srv/disks.
     json
         Print a JSON document.
     """
-    location = os.path.abspath(path)
+    location = _location(path, device_config)
     with (gateway or GatewayChoice()).connect() as connection:
         reference = connection.call(
             "SR.create",
@@ -51,12 +62,12 @@ def sr_create(
 
 
 def sr_attach(
-    path: str,
-    /,
+    path: Location = None,
     *,
     writable: Annotated[bool, Parameter(negative=())] = False,
-    name: str | None = None,
+    name: Name = None,
     uuid: str | None = None,
+    device_config: DeviceConfig = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
@@ -79,18 +90,20 @@ def sr_attach(
     uuid
         Uuid of the SR; needed only where the gateway is another machine. When it is left out: what the SR
         says of itself, else the last part of PATH if that is a uuid, else a new one.
+    device_config
+        location=PATH says the same as PATH.
     json
         Print a JSON document.
     """
-    location = os.path.abspath(path)
-    device_config = {"location": location, "writable": "true" if writable else "false"}
+    location = _location(path, device_config)
+    configuration = {"location": location, "writable": "true" if writable else "false"}
     wanted = uuid or _uuid_of(location)
     with (gateway or GatewayChoice()).connect() as connection:
         host = this_host(connection)
         known = [ref for ref, sr in connection.call("SR.get_all_records").items() if sr["uuid"] == wanted]
         if known:
             reference = known[0]
-            if not _let_go(connection, reference, host, device_config):
+            if not _let_go(connection, reference, host, configuration):
                 print_note("the SR is attached so already")
                 return _print_sr(connection, reference, json=json)
         else:
@@ -99,7 +112,7 @@ def sr_attach(
         try:
             pbd = connection.call(
                 "PBD.create",
-                {"host": host, "SR": reference, "device_config": device_config, "other_config": {}},
+                {"host": host, "SR": reference, "device_config": configuration, "other_config": {}},
             )
             connection.call("PBD.plug", pbd)
         except CommandError:
@@ -108,6 +121,112 @@ def sr_attach(
                 connection.call("SR.forget", reference)
             raise
         return _print_sr(connection, reference, json=json)
+
+
+def _location(path: str | None, device_config: list[str] | None) -> str:
+    for entry in device_config or []:
+        key, _, value = entry.partition("=")
+        if key != "location" or not value:
+            raise UsageError(f"--device-config: {entry!r} is not used here; give location=PATH")
+        if path is not None and path != value:
+            raise UsageError("PATH and device-config:location differ; give one of them")
+        path = value
+    if path is None:
+        raise UsageError("PATH is missing: the directory of the SR, on the machine of the gateway")
+    return os.path.abspath(path)
+
+
+COLUMNS = (
+    Column("uuid", "UUID"),
+    Column("name-label", "Name"),
+    Column("state", "State"),
+    Column("physical-size", "Size", size_text),
+    Column("physical-utilisation", "Used", size_text),
+    Column("virtual-allocation", "Promised", size_text),
+    Column("vdis", "Disks"),
+    Column("location", "Path"),
+    Column("name-description"),
+    Column("type"),
+    Column("content-type"),
+    Column("shared"),
+    Column("ref"),
+    Column("allowed-operations"),
+    Column("current-operations"),
+    Column("other-config"),
+    Column("sm-config"),
+    Column("tags"),
+)
+
+
+def sr_list(*filters: str, shape: Shape | None = None, gateway: GatewayChoice | None = None) -> int:
+    """List SRs, by name: whether they are attached, their space, and their directory.
+
+    Parameters
+    ----------
+    filters
+        FIELD=VALUE: only SRs with this value, as in name-label=disks. May be given more than once.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        rows = sr_rows(connection)
+    print_list(COLUMNS, rows, filters, shape or Shape())
+    return 0
+
+
+def sr_rows(connection: Connection) -> list[Row]:
+    """All SRs, by name."""
+    records: dict[str, dict[str, Any]] = connection.call("SR.get_all_records")
+    pbds: dict[str, dict[str, Any]] = connection.call("PBD.get_all_records")
+    rows = [
+        _row(ref, record, [pbd for pbd in pbds.values() if pbd["SR"] == ref])
+        for ref, record in records.items()
+    ]
+    return sorted(rows, key=lambda row: (row["name-label"], row["uuid"]))
+
+
+def _row(ref: str, sr: dict[str, Any], pbds: list[dict[str, Any]]) -> Row:
+    row = {column.name: sr.get(column.name.replace("-", "_")) for column in COLUMNS}
+    attached = [pbd for pbd in pbds if pbd["currently_attached"]]
+    writable = any(pbd["device_config"].get("writable") != "false" for pbd in attached)
+    row |= {
+        "ref": ref,
+        "state": ("attached" if writable else "read-only") if attached else "detached",
+        "location": next((pbd["device_config"].get("location", "") for pbd in attached or pbds), ""),
+        "vdis": len(sr["VDIs"]),
+    }
+    return row | {
+        name: int(sr[name.replace("-", "_")])
+        for name in ("physical-size", "physical-utilisation", "virtual-allocation")
+    }
+
+
+def sr_scan(sr: Repository, *, gateway: GatewayChoice | None = None) -> int:
+    """Look at the files of an SR again, for what was put there or taken away by others.
+
+    Parameters
+    ----------
+    sr
+        Uuid or name of the SR.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        connection.call("SR.scan", find_sr(connection, sr))
+    return 0
+
+
+def sr_forget(sr: Repository, *, gateway: GatewayChoice | None = None) -> int:
+    """Detach an SR and forget it; all its files stay, and sr-attach brings it back.
+
+    Parameters
+    ----------
+    sr
+        Uuid or name of the SR.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        reference = find_sr(connection, sr)
+        for ref, pbd in connection.call("PBD.get_all_records").items():
+            if pbd["SR"] == reference and pbd["currently_attached"]:
+                connection.call("PBD.unplug", ref)
+        connection.call("SR.forget", reference)
+    return 0
 
 
 def _let_go(connection: Connection, reference: str, host: str, device_config: dict[str, str]) -> bool:

@@ -1,21 +1,27 @@
-"""`vdi-gateway vdi-create` and `vdi-list`: virtual disks of a running gateway."""
+"""The vdi- commands: virtual disks of a running gateway. The transfers are in `transfers`."""
 
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gateway.cli.connection import GatewayChoice
-from gateway.cli.output import parse_size, print_json, print_note, print_table, size_text
+from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.listing import Column, Row, Shape, print_list
+from gateway.cli.output import CommandError, UsageError, parse_size, print_json, print_note, size_text
 from gateway.cli.sr import find_sr
+
+NULL_REF = "OpaqueRef:NULL"
+
+Disk = Annotated[str, Parameter(name=["--uuid", "--vdi"])]
 
 
 def vdi_create(
-    name: str,
-    size: str,
-    /,
+    name: Annotated[str, Parameter(name=["--name-label", "--name"])],
+    size: Annotated[str, Parameter(name=["--virtual-size", "--size"])],
     *,
-    sr: str | None = None,
-    description: str = "",
+    sr: Annotated[str | None, Parameter(name=["--sr", "--sr-uuid"])] = None,
+    description: Annotated[str, Parameter(name=["--description", "--name-description"])] = "",
+    type: str = "user",  # noqa: A002 - xe's key
+    sm_config: Annotated[list[str] | None, Parameter(negative=())] = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
@@ -31,6 +37,10 @@ def vdi_create(
         Uuid or name of the SR; may be left out when there is only one.
     description
         Description of the disk.
+    type
+        XenAPI's type of the disk.
+    sm_config
+        KEY=VALUE for the storage, as in sm-config:image-format=raw.
     json
         Print a JSON document.
     """
@@ -43,11 +53,11 @@ def vdi_create(
                 "name_description": description,
                 "SR": find_sr(connection, sr),
                 "virtual_size": str(wanted),
-                "type": "user",
+                "type": type,
                 "sharable": False,
                 "read_only": False,
                 "other_config": {},
-                "sm_config": {},
+                "sm_config": pairs(sm_config or [], "--sm-config"),
             },
         )
         record: dict[str, Any] = connection.call("VDI.get_record", reference)
@@ -58,64 +68,87 @@ def vdi_create(
         )
         return 0
     print(record["uuid"])
-    if given != wanted:
-        print_note(f"the size was rounded up from {wanted} to {given} bytes, a multiple of 2 MiB")
+    _note_rounding(wanted, given)
     return 0
 
 
+def _note_rounding(wanted: int, given: int) -> None:
+    if given != wanted:
+        print_note(f"the size was rounded up from {wanted} to {given} bytes, a multiple of 2 MiB")
+
+
+COLUMNS = (
+    Column("uuid", "UUID"),
+    Column("name-label", "Name"),
+    Column("virtual-size", "Size", size_text),
+    Column("physical-utilisation", "Stored", size_text),
+    Column("sr-name-label", "SR"),
+    Column("state", "State", ", ".join),
+    Column("name-description"),
+    Column("sr-uuid"),
+    Column("ref"),
+    Column("type"),
+    Column("sharable"),
+    Column("read-only"),
+    Column("managed"),
+    Column("missing"),
+    Column("location"),
+    Column("is-a-snapshot"),
+    Column("snapshot-of"),
+    Column("snapshot-time"),
+    Column("allowed-operations"),
+    Column("current-operations"),
+    Column("other-config"),
+    Column("sm-config"),
+    Column("tags"),
+)
+
+
 def vdi_list(
-    *,
+    *filters: str,
     sr: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    shape: Shape | None = None,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """List the virtual disks of all SRs, by name.
 
     Parameters
     ----------
+    filters
+        FIELD=VALUE: only disks with this value, as in sr-uuid=… or managed=true. May be given more than once.
     sr
         Uuid or name of an SR: only its disks.
-    json
-        Print a JSON document.
     """
     with (gateway or GatewayChoice()).connect() as connection:
         only = None if sr is None else find_sr(connection, sr)
         repositories: dict[str, dict[str, Any]] = connection.call("SR.get_all_records")
         disks: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
-    found = sorted(
-        ({"ref": ref, **record} for ref, record in disks.items() if only in (None, record["SR"])),
-        key=lambda disk: (disk["name_label"], disk["uuid"]),
-    )
-    if json:
-        print_json([_for_json(disk, repositories) for disk in found])
-        return 0
-    print_table(
-        ("UUID", "Name", "Size", "Stored", "SR", "State"),
-        [
-            (
-                disk["uuid"],
-                disk["name_label"],
-                size_text(int(disk["virtual_size"])),
-                size_text(int(disk["physical_utilisation"])),
-                repositories[disk["SR"]]["name_label"] if disk["SR"] in repositories else "",
-                ", ".join(_states(disk)),
-            )
-            for disk in found
-        ],
-    )
+    rows = [
+        _row(ref, record, repositories, disks)
+        for ref, record in disks.items()
+        if only in (None, record["SR"])
+    ]
+    rows.sort(key=lambda row: (row["name-label"], row["uuid"]))
+    print_list(COLUMNS, rows, filters, shape or Shape())
     return 0
 
 
-def _for_json(disk: dict[str, Any], repositories: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "uuid": disk["uuid"],
-        "ref": disk["ref"],
-        "name_label": disk["name_label"],
-        "virtual_size": int(disk["virtual_size"]),
-        "physical_utilisation": int(disk["physical_utilisation"]),
-        "sr_uuid": repositories.get(disk["SR"], {}).get("uuid", ""),
+def _row(
+    ref: str, disk: dict[str, Any], repositories: dict[str, dict[str, Any]], disks: dict[str, dict[str, Any]]
+) -> Row:
+    sr = repositories.get(disk["SR"], {})
+    row = {column.name: disk.get(column.name.replace("-", "_")) for column in COLUMNS}
+    row |= {
+        "ref": ref,
+        "virtual-size": int(disk["virtual_size"]),
+        "physical-utilisation": int(disk["physical_utilisation"]),
+        "sr-uuid": sr.get("uuid", ""),
+        "sr-name-label": sr.get("name_label", ""),
+        "snapshot-of": disks.get(disk["snapshot_of"], {}).get("uuid", ""),
+        "snapshot-time": str(disk["snapshot_time"]),
         "state": _states(disk),
     }
+    return row
 
 
 def _states(disk: dict[str, Any]) -> list[str]:
@@ -130,3 +163,127 @@ def _states(disk: dict[str, Any]) -> list[str]:
     if not disk["managed"]:
         states.append("hidden")
     return states + sorted(set(disk["current_operations"].values()))
+
+
+def vdi_destroy(disk: Disk, *, gateway: GatewayChoice | None = None) -> int:
+    """Destroy a virtual disk and its image.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        connection.call("VDI.destroy", find_vdi(connection, disk)[0])
+    return 0
+
+
+def vdi_resize(
+    disk: Disk,
+    size: Annotated[str, Parameter(name=["--disk-size", "--size"])],
+    *,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Make a virtual disk larger. Its content stays; what is new reads as zeroes.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk.
+    size
+        New virtual size, as in 20GiB; rounded up to 2 MiB. It can't be less than the disk has.
+    """
+    wanted = parse_size(size, "SIZE")
+    with (gateway or GatewayChoice()).connect() as connection:
+        reference, _ = find_vdi(connection, disk)
+        connection.call("VDI.resize", reference, str(wanted))
+        given = int(connection.call("VDI.get_virtual_size", reference))
+    _note_rounding(wanted, given)
+    return 0
+
+
+def vdi_param_set(
+    disk: Disk,
+    *,
+    name: Annotated[str | None, Parameter(name=["--name-label", "--name"])] = None,
+    description: Annotated[str | None, Parameter(name=["--name-description", "--description"])] = None,
+    read_only: bool | None = None,
+    sharable: bool | None = None,
+    tags: str | None = None,
+    other_config: Annotated[list[str] | None, Parameter(negative=())] = None,
+    sm_config: Annotated[list[str] | None, Parameter(negative=())] = None,
+    xenstore_data: Annotated[list[str] | None, Parameter(negative=())] = None,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Change what is known about a virtual disk.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk.
+    name
+        New name.
+    description
+        New description.
+    read_only
+        Whether it may only be read.
+    sharable
+        Whether several virtual machines may use it.
+    tags
+        Words for sorting, divided by commas; all that it has from now on.
+    other_config
+        KEY=VALUE to set, as in other-config:owner=me; an empty value removes the key.
+    sm_config
+        KEY=VALUE to set, as in sm-config:key=value.
+    xenstore_data
+        KEY=VALUE to set, as in xenstore-data:key=value.
+    """
+    plain = {
+        "name_label": name,
+        "name_description": description,
+        "read_only": read_only,
+        "sharable": sharable,
+        "tags": None if tags is None else [tag.strip() for tag in tags.split(",") if tag.strip()],
+    }
+    maps = {
+        "other_config": pairs(other_config or [], "--other-config"),
+        "sm_config": pairs(sm_config or [], "--sm-config"),
+        "xenstore_data": pairs(xenstore_data or [], "--xenstore-data"),
+    }
+    if all(value is None for value in plain.values()) and not any(maps.values()):
+        raise UsageError("nothing is to be changed; give a parameter, as in name-label=NAME")
+    with (gateway or GatewayChoice()).connect() as connection:
+        reference, _ = find_vdi(connection, disk)
+        for field, value in plain.items():
+            if value is not None:
+                connection.call(f"VDI.set_{field}", reference, value)
+        for field, entries in maps.items():
+            for key, text in entries.items():
+                connection.call(f"VDI.remove_from_{field}", reference, key)
+                if text:
+                    connection.call(f"VDI.add_to_{field}", reference, key, text)
+    return 0
+
+
+def pairs(entries: list[str], argument: str) -> dict[str, str]:
+    """A map from `KEY=VALUE` texts. UsageError names `argument`."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{argument}: {entry!r} is no KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def find_vdi(connection: Connection, wanted: str) -> tuple[str, dict[str, Any]]:
+    """Reference and record of the disk with this uuid or name. CommandError if there is none, or several."""
+    records: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
+    found = [ref for ref, record in records.items() if wanted in (record["uuid"], ref)]
+    found = found or [ref for ref, record in records.items() if record["name_label"] == wanted]
+    if not found:
+        raise CommandError(f"there is no disk {wanted!r}; vdi-list shows them")
+    if len(found) > 1:
+        uuids = ", ".join(records[ref]["uuid"] for ref in found)
+        raise CommandError(f"several disks are called {wanted!r}; give the uuid of one: {uuids}")
+    return found[0], records[found[0]]

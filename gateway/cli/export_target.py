@@ -1,0 +1,252 @@
+"""Where an exported disk goes: a file, a block device, or stdout.
+
+A file is filled as `FILE.part` and gets its name when it is whole and durable; what it is a part of stands in
+`FILE.part.json`, so that the same command goes on with it. Runs of 64 KiB of zeroes become holes. The trap:
+the note must never promise bytes that a power failure could still take, so it is written after a sync.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Final
+
+from gateway.cli.output import CommandError
+from gateway.images.files import FILES
+
+STDOUT: Final = "-"
+PIECE_BYTES: Final = 64 << 10
+_WRITEBACK_BYTES: Final = 8 << 20
+_NOTE_SECONDS: Final = 10.0
+_ZEROES: Final = bytes(PIECE_BYTES)
+
+
+class ExportTarget(ABC):
+    """Takes the bytes of a disk from `offset` on. `etag` names the content of what is there already."""
+
+    name: str
+    offset = 0
+    etag: str | None = None
+    physical = 0
+
+    @abstractmethod
+    def begin(self, vdi: str, etag: str, size: int) -> None:
+        """Bytes of this content come from the start. CommandError if some of another were let go already."""
+
+    @abstractmethod
+    def write(self, buffer: bytearray, count: int) -> None:
+        """Take the first `count` bytes of the buffer. Raises OSError."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Everything was written: make it durable. Raises OSError."""
+
+    def keep(self) -> str:
+        """The transfer ends early: keep what can be gone on with, and say so. Raises OSError."""
+        return ""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class StreamTarget(ExportTarget):
+    """stdout, a pipe or a character device: bytes in order, and none of them comes back."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self.name = name
+        self._etag: str | None = None
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+
+    def begin(self, vdi: str, etag: str, size: int) -> None:
+        if self.offset and etag != self.etag:
+            raise CommandError(f"the disk was changed while it was exported to {self.name}; export it again")
+        self.etag = etag
+
+    def write(self, buffer: bytearray, count: int) -> None:
+        with memoryview(buffer) as view:
+            done = 0
+            while done < count:
+                done += os.write(self._fd, view[done:count])
+        self.offset += count
+        self.physical += count
+
+    def finish(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.EBADF):
+                raise
+
+    def close(self) -> None:
+        if self._fd > 2:
+            os.close(self._fd)
+
+
+class DeviceTarget(ExportTarget):
+    """A block device, or whatever is written in place: zeroes are written as such, or given back."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self.name = name
+        self._size = os.lseek(fd, 0, os.SEEK_END)
+
+    def begin(self, vdi: str, etag: str, size: int) -> None:
+        if size > self._size:
+            raise CommandError(f"{self.name} has {self._size} bytes, the disk {size}; give a larger device")
+        self.offset = 0
+        self.etag = etag
+
+    def write(self, buffer: bytearray, count: int) -> None:
+        with memoryview(buffer) as view:
+            for start, stop, zero in runs(buffer, count):
+                if zero:
+                    FILES.punch(self._fd, self.offset + start, stop - start)
+                else:
+                    FILES.pwrite(self._fd, view[start:stop], self.offset + start)
+                    self.physical += stop - start
+        self.offset += count
+
+    def finish(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class FileTarget(ExportTarget):
+    """A regular file that isn't there until it is whole."""
+
+    def __init__(self, path: str, vdi: str) -> None:
+        self.name = path
+        self._part = f"{path}.part"
+        self._note = f"{path}.part.json"
+        self._vdi = vdi
+        self._size = 0
+        self._noted = time.monotonic()
+        self._written_back = 0
+        self._keep_note = False
+        self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandError(
+                    f"{self._part} is being written by another export; wait for it or give another name"
+                ) from None
+            self._recall()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def begin(self, vdi: str, etag: str, size: int) -> None:
+        # Cut to nothing first: what is not written must be a hole.
+        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._fd, size)
+        self._remove_note()
+        self.offset = self._written_back = self.physical = 0
+        self.etag = etag
+        self._size = size
+
+    def write(self, buffer: bytearray, count: int) -> None:
+        with memoryview(buffer) as view:
+            for start, stop, zero in runs(buffer, count):
+                if not zero:
+                    FILES.pwrite(self._fd, view[start:stop], self.offset + start)
+                    self.physical += stop - start
+        self.offset += count
+        if self.offset - self._written_back >= _WRITEBACK_BYTES:
+            FILES.start_writeback(self._fd, self._written_back, self.offset - self._written_back)
+            self._written_back = self.offset
+        if time.monotonic() - self._noted > _NOTE_SECONDS:
+            self._write_note()
+
+    def finish(self) -> None:
+        os.fsync(self._fd)
+        os.rename(self._part, self.name)
+        FILES.sync_directory(os.path.dirname(self.name) or ".")
+        self._remove_note()
+
+    def keep(self) -> str:
+        if not self.offset:
+            return ""
+        self._write_note()
+        return f"; {self.offset} bytes are kept in {self._part}: the same command goes on from there"
+
+    def close(self) -> None:
+        if not self.offset and not os.path.exists(self._note):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._fd), os.stat(self._part)):
+                    os.unlink(self._part)
+        os.close(self._fd)
+
+    def _recall(self) -> None:
+        try:
+            with open(self._note, "rb") as file:
+                note: dict[str, Any] = json.loads(file.read(65536))
+            etag, size, offset = note["etag"], note["size"], note["offset"]
+            usable = note["vdi"] == self._vdi and isinstance(etag, str)
+            usable = usable and os.fstat(self._fd).st_size == size and 0 < offset <= size
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if usable:
+            self.etag, self._size, self.offset = etag, size, offset
+            self._written_back = offset
+
+    def _write_note(self) -> None:
+        os.fdatasync(self._fd)
+        content = {"vdi": self._vdi, "etag": self.etag, "size": self._size, "offset": self.offset}
+        temporary = f"{self._note}.new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
+            json.dump(content, file)
+        os.rename(temporary, self._note)
+        self._noted = time.monotonic()
+
+    def _remove_note(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._note)
+
+
+def open_target(name: str, vdi: str, *, force: bool) -> ExportTarget:
+    """Open where the disk `vdi` (uuid) goes. CommandError for a file that exists, unless `force`; OSError."""
+    if name == STDOUT:
+        if os.isatty(1):
+            raise CommandError("stdout is a terminal; give a file, or send the disk into a pipe")
+        return StreamTarget(1, "stdout")
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        return FileTarget(name, vdi)
+    if stat.S_ISDIR(mode):
+        raise CommandError(f"{name} is a directory; give a file in it, as in {os.path.join(name, vdi)}.raw")
+    if stat.S_ISREG(mode):
+        if not force:
+            raise CommandError(f"{name} exists already; give another name, or --force to replace it")
+        return FileTarget(os.path.realpath(name), vdi)
+    if stat.S_ISBLK(mode):
+        # O_EXCL: not a device that is mounted.
+        return DeviceTarget(os.open(name, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), name)
+    return StreamTarget(os.open(name, os.O_WRONLY | os.O_CLOEXEC), name)
+
+
+def runs(buffer: bytearray, count: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, stop, is zero) over the first `count` bytes, in pieces of 64 KiB; neighbours differ."""
+    begin = 0
+    current: bool | None = None
+    for start in range(0, count, PIECE_BYTES):
+        left = count - start
+        zero = buffer.startswith(_ZEROES if left >= PIECE_BYTES else _ZEROES[:left], start)
+        if zero is not current:
+            if current is not None:
+                yield begin, start, current
+            begin, current = start, zero
+    if current is not None:
+        yield begin, count, current
