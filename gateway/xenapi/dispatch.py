@@ -126,9 +126,13 @@ class Api:
         except XenAPIError:
             raise
         except Exception as error:
+            told = as_xenapi_error(error)
             # Never the parameters: one of them is the session's reference.
-            log.exception("method failed", method=method.name)
-            raise as_xenapi_error(error) from error
+            if told.code == "INTERNAL_ERROR":
+                log.exception("method failed", method=method.name)
+            else:
+                log.warning("method failed", method=method.name, why=str(told))
+            raise told from error
 
     async def _call(self, method: Method, asynchronous: bool, params: list[Any], caller: Caller) -> WireValue:
         called = method.message
@@ -184,8 +188,8 @@ class Api:
                     operation.result = "" if called.result is VOID else dump_value(value)
             except XenAPIError:
                 pass  # The task tells it to whoever asks.
-            except Exception:
-                log.exception("asynchronous method failed", method=method.name)
+            except Exception as error:  # noqa: BLE001  the task has told it, and logged what nobody expected
+                log.warning("asynchronous method failed", method=method.name, why=str(as_xenapi_error(error)))
 
 
 def _folded(name: str, separator: str) -> str:

@@ -45,7 +45,7 @@ async def create(call: Call, args: dict[str, Any]) -> str:
     "Attach the SR to the host.",
     _SELF,
     role=Role.POOL_OPERATOR,
-    errors=("SR_BACKEND_FAILURE_140",),
+    errors=("SR_BACKEND_FAILURE_47", "SR_BACKEND_FAILURE_16"),
 )
 async def plug(call: Call, ref: str) -> None:
     with call.operating(call.estate.records.pbds.get(ref).sr, "plug"):

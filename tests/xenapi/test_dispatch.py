@@ -1,3 +1,4 @@
+import errno
 import io
 import xmlrpc.client
 from typing import Any
@@ -176,6 +177,28 @@ async def test_the_log_of_a_failure_has_no_session(site: Site) -> None:
         structlog.reset_defaults()
     assert "VDI.destroy" in log.getvalue()
     assert ADMIN not in log.getvalue()
+
+
+@pytest.mark.parametrize("name", ["VDI.destroy", "Async.VDI.destroy"])
+async def test_a_failing_storage_is_one_line_of_the_log_and_what_nobody_expects_has_a_traceback(
+    site: Site, name: str
+) -> None:
+    log = io.StringIO()
+    configure("debug", log)
+    try:
+        for error in (OSError(errno.EIO, "bad disk"), ZeroDivisionError("by zero")):
+            site.inventory.answer = error
+            if name.startswith("Async."):
+                await finished(site, await site.call(name, ADMIN, "OpaqueRef:x"))
+                await trio.testing.wait_all_tasks_blocked()
+            else:
+                await refusal(site, name, ADMIN, "OpaqueRef:x")
+    finally:
+        structlog.reset_defaults()
+    tracebacks = [line for line in log.getvalue().splitlines() if "Traceback" in line]
+    assert "bad disk" in log.getvalue()
+    assert len(tracebacks) == 1
+    assert "by zero" in tracebacks[0]
 
 
 async def test_methods_are_listed_without_a_session(site: Site) -> None:
