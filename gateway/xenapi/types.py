@@ -166,17 +166,19 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An enumeration: one of a few known words."""
+    """An enumeration: one of a few known words, which xapi reads in any case. No two of them differ by case
+    alone."""
 
     name: str
     values: tuple[str, ...]
 
     def accept(self, value: WireValue, field: str) -> str:
         text = STRING.accept(value, field)
-        if text not in self.values:
-            reason = f"it must be one of {', '.join(self.values)}"
-            raise XenAPIError("VALUE_NOT_SUPPORTED", field, text, reason)
-        return text
+        for known in self.values:
+            if known.lower() == text.lower():
+                return known
+        reason = f"it must be one of {', '.join(self.values)}"
+        raise XenAPIError("VALUE_NOT_SUPPORTED", field, text, reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,3 +144,8 @@ def test_default_values_are_never_shared_between_records() -> None:
 def test_dates_survive_their_text_to_the_second(moment: datetime) -> None:
     moment = moment.replace(microsecond=0, tzinfo=UTC)
     assert parse_moment(moment_text(moment)) == moment
+
+
+def test_an_enumeration_is_read_in_any_case_and_kept_in_its_own() -> None:
+    assert COLOUR.accept("Red", "f") == "red"
+    assert Choice("mode", ("RO", "RW")).accept("ro", "f") == "RO"
