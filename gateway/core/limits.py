@@ -110,6 +110,11 @@ class Limits:
         (1, 100_000),
         "below the usual limit of 1024 descriptors, with room for the image files of every chain",
     )
+    connections_per_address: int = _number(
+        256,
+        (1, 100_000),
+        "one machine can't take all of them from the others; behind a proxy all clients are one machine",
+    )
     transfers: int = _number(
         16,
         (1, 1024),

@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -19,7 +20,7 @@ import structlog
 import trio
 
 from gateway.http.connection import Connection
-from gateway.http.wire import Wire
+from gateway.http.wire import Wire, peer_address
 
 if TYPE_CHECKING:
     from gateway.core.limits import Limits
@@ -103,6 +104,7 @@ class Server:
         self._routes: Final = routes
         self._limits: Final = limits
         self._connections: set[Connection] = set()
+        self._by_address: Counter[str] = Counter()
         self._accepting = trio.CancelScope()
 
     @property
@@ -151,11 +153,12 @@ class Server:
                     log.warning("cannot accept a connection", why=str(error))
                     await trio.sleep(_PAUSE_WITHOUT_DESCRIPTORS)
                 continue
-            if len(self._connections) >= self._limits.connections:
-                _turn_away(accepted, tls=listener.tls is not None)
-                continue
             if not _is_welcome(accepted):
                 accepted.close()
+                continue
+            # The administrator on this machine comes in also when the network has taken all there are.
+            if accepted.family != socket.AF_UNIX and not self._has_room_for(peer_address(accepted)):
+                _turn_away(accepted, tls=listener.tls is not None)
                 continue
             try:
                 wire = Wire(accepted, listener.tls() if listener.tls is not None else None)
@@ -165,6 +168,7 @@ class Server:
                 continue
             connection = Connection(wire, self._limits, self._routes.handle)
             self._connections.add(connection)
+            self._by_address[wire.address] += 1
             connections.start_soon(self._serve, connection)
 
     async def _serve(self, connection: Connection) -> None:
@@ -172,6 +176,15 @@ class Server:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            self._by_address[connection.wire.address] -= 1
+            if not self._by_address[connection.wire.address]:
+                del self._by_address[connection.wire.address]
+
+    def _has_room_for(self, address: str) -> bool:
+        return (
+            len(self._connections) < self._limits.connections
+            and self._by_address[address] < self._limits.connections_per_address
+        )
 
 
 def _is_welcome(accepted: socket.socket) -> bool:

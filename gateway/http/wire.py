@@ -56,7 +56,7 @@ class Wire:
     def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         sock.setblocking(False)
         self.scheme: Final = "http" if tls is None else "https"
-        self.address: Final = _peer_address(sock)
+        self.address: Final = peer_address(sock)
         self.closed = False
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -370,7 +370,7 @@ def _sparse_file() -> int:
         return _sparse[0]
 
 
-def _peer_address(sock: socket.socket) -> str:
+def peer_address(sock: socket.socket) -> str:
     """The other side's IP address without its port, "unix" for a Unix socket."""
     if sock.family == socket.AF_UNIX:
         return "unix"

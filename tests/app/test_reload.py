@@ -146,6 +146,10 @@ def test_each_limit_of_the_file_holds_on_real_sockets(configured: RunningGateway
             assert connection.recv(20).startswith(b"HTTP/1.1 404 ")
         with socket.create_connection(address(configured.url)) as fourth:
             assert until_closed(fourth).startswith(b"HTTP/1.1 503 ")
+        with socket.socket(socket.AF_UNIX) as administrator:
+            administrator.connect(str(configured.state_dir / "xapi.sock"))
+            administrator.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert administrator.recv(20).startswith(b"HTTP/1.1 404 ")
 
 
 def test_sighup_changes_limits_of_what_is_running(configured: RunningGateway, tmp_path: Path) -> None:

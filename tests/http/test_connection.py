@@ -17,7 +17,7 @@ from gateway.http.request import BadRequest, Request, parse_cookies, parse_head
 from gateway.http.routes import Routes
 from gateway.http.rpc import XML, rpc_handler
 from gateway.http.wire import Wire
-from tests.http.gate import Gate, open_gate, until
+from tests.http.gate import Client, Gate, open_gate, until
 
 
 async def test_rpc_paths_and_their_exact_content_types(gate: Gate) -> None:
@@ -142,6 +142,22 @@ async def test_too_many_connections_are_told(tmp_path: Path) -> None:
                 answer = await second.answer()
                 assert (answer.status, answer.headers["retry-after"]) == (503, "5")
         await until(lambda: not gate.server.connection_count)
+        assert (await gate.ask("POST", "/", body=b"x")).status == 200
+
+
+async def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
+    async with open_gate(tmp_path, connections_per_address=1) as gate:
+        async with gate.client() as first:
+            await first.head("GET", "/")
+            await first.answer()
+            async with gate.client() as second:
+                assert (await second.answer()).status == 503
+            elsewhere = await trio.open_tcp_stream("127.0.0.1", gate.port, local_address="127.0.0.2")
+            async with elsewhere:
+                await Client(elsewhere).head("GET", "/")
+                assert (await Client(elsewhere).answer()).status == 405
+        await until(lambda: not gate.server.connection_count)
+        assert gate.server._by_address == {}
         assert (await gate.ask("POST", "/", body=b"x")).status == 200
 
 
