@@ -329,19 +329,26 @@ class _Gateway:
 
     async def _obey_signals(self, server: Server, everything: trio.CancelScope) -> None:
         asked_to_stop = False
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
-            async for number in received:
-                if number == signal.SIGHUP:
-                    await self.configuration.reload()
-                    if self.context is not None:
-                        await trio.to_thread.run_sync(self._reload_certificate, self.context)
-                elif asked_to_stop:
-                    everything.cancel()
-                else:
-                    asked_to_stop = True
-                    notify("STOPPING=1")
-                    log.info("stopping", signal=signal.Signals(number).name)
-                    server.stop()
+        receiver = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        # Reading a configuration may wait for the resolver of names; being told to stop doesn't wait for it.
+        async with trio.open_nursery() as reloads:
+            with receiver as received:
+                async for number in received:
+                    if number == signal.SIGHUP:
+                        reloads.start_soon(self._reload)
+                    elif asked_to_stop:
+                        everything.cancel()
+                    else:
+                        asked_to_stop = True
+                        notify("STOPPING=1")
+                        log.info("stopping", signal=signal.Signals(number).name)
+                        server.stop()
+
+    async def _reload(self) -> None:
+        async with self.configuration.reloading:
+            await self.configuration.reload()
+            if self.context is not None:
+                await trio.to_thread.run_sync(self._reload_certificate, self.context)
 
     def _reload_certificate(self, context: ReloadableContext) -> None:
         before = context.authority

@@ -27,12 +27,14 @@ class Configuration:
         self.current = config
         self.limits: Final = Limits()
         self.limits.adopt(config.limits)
+        self.reloading: Final = trio.Lock()
+        """Held by whoever reloads: two at once could leave the older file in force."""
         self._origins: Final = origins
 
     async def reload(self) -> None:
         """Read everything anew. What came of it is in the log; a mistake leaves the old values."""
         try:
-            new = await trio.to_thread.run_sync(self._origins.read)
+            new = await trio.to_thread.run_sync(self._origins.read, abandon_on_cancel=True)
         except ConfigError as error:
             log.warning("the configuration was not reloaded; the old one stays in use", why=str(error))
             return
