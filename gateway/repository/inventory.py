@@ -7,6 +7,7 @@ The trap: between the file's change and the record's nothing may be cancelled, s
 """
 
 import errno
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -145,6 +146,56 @@ class Inventory(SRLifecycle):
         finally:
             self._being_created.discard(uuid)
         return vdi.ref
+
+    async def vdi_resize(
+        self, ref: str, size: int, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+    ) -> None:
+        """Make a VDI larger, for `who` under `task`; alone on it, and at once or not at all.
+
+        `size` in bytes is rounded up as `vdi_create` does; what is new reads as zeroes. Raises
+        VALUE_NOT_SUPPORTED for less than the VDI has, VDI_TOO_LARGE, SR_FULL, VDI_READONLY, VDI_IN_USE,
+        OPERATION_NOT_ALLOWED, SR_NOT_ATTACHED, ImageError, OSError.
+        """
+        vdi = self.records.vdis.get(ref)
+        repository = self.repository(vdi.sr)
+        wanted = _rounded(size, vdi.image_format)
+        lease = await self.lease(vdi, LeaseMode.WRITE, Holder(who, "resize", ref, task), wait)
+        try:
+            # Under the lease nobody changes the size.
+            present = self.records.vdis.get(ref).virtual_size
+            if size < present:
+                reason = f"the VDI has {present} bytes and can only become larger"
+                raise XenAPIError("VALUE_NOT_SUPPORTED", "size", str(size), reason)
+            if wanted <= present:
+                return
+            for parent in lease.chain.nodes[1:]:
+                image = repository.images.get(os.path.splitext(os.path.basename(parent.path))[0])
+                if image is None or image.virtual_size > present:
+                    # What its parent has beyond its end would come to light.
+                    raise XenAPIError("OPERATION_NOT_ALLOWED", "the VDI stands on a larger one")
+            await self._replace_by_larger(repository, lease, ref, wanted)
+        finally:
+            lease.release()
+            with trio.CancelScope(shield=True):
+                await lease.released()
+
+    async def _replace_by_larger(self, repository: Repository, lease: Lease, ref: str, size: int) -> None:
+        try:
+            async with repository.staging(lease, whole=False, size=size) as staging:
+                with trio.CancelScope(shield=True):
+                    try:
+                        await staging.commit()
+                    finally:
+                        # After a rename the disk is the larger one, even if making it durable failed.
+                        if staging.committed is not None:
+                            await self.vdi_changed(ref)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                total, used = await repository.space()
+                raise XenAPIError("SR_FULL", str(size), str(total - used)) from error
+            if error.errno == errno.EFBIG:
+                raise XenAPIError("VDI_TOO_LARGE", str(size), "what its file system holds") from error
+            raise
 
     async def vdi_destroy(
         self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None

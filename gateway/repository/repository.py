@@ -302,11 +302,11 @@ class Repository:
                 await lease.released()
 
     @asynccontextmanager
-    async def staging(self, lease: Lease, *, whole: bool) -> AsyncIterator[Staging]:
+    async def staging(self, lease: Lease, *, whole: bool, size: int | None = None) -> AsyncIterator[Staging]:
         """A staging file for the VDI of `lease` (REPLACE or WRITE); without a commit it is removed.
 
         `whole`: empty, of the same virtual size, without a parent. Else a copy of the leaf over the same
-        parents. Raises OSError (ENOSPC too), ImageError.
+        parents, made larger to `size` bytes if that is given. Raises OSError (ENOSPC too), ImageError.
         """
 
         def begin() -> Staging:
@@ -315,6 +315,7 @@ class Repository:
                 self.directory,
                 lease,
                 whole=whole,
+                size=size,
                 cancelled=trio.from_thread.check_cancelled,
                 files=self._files,
             )

@@ -24,6 +24,7 @@ from gateway.images.file_locks import FileInUse, FileUse, lock_file
 from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
 from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.image import open_vhd
+from gateway.images.vhd.resize import grow_vhd
 from gateway.repository.directory import SRDirectory
 from gateway.repository.scan import FileStamp
 
@@ -156,12 +157,19 @@ class Staging:
 
 
 def begin_filling(
-    directory: SRDirectory, lease: Lease, *, whole: bool, cancelled: Callable[[], None], files: FileCalls
+    directory: SRDirectory,
+    lease: Lease,
+    *,
+    whole: bool,
+    size: int | None = None,
+    cancelled: Callable[[], None],
+    files: FileCalls,
 ) -> Filling:
     """Make the staging file of a leased VDI. Blocks; `cancelled` is asked during a copy and may raise.
 
     `whole`: an empty image of the same virtual size without a parent. Else a copy of the leaf, which shares
-    the file's blocks where the file system can, over the same parents.
+    the file's blocks where the file system can, over the same parents, and made larger if `size` (bytes) is
+    given.
     """
     if lease.mode is LeaseMode.READ or lease.is_released or lease.chain.taken_over:
         raise ValueError("staging needs a lease to replace or write whose files are still its own")
@@ -180,6 +188,10 @@ def begin_filling(
         lock_file(fd, FileUse.READ, path)
         if not whole:
             _copy(leaf.fd, fd, cancelled, files)
+            if size is not None and leaf.kind is NodeKind.VHD:
+                grow_vhd(fd, path, size, files=files)
+            elif size is not None:
+                files.truncate(fd, size)
         elif leaf.kind is NodeKind.RAW:
             files.truncate(fd, os.fstat(leaf.fd).st_size)
         disk_fd = files.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -49,7 +49,7 @@ VDI_TYPE: Final = Choice(
 )
 ON_BOOT: Final = Choice("on_boot", ("reset", "persist"))
 
-OPERATIONS: Final = {"destroy": LeaseMode.WRITE}
+OPERATIONS: Final = {"destroy": LeaseMode.WRITE, "resize": LeaseMode.WRITE}
 """XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
 
 VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))
@@ -155,6 +155,26 @@ async def create(call: Call, args: dict[str, Any]) -> str:
 
 
 @message(
+    "resize",
+    "Make the VDI larger. The size is rounded up to 2 MiB; what is new reads as zeroes.",
+    Parameter("vdi", Reference("VDI"), "the VDI"),
+    Parameter("size", INT, "the new size in bytes, not less than the VDI has"),
+    role=Role.VM_ADMIN,
+    errors=(
+        "VALUE_NOT_SUPPORTED",
+        "VDI_TOO_LARGE",
+        "VDI_IN_USE",
+        "VDI_READONLY",
+        "OPERATION_NOT_ALLOWED",
+        "SR_FULL",
+        "SR_NOT_ATTACHED",
+    ),
+)
+async def resize(call: Call, vdi: str, size: int) -> None:
+    await call.estate.inventory.vdi_resize(vdi, size, who=call.who, task=call.task)
+
+
+@message(
     "destroy",
     "Destroy the VDI and its image.",
     _SELF,
@@ -182,6 +202,6 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, destroy, forget),
+    messages=(create, resize, destroy, forget),
     objects=lambda estate: estate.records.vdis,
 )

@@ -135,7 +135,7 @@ async def test_operations_of_a_vdi_are_those_of_its_leases(
     live: Site, tmp_path: Path, mode: LeaseMode, allowed: tuple[str, ...]
 ) -> None:
     vdi = await vdi_of(live, await sr_of(live, tmp_path / "sr"))
-    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy",)
+    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy", "resize")
     lease = await inventory_of(live).lease(vdi, mode, Holder("root", "import", vdi))
     try:
         (dummy,) = await live.call("VDI.get_current_operations", ADMIN, vdi)
@@ -147,7 +147,7 @@ async def test_operations_of_a_vdi_are_those_of_its_leases(
         lease.release()
         await lease.released()
     assert await live.call("VDI.get_current_operations", ADMIN, vdi) == {}
-    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy",)
+    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy", "resize")
 
 
 async def test_an_asynchronous_destroy_shows_its_task_to_others(site: Site) -> None:

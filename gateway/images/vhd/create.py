@@ -52,7 +52,7 @@ def create_dynamic(
     footer = Footer.new(virtual_size, DiskType.DYNAMIC, unique_id)
     entries = -(-virtual_size // block_size)
     header = DynamicHeader(_TABLE_OFFSET, entries, block_size)
-    _write_new(path, _sparse_image(footer, header, []), 0, files)
+    _write_new(path, sparse_image(footer, header, []), 0, files)
 
 
 def create_fixed(
@@ -93,7 +93,7 @@ def create_differencing(
     footer = Footer.new(virtual_size, DiskType.DIFFERENCING, unique_id)
     stored_name = name.encode("utf-16-be")  # a file's name has at most 255 bytes, so it fits
     windows_path = f".\\{name}".encode("utf-16-le")
-    locations = [
+    locations: list[tuple[Platform | int, bytes]] = [
         (Platform.MACX, f"file://./{name}".encode()),
         (Platform.W2KU, windows_path),
         (Platform.W2RU, windows_path),
@@ -106,7 +106,7 @@ def create_differencing(
         parent_timestamp=vhd_timestamp(status.st_mtime),
         parent_name=stored_name.ljust(SECTOR, b"\0"),
     )
-    _write_new(path, _sparse_image(footer, header, locations), 0, files)
+    _write_new(path, sparse_image(footer, header, locations), 0, files)
 
 
 def set_hidden(path: str, hidden: bool, *, files: FileCalls = FILES) -> None:
@@ -135,8 +135,10 @@ def _check_size(size: int, path: str) -> None:
     check_virtual_size(size, path)
 
 
-def _sparse_image(footer: Footer, header: DynamicHeader, locations: list[tuple[Platform, bytes]]) -> bytes:
-    """Return all bytes of an image without blocks."""
+def sparse_image(
+    footer: Footer, header: DynamicHeader, locations: list[tuple[Platform | int, bytes]]
+) -> bytes:
+    """Return all bytes of an image without blocks; `locations` says where the parent is."""
     table = b"\xff" * (4 * header.max_table_entries)
     map_bytes = max(round_up_to_sector(-(-header.max_table_entries // 8)), SECTOR)
     batmap = BatmapHeader(header.table_end + SECTOR, map_bytes // SECTOR)
