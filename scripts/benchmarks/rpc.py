@@ -215,9 +215,11 @@ def main() -> None:
             records(report, client, {"VDI": options.vdis, "task": options.tasks})
             wait_for_quiet()
             tell(report, "idle", latencies(gateway, options.samples))
-            with Gateway(directory / "other", directory / "sr2", memory / "sr2") as other:
-                with uploading(other, source):
-                    beside = latencies(gateway, options.samples)
+            with (
+                Gateway(directory / "other", directory / "sr2", memory / "sr2") as other,
+                uploading(other, source),
+            ):
+                beside = latencies(gateway, options.samples)
             with uploading(gateway, source):
                 tell(report, f"{UPLOADS} uploads", latencies(gateway, options.samples), beside)
             start = time.perf_counter()

@@ -2,8 +2,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+import trio.testing
 
 from gateway.core.errors import XenAPIError
+from gateway.core.limits import Limits
 from gateway.core.passwords import Passwords
 from gateway.core.roles import Role
 from gateway.core.sessions import Sessions
@@ -114,3 +116,21 @@ async def test_administrators_see_who_is_logged_in_and_no_secret(house: Site, ad
         assert (await refusal(house, "VDI.get_all", ref))[0] == "SESSION_INVALID"
     assert (await refusal(house, "session.get_all_records", session))[0] == "RBAC_PERMISSION_DENIED"
     assert "session.get_all_records" not in await house.call("system.listMethods")
+
+
+async def test_a_session_that_waits_for_events_does_not_end(
+    site: Site, autojump_clock: trio.testing.MockClock
+) -> None:
+    database = site.estate.records.hosts._database
+    users = await Users.load(database, Passwords())
+    await users.create("root", "password", Role.POOL_ADMIN)
+    sessions = await Sessions.load(database, users, limits=Limits(session_idle=100.0))
+    estate = replace(site.estate, sessions=sessions, users=users)
+    house = replace(site, api=Api(estate, cast("Any", None), CLASSES), estate=estate)
+    session, idle = [await sessions.login("root", "password", address="192.0.2.1") for _ in range(2)]
+    token = await house.call("event.inject", session, "pool", site.estate.records.pool.ref)
+    token = (await house.call("event.from", session, ["pool"], token, 0.0))["token"]
+    batch = await house.call("event.from", session, ["pool"], token, 1000.0)
+    assert batch["events"] == []
+    await house.call("VDI.get_all", session)
+    assert (await refusal(house, "VDI.get_all", idle))[0] == "SESSION_INVALID"
