@@ -47,8 +47,13 @@ FIELDS = (
     stored("tags", STRINGS, "words for sorting", writer=Role.VM_OPERATOR),
     stored("gui_config", STRING_MAP, "what user interfaces keep here", writer=Role.VM_OPERATOR),
     fixed("health_check_config", STRING_MAP, {}, "always empty"),
+    fixed("wlb_url", STRING, "", "always empty"),
+    fixed("wlb_username", STRING, "", "always empty"),
+    fixed("wlb_enabled", BOOL, False, "always false"),
+    fixed("wlb_verify_cert", BOOL, False, "always false"),
     fixed("redo_log_enabled", BOOL, False, "always false"),
     fixed("redo_log_vdi", Reference("VDI"), NULL_REF, "always null"),
+    fixed("vswitch_controller", STRING, "", "always empty"),
     fixed("restrictions", STRING_MAP, {}, "always empty: nothing is licensed"),
     fixed("metadata_VDIs", SetOf(Reference("VDI")), (), "always empty"),
     fixed("ha_cluster_stack", STRING, "", "always empty"),
@@ -62,8 +67,11 @@ FIELDS = (
     fixed("uefi_certificates", STRING, "", "always empty"),
     fixed("is_psr_pending", BOOL, False, "always false"),
     fixed("tls_verification_enabled", BOOL, False, "whether hosts verify each other's certificates"),
+    fixed("repositories", SetOf(Reference("Repository")), (), "always empty"),
     fixed("client_certificate_auth_enabled", BOOL, False, "always false"),
+    fixed("client_certificate_auth_name", STRING, "", "always empty"),
     fixed("migration_compression", BOOL, False, "always false"),
+    fixed("coordinator_bias", BOOL, False, "always false"),
 )
 
 POOL = ApiClass(
