@@ -1,9 +1,11 @@
 """OpenStack's os-xenapi at work: its session, its objects, its tasks, its disk images.
 
 Runs with the interpreter of tests/foreign/.venv, apart from the gateway; asked and answering in JSON. Of
-XenAPISession two methods are replaced, and no more: one resolves the URL's host with its port as a host name,
-so it knows only the default ports; the other asks a plugin in dom0 for its version, and it fails in Python 3
-before anything is sent back, since it unpickles text.
+XenAPISession two methods are replaced, and no more: one looks the URL's host up together with its port, so it
+knows only URLs without one; the other asks a plugin in dom0 for its version. Plugins (host.call_plugin) are
+programs on a XenServer, so nothing that goes through them runs here: glance and bandwidth plugins, VHD files
+moved within dom0, partitions, the guest's agent. In Python 3 they run nowhere, since the answer is unpickled
+as text.
 """
 
 import io
