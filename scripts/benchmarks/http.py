@@ -56,7 +56,9 @@ class Bench:
         except PeerUnavailableError as error:
             self.note(str(error))
             return None
-        self.note(f"nginx is {peer.version}, sendfile on, its upload spools beside its target")
+        self.note(
+            f"nginx is {peer.version}, large buffers, no tcp_nopush; its upload spools beside its target"
+        )
         return peer
 
     def note(self, text: str) -> None:
@@ -156,10 +158,12 @@ class Bench:
         if nginx := self.nginx(self.directory):
             shutil.copyfile(self.source, nginx.files / "static")
             contestants["nginx"] = self.get(nginx.url("static"))
+            contestants["nginx, sendfile off"] = self.get(nginx.url("read/static"))
         rounds = interleave("GET", self.size, contestants, rounds=self.rounds)
         name = f"GET {self.size // MIB} MiB, dense, from the page cache"
         self.report.compare(f"{name}, VHD", rounds, "gateway", "nginx", at_least=1.0)
         self.report.compare(f"{name}, raw", rounds, "gateway, raw", "nginx", at_least=1.0)
+        self.report.compare(f"{name}, VHD", rounds, "gateway", "nginx, sendfile off", at_least=None)
         for vdi in (vhd, raw):
             self.gateway.destroy_vdi(vdi)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.vhd.create import create_differencing, create_dynamic
 from gateway.images.vhd.image import open_vhd
-
 from scripts.benchmarks.harness.measure import GIB, timed
 
 VIRTUAL_SIZE = 2040 * GIB
