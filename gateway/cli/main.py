@@ -63,6 +63,7 @@ def application() -> App:
         print_error=False,
         exit_on_error=False,
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for position, (name, place) in enumerate(COMMANDS.items()):
         app.command(place, name=name, sort_key=position)

@@ -112,7 +112,12 @@ class Display:
     def __enter__(self) -> Self:
         if self._form is ProgressForm.BAR:
             self._bar = _Bar(self._transfer, self._stream, self._figures)
-            self._bar.start()
+            try:
+                self._bar.start()
+            except BaseException:
+                # Ctrl-C at this very moment must not leave the terminal without a cursor.
+                self._bar.stop()
+                raise
         if self._form in (ProgressForm.BAR, ProgressForm.JSON):
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()

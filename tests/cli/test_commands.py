@@ -173,13 +173,6 @@ def remote(gateway: RunningGateway, url: str, *arguments: str) -> "subprocess.Co
     )
 
 
-def test_a_gateway_elsewhere_is_asked_by_url_and_its_certificate_is_verified(gateway: RunningGateway) -> None:
-    password = ("--password-file", str(gateway.state_dir / "admin-password"))
-    trusted = remote(gateway, gateway.https_url, *password, "--ca-file", str(gateway.ca_file))
-    assert (trusted.returncode, trusted.stderr) == (0, "")
-    assert "--ca-file" in refused(remote(gateway, gateway.https_url, *password))
-
-
 def test_a_wrong_password_is_told(gateway: RunningGateway, tmp_path: Path) -> None:
     (tmp_path / "wrong").write_text("wrong\n")
     line = refused(remote(gateway, gateway.url, "--password-file", str(tmp_path / "wrong")))

@@ -13,9 +13,10 @@ from gateway.repository.directory import SRDirectory
 from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
 from tests.crash import RecordingFileCalls
-from tests.repository.conftest import OpenInventory
-from tests.repository.test_crash import CHILD, HOLDER, PARENT, RAW, SAMPLE, SR_UUID, prepare, read, states
+from tests.repository.conftest import SR_UUID, OpenInventory
+from tests.repository.test_crash import CHILD, HOLDER, PARENT, RAW, SAMPLE, prepare, states
 from tests.repository.test_inventory import replace
+from tests.repository.test_repository import read
 
 MIB = 1 << 20
 

@@ -1,0 +1,144 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunningGateway, clean_environment, program
+
+
+def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Without a state directory and without a terminal."""
+    return subprocess.run(
+        [program(), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=clean_environment(),
+        cwd=cwd,
+    )
+
+
+def https(house: RunningGateway) -> tuple[str, ...]:
+    return ("--url", house.https_url, "--password-file", str(house.state_dir / "admin-password"))
+
+
+def write_config(configuration: Path, text: str, mode: int = 0o600) -> Path:
+    configuration.mkdir(parents=True, exist_ok=True)
+    path = configuration / "client.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_a_certificate_is_remembered_when_it_is_first_seen(
+    house: RunningGateway, configuration: Path
+) -> None:
+    place = house.https_url.rpartition("/")[2]
+    first = run("vdi-list", *https(house))
+    assert (first.returncode, f"the certificate of {place} (sha256:" in first.stderr) == (0, True), first
+    known = configuration / "known_hosts"
+    assert known.stat().st_mode & 0o777 == 0o600
+    assert known.read_text().startswith(f"{place} sha256:")
+    second = run("vdi-list", *https(house))
+    assert (second.returncode, second.stderr) == (0, "")
+
+
+def test_another_certificate_is_refused_before_anything_is_sent(
+    house: RunningGateway, configuration: Path
+) -> None:
+    place = house.https_url.rpartition("/")[2]
+    configuration.mkdir(parents=True)
+    known = configuration / "known_hosts"
+    known.write_text(f"elsewhere:1 sha256:00\n{place} sha256:{'ab' * 32}\n")
+    before = house.log().count("logged in")
+    done = run("vdi-list", *https(house))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"remove the line {place} from {known}" in done.stderr
+    assert house.log().count("logged in") == before
+    known.write_text("elsewhere:1 sha256:00\n")
+    assert run("vdi-list", *https(house)).returncode == 0
+    assert known.read_text().startswith(f"elsewhere:1 sha256:00\n{place} sha256:")
+
+
+def test_an_authority_takes_the_place_of_remembering(house: RunningGateway, configuration: Path) -> None:
+    done = run("vdi-list", *https(house), "--ca-file", str(house.ca_file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not configuration.exists()
+    other = run("vdi-list", *https(house), "--ca-file", "/etc/ssl/certs/ca-certificates.crt")
+    assert (other.returncode, "isn't trusted" in other.stderr) == (1, True), other
+
+
+def test_the_config_file_names_gateway_user_and_password(
+    house: RunningGateway, configuration: Path, tmp_path: Path
+) -> None:
+    write_config(configuration, f'url = "{house.url}"\npassword = "{house.password}"\n')
+    assert run("vdi-list", cwd=tmp_path).returncode == 0
+    (configuration / "pw").write_text(house.password + "\n")
+    write_config(configuration, f'url = "{house.url}"\nuser = "root"\npassword-file = "pw"\n')
+    assert run("vdi-list", cwd=tmp_path).returncode == 0
+
+
+def test_the_password_of_the_config_file_goes_to_its_own_gateway_only(
+    house: RunningGateway, configuration: Path
+) -> None:
+    write_config(configuration, f'url = "https://elsewhere.invalid"\npassword = "{house.password}"\n')
+    done = run("vdi-list", "--url", house.url)
+    assert (done.returncode, "--password-file" in done.stderr) == (2, True), done
+    write_config(configuration, f'url = "{house.url}"\npassword = "{house.password}"\n')
+    done = run("vdi-list", "--user", "another")
+    assert (done.returncode, "--password-file" in done.stderr) == (2, True), done
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "words"),
+    [
+        ('password = "x"', 0o640, "chmod 600"),
+        ('pasword = "x"', 0o600, "'pasword'"),
+        ("password = 5", 0o600, "password must be text"),
+        ('password = "x"\npassword-file = "y"', 0o600, "keep one of them"),
+        ("this is no toml", 0o600, "is no TOML"),
+        ('url = "gateway.example"', 0o600, "https://host:8443"),
+    ],
+)
+def test_a_config_file_that_is_wrong_is_refused_by_its_path(
+    configuration: Path, tmp_path: Path, text: str, mode: int, words: str
+) -> None:
+    path = write_config(configuration, text, mode)
+    done = run("vdi-list", cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert str(path) in done.stderr or "--url" in done.stderr
+
+
+def test_on_this_machine_no_password_is_needed(house: RunningGateway) -> None:
+    secret = house.state_dir / "admin-password"
+    hidden = secret.with_name("hidden")
+    os.rename(secret, hidden)
+    try:
+        assert house.command("vdi-list").returncode == 0
+        assert "the socket" in house.command("status").stdout
+    finally:
+        os.rename(hidden, secret)
+
+
+def test_a_user_may_do_what_the_role_allows(house: RunningGateway, tmp_path: Path) -> None:
+    (tmp_path / "pw").write_text("first\n")
+    assert house.command("user-add", "reader", "--new-password-file", str(tmp_path / "pw")).returncode == 0
+    as_reader = ("--url", house.url, "--user", "reader", "--password-file", str(tmp_path / "pw"))
+    assert run("vdi-list", *as_reader).returncode == 0
+    refused = run("vdi-create", "x", "2MiB", "--sr", "disks", *as_reader)
+    assert (refused.returncode, "RBAC_PERMISSION_DENIED" in refused.stderr) == (1, True), refused
+    (tmp_path / "pw").write_text("second\n")
+    assert run("vdi-list", *as_reader).returncode == 1
+    done = house.command("user-passwd", "reader", "--new-password-file", str(tmp_path / "pw"))
+    assert done.returncode == 0, done
+    assert run("vdi-list", *as_reader).returncode == 0
+    assert house.command("user-disable", "reader").returncode == 0
+    assert run("vdi-list", *as_reader).returncode == 1
+    assert house.command("user-list", "--minimal", "params=name", "disabled=true").stdout == "reader\n"
+    assert house.command("user-disable", "reader", "--enable").returncode == 0
+    assert "root" in house.command("session-list", "params=auth-user-name").stdout
