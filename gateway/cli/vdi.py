@@ -115,7 +115,8 @@ def vdi_list(
     Parameters
     ----------
     filters
-        FIELD=VALUE: only disks with this value, as in sr-name-label=disks or managed=true. May be given more than once.
+        FIELD=VALUE: only disks with this value, as in sr-name-label=disks or managed=true. May be given more
+        than once.
     sr
         Uuid or name of an SR: only its disks.
     """

@@ -7,7 +7,7 @@ error with its name. Maps are written as in xe, `other-config:key=value`. The tr
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from gateway.cli.output import UsageError
@@ -62,18 +62,16 @@ def _translate(words: Sequence[str], parameters: "Sequence[Argument]") -> Iterat
         elif found[2] is not None:
             yield f"{name}={found[2]}={found[3]}"
         elif option.is_flag():
-            yield from _flag(name, found[1], found[3], known)
+            yield from _flag(name, found[1], found[3])
         else:
             yield f"{name}={found[3]}"
 
 
-def _flag(name: str, key: str, value: str, known: "Mapping[str, Argument]") -> Iterator[str]:
+def _flag(name: str, key: str, value: str) -> Iterator[str]:
     if value.lower() in ("true", "yes", "1", ""):
         yield name
     elif value.lower() not in ("false", "no", "0"):
         raise UsageError(f"{key}: {value!r} is neither true nor false")
-    elif (negative := f"--no-{name[2:]}") in known:
-        yield negative
 
 
 def _unknown(key: str, known: "dict[str, Argument]") -> str:

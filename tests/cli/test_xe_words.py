@@ -23,7 +23,7 @@ from tests.conftest import RunningGateway, clean_environment, program
         ("vdi-import u ./a=b", "vdi-import u ./a=b"),
         ("vdi-import u -- a=b", "vdi-import u -- a=b"),
         ("vdi-list sr-uuid=s params=uuid", "vdi-list sr-uuid=s --params=uuid"),
-        ("vdi-param-set u read-only=false", "vdi-param-set u --no-read-only"),
+        ("vdi-param-set u read-only=false", "vdi-param-set u --read-only=false"),
         ("vdi-param-set uuid=u other-config:k=v=w", "vdi-param-set --uuid=u --other-config=k=v=w"),
     ],
 )
@@ -83,6 +83,10 @@ def test_a_disks_parameters_are_set_and_its_keys_removed(house: RunningGateway) 
     assert shown.splitlines()[1] == "a name\towner: me; x.y: z\ta; b"
     assert house.command("vdi-param-set", "a name", "other-config:owner=").returncode == 0
     assert house.command("vdi-list", f"uuid={uuid}", "--minimal", "params=other-config").stdout == "x.y: z\n"
+    for value in ("true", "false"):
+        assert house.command("vdi-param-set", uuid, f"read-only={value}").returncode == 0
+        shown = house.command("vdi-list", f"uuid={uuid}", "--minimal", "params=read-only").stdout
+        assert shown == f"{value}\n"
     assert house.command("vdi-param-set", uuid).returncode == 2
     assert house.command("vdi-destroy", f"uuid={uuid}").returncode == 0
     assert house.command("vdi-destroy", f"uuid={uuid}").returncode == 1
