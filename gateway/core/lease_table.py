@@ -121,6 +121,16 @@ class LeaseTable:
         self.release(grant)
         raise TableBusy(in_the_way)
 
+    def adopt(self, files: Mapping[FileIdentity, LeaseMode], holder: Holder) -> Grant:
+        """Enter what is held already, whoever stands or waits in the way.
+
+        For a holder from before a restart, whose locks the caller has verified: then a conflicting grant here
+        is only that of somebody who doesn't get the locks.
+        """
+        grant = Grant(self.ticket(), holder, MappingProxyType(dict(files)), trio.current_time())
+        self._enter(grant)
+        return grant
+
     def release(self, grant: Grant) -> None:
         """End a grant, or take a waiting request back. Doing so twice changes nothing."""
         if grant.granted:
@@ -185,14 +195,17 @@ class LeaseTable:
             ):
                 passed_over.append(grant)
                 continue
-            grant.granted = True
-            grant.since = trio.current_time()
-            for file in grant.files:
-                self._held.setdefault(file, []).append(grant)
-            self._of_vdi.setdefault(grant.holder.vdi, {})[grant.uuid] = grant
-            grant.arrival.set()
-            self._tell(grant)
+            self._enter(grant)
         self._waiting = passed_over
+
+    def _enter(self, grant: Grant) -> None:
+        grant.granted = True
+        grant.since = trio.current_time()
+        for file in grant.files:
+            self._held.setdefault(file, []).append(grant)
+        self._of_vdi.setdefault(grant.holder.vdi, {})[grant.uuid] = grant
+        grant.arrival.set()
+        self._tell(grant)
 
     def _tell(self, grant: Grant) -> None:
         if self._changed is not None:

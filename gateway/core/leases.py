@@ -91,6 +91,17 @@ class Lease:
             self.chain.close()
             raise
 
+    async def give_away(self) -> None:
+        """Close the descriptors here, because another process has them now, and with them the locks.
+
+        The lease stays in the table until `release`. Raises ValueError when there are none any more.
+        """
+        with self._guard:
+            if self._released or self._descriptors_taken:
+                raise ValueError(f"{self.leaf_path}: this lease has no descriptors to give away")
+            self._descriptors_taken = True
+        await self._leases.close_chain(self.chain)
+
     def move_to(self, file: FileIdentity) -> None:
         """Hold `file` with this lease's mode too, because it is about to be renamed over the leaf.
 
@@ -196,6 +207,30 @@ class Leases:
             if attempt.grant is not None:
                 self._table.release(attempt.grant)
             raise
+
+    async def adopt(self, chain: ChainFiles, mode: LeaseMode, holder: Holder) -> Lease:
+        """Enter a lease that another process has kept over a restart, READ or WRITE; `chain` are its files.
+
+        The kernel decides whether it still is one: the locks are taken once more on the same open file
+        descriptions, which changes nothing if they are there, and fails if somebody else has come between.
+        The table is not asked, since those who were granted a file after the restart don't get its locks.
+        Raises VDI_IN_USE, OSError; then, too, the chain is closed.
+        """
+        try:
+            deadline = trio.current_time() + self._limits.lease_wait
+            while True:
+                try:
+                    await self._in_thread(_lock_chain, chain, mode, LeaseMode.READ)
+                    break
+                except FileInUse as busy:
+                    # Whoever tries to get the files in vain has taken some of the bytes for a moment.
+                    if trio.current_time() >= deadline:
+                        raise XenAPIError("VDI_IN_USE", holder.vdi, f"{busy.path}: {busy.why}") from None
+                await trio.sleep(_FIRST_RETRY_SECONDS)
+        except BaseException:
+            await self.close_chain(chain)
+            raise
+        return Lease(self, chain, mode, self._table.adopt(_files_of(chain, mode, LeaseMode.READ), holder))
 
     @asynccontextmanager
     async def hold(

@@ -103,6 +103,7 @@ class Sessions:
         self._now = now
         self._by_digest: dict[str, _Open] = {}
         self._by_uuid: dict[str, _Open] = {}
+        self._ended: list[Callable[[str], None]] = []
         self._delay = PasswordDelay(limits)
         # Verified Basic credentials: a keyed hash of them -> the user, and when by trio's clock that ends.
         # The key dies with the process, so a dump of this table is worth nothing.
@@ -207,6 +208,10 @@ class Sessions:
         """End every session of a user, except the one with the uuid `but`."""
         entries = [entry for entry in self._by_digest.values() if entry.session.user == user]
         await self._end([entry for entry in entries if entry.session.uuid != but])
+
+    def on_end(self, call: Callable[[str], None]) -> None:
+        """`call` gets the uuid of every session that ends, or whose user may not come in any more."""
+        self._ended.append(call)
 
     def get(self, ref: str) -> Session:
         """The session with this secret reference; looking is not using. Raises SESSION_INVALID."""
@@ -328,10 +333,14 @@ class Sessions:
     def _user_changed(self, name: str) -> None:
         for key in [key for key, (user, _) in self._verified.items() if user == name]:
             del self._verified[key]
-        if self._users.find(name) is None:
-            # The database has dropped the sessions with their user.
-            for entry in [entry for entry in self._by_digest.values() if entry.session.user == name]:
+        entries = [entry for entry in self._by_digest.values() if entry.session.user == name]
+        user = self._users.find(name)
+        for entry in entries:
+            if user is None:
+                # The database has dropped the sessions with their user.
                 self._drop(entry)
+            elif user.disabled:
+                self._tell_end(entry)
 
     # Sessions
 
@@ -389,6 +398,11 @@ class Sessions:
     def _drop(self, entry: _Open) -> None:
         self._by_digest.pop(entry.digest, None)
         self._by_uuid.pop(entry.session.uuid, None)
+        self._tell_end(entry)
+
+    def _tell_end(self, entry: _Open) -> None:
+        for call in self._ended:
+            call(entry.session.uuid)
 
 
 def _digest(ref: str) -> str:

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode, Leases, Step
 from gateway.core.limits import Limits
+from gateway.images.chain import ChainFiles, open_chain_files
 from gateway.images.files import identity_of
 from gateway.images.vhd.create import create_differencing, create_dynamic
 from gateway.images.vhd.image import open_vhd
@@ -354,3 +356,74 @@ async def test_a_parent_replaced_between_two_steps_is_noticed(tmp_path: Path) ->
     leases = Leases(step=calling_at("locked", lambda: rename_in_another_process(copy, parent)))
     async with leases.hold(child, READ, HOLDER) as lease:
         assert lease.chain.nodes[1].identity.inode == os.stat(parent).st_ino
+
+
+async def kept_over_a_restart(path: str, mode: LeaseMode) -> ChainFiles:
+    """The files of a lease as another process has them: a table that is gone granted it."""
+    lease = await Leases().acquire(path, mode, HOLDER)
+    kept = ChainFiles(
+        [replace(node, fd=os.dup(node.fd)) for node in lease.chain.nodes], writable=lease.chain.writable
+    )
+    await lease.give_away()
+    return kept
+
+
+@pytest.mark.parametrize("mode", [READ, WRITE])
+async def test_an_adopted_lease_stands_in_the_way_like_any_other(tmp_path: Path, mode: LeaseMode) -> None:
+    parent, child = make_chain(tmp_path)
+    kept = await kept_over_a_restart(child, mode)
+    leases = Leases()
+    lease = await leases.adopt(kept, mode, HOLDER)
+    assert leases.holders_for(HOLDER.vdi) == (HOLDER,)
+    assert leases.modes_for(HOLDER.vdi) == (mode,)
+    for path in (parent, child):
+        with pytest.raises(XenAPIError, match="VDI_IN_USE") as refused:
+            await leases.acquire(path, WRITE, HOLDER, wait=0)
+        assert refused.value.params[1] == str(HOLDER)
+    lease.release()
+    await lease.released()
+    async with leases.hold(child, WRITE, HOLDER, wait=0):
+        pass
+
+
+async def test_files_that_somebody_else_has_locked_since_are_not_adopted(image: str) -> None:
+    leases = Leases(Limits(lease_wait=0.05))
+    async with leases.hold(image, WRITE, HOLDER):
+        never_locked = open_chain_files(image, writable=False)
+        with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+            await leases.adopt(never_locked, READ, HOLDER)
+    assert never_locked.taken_over
+
+
+async def test_who_was_granted_a_file_but_not_its_locks_does_not_hinder_an_adoption(image: str) -> None:
+    kept = await kept_over_a_restart(image, READ)
+    adopted: list[str] = []
+
+    async def at(step: Step) -> None:
+        if step == "granted" and not adopted:
+            lease = await leases.adopt(kept, READ, HOLDER)
+            adopted.append(lease.leaf_path)
+
+    leases = Leases(step=at)
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await leases.acquire(image, WRITE, HOLDER, wait=0)
+    assert adopted == [image]
+    assert leases.holders_of(kept.nodes[0].identity) == (HOLDER,)
+    kept.taken_over = False
+    kept.close()
+
+
+async def test_a_lease_whose_files_were_given_away_still_counts(image: str) -> None:
+    leases = Leases()
+    lease = await leases.acquire(image, WRITE, HOLDER)
+    await lease.give_away()
+    assert open_images() == []
+    with pytest.raises(ValueError, match="no descriptors"):
+        await lease.give_away()
+    with pytest.raises(ValueError, match="no descriptors"):
+        lease.open_disk()
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await leases.acquire(image, READ, HOLDER, wait=0)
+    lease.release()
+    async with leases.hold(image, READ, HOLDER, wait=0):
+        pass

@@ -272,6 +272,19 @@ async def test_a_removed_users_sessions_go_too(gate: Gate) -> None:
         await gate.by_ref(ref)
 
 
+async def test_who_listens_is_told_of_every_session_that_ends(gate: Gate) -> None:
+    told: list[str] = []
+    gate.sessions.on_end(told.append)
+    for name in ("disabled", "removed"):
+        await gate.users.create(name, "right", Role.VM_ADMIN)
+    refs = [await gate.login(name) for name in ("root", "disabled", "removed", "root")]
+    uuids = [gate.sessions.get(ref).uuid for ref in refs]
+    await gate.sessions.logout(refs[0])
+    await gate.users.set_disabled("disabled", True)
+    await gate.users.remove("removed")
+    assert told == uuids[:3]
+
+
 async def test_all_sessions_of_a_user_can_be_ended_but_one(gate: Gate) -> None:
     refs = [await gate.login() for _ in range(3)]
     await gate.sessions.logout_user("root", but=gate.sessions.get(refs[1]).uuid)
