@@ -58,6 +58,9 @@ MESSAGES: Final[dict[str, str]] = {
     "SR_BACKEND_FAILURE_16": "{1}; detach it there first, or attach it read-only.",
     "SR_BACKEND_FAILURE_40": "{1}; look at these images with vhd-check.",
     "SR_BACKEND_FAILURE_47": "{1}; look whether it is mounted and the path is right.",
+    # SM's SnapshotChainTooLong.
+    "SR_BACKEND_FAILURE_109": "{1}; destroy snapshots that nobody needs and let the SR coalesce them, "
+    "or copy the VDI.",
     # Transfers.
     "IMPORT_ERROR_PREMATURE_EOF": "The body ended after {1} of {0} bytes; "
     "nothing was changed: send it again.",

@@ -22,9 +22,9 @@ from gateway.core.records import VDI, Host, ImageFormat, Records
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
+from gateway.repository.chain_operations import ChainOperations
 from gateway.repository.reconcile import described
 from gateway.repository.repository import Repository
-from gateway.repository.sr_lifecycle import SRLifecycle
 
 # A raw image has no limit of its own; from 2^50 on, a Content-Length means "not known".
 MAX_RAW_SIZE: Final = (1 << 50) - SECTOR
@@ -38,7 +38,7 @@ class Where(Enum):
     NOWHERE = "nowhere"
 
 
-class Inventory(SRLifecycle):
+class Inventory(ChainOperations):
     """Everything that doors ask of SRs and VDIs. Made by `open`."""
 
     @classmethod

@@ -11,7 +11,7 @@ written, and from which it would seem that every image had been deleted.
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -36,6 +36,7 @@ from gateway.repository.directory import (
     require_directory,
     write_marker,
 )
+from gateway.repository.fork import recover_forks, unfinished_forks
 from gateway.repository.records_file import RecordsCopy, read_records, write_records
 from gateway.repository.scan import ScannedImage, Scanner, ScanResult
 from gateway.repository.staging import Staging, begin_filling, staging_path, sweep_staging
@@ -134,6 +135,7 @@ class Repository:
                     assert introduce is not None
                     found = introduce
                     write_marker(directory, found, files)
+                recover_forks(directory, files)
                 swept = tuple(sweep_staging(directory, files))
                 return cls(directory, leases, uuid=found, owner=owner, swept=swept, files=files)
             except BaseException:
@@ -177,6 +179,10 @@ class Repository:
             except OSError as error:
                 raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
 
+        unfinished = await self._in_thread(unfinished_forks, self.directory)
+        if unfinished and self.writable:
+            # One that is under way has the lock, and leaves nothing to recover.
+            await self.restructure(lambda: recover_forks(self.directory, self._files), ())
         async with self._scanning:
             self._since = {}
             result = await self._in_thread(scan)
@@ -336,6 +342,31 @@ class Repository:
                 await self._in_thread(staging.discard)
                 if staging.committed is not None:
                     await self._in_thread(self._look_again, lease.leaf_path)
+
+    @property
+    def files(self) -> FileCalls:
+        """How files are changed here."""
+        return self._files
+
+    async def restructure(self, change: Callable[[], object], uuids: Sequence[str]) -> None:
+        """Run `change`, which gives files names in the SR or takes them, and note what `uuids` are then.
+
+        It runs in a worker thread, alone and never cancelled. Raises what it raises, DirectoryUnavailable.
+        """
+
+        def run() -> None:
+            self._require_writable()
+            try:
+                change()
+            finally:
+                for uuid in uuids:
+                    path = self.directory.image(uuid, "vhd")
+                    image = self._scanner.scan_one(path) if os.path.lexists(path) else None
+                    trio.from_thread.run_sync(self._note, uuid, image)
+
+        async with self.structure_lock:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(run)
 
     async def look_again(self, uuid: str) -> ScannedImage:
         """Read one image's sizes and stamp anew. Raises VDI_MISSING, ImageError, OSError."""

@@ -73,6 +73,7 @@ def create_differencing(
     parent_path: str,
     parent: VhdFile | None,
     *,
+    parent_name: str | None = None,
     virtual_size: int | None = None,
     unique_id: uuid.UUID | None = None,
     block_size: int = BLOCK_SIZE,
@@ -80,11 +81,12 @@ def create_differencing(
 ) -> None:
     """Make a child of `parent_path`, which has to be in the child's directory in the end, durably.
 
-    `parent` is the opened VHD, or None for a raw parent. The size is the parent's unless given. Raises as
-    create_dynamic does, and UnsupportedImage for a parent's name that no chain would accept.
+    `parent` is the opened VHD, or None for a raw parent. `parent_name` is the name that the parent will have,
+    if it has another one now. The size is the parent's unless given. Raises as create_dynamic does, and
+    UnsupportedImage for a parent's name that no chain would accept.
     """
     status = os.stat(parent_path)
-    name = os.path.basename(parent_path)
+    name = parent_name or os.path.basename(parent_path)
     if not name.endswith(".raw" if parent is None else ".vhd") or name.startswith("."):
         raise UnsupportedImage(parent_path, "a parent's name ends in .vhd, that of a raw one in .raw")
     if virtual_size is None:

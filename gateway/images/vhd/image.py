@@ -36,6 +36,7 @@ from gateway.images.vhd.format import (
 )
 
 MAX_BLOCKS: Final = 1 << 24  # 2040 GiB in blocks of 128 KiB: a BAT of 64 MiB
+_TABLE_PIECE: Final = 64 << 10  # bytes
 MAX_LOCATOR: Final = 4096  # bytes; no path is longer
 
 # Bitmaps are MSB first, but those of the first tapdisk.
@@ -159,6 +160,20 @@ class VhdFile:
             if start < last and first < stop:
                 raise CorruptImage(self.path, f"block {block} is said to lie in the metadata")
         return start
+
+    def has_blocks(self) -> bool:
+        """Return whether any block is allocated, reading no more of the BAT than it takes to know."""
+        left = 4 * self.blocks
+        offset = self._header.table_offset
+        while left:
+            piece = pread_exactly(self.fd, min(left, _TABLE_PIECE), offset)
+            if not piece:
+                raise CorruptImage(self.path, "the file ends within its block allocation table")
+            if piece.count(0xFF) != len(piece):
+                return True
+            left -= len(piece)
+            offset += len(piece)
+        return False
 
     def read_bitmap(self, offset: int) -> bytes:
         """Read the bitmap that begins at `offset`, MSB first, without its padding."""

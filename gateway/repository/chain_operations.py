@@ -1,0 +1,171 @@
+"""Snapshots and clones: the files of fork.py and the records that go with them.
+
+Both need only that nobody writes to the VDI; who reads it is not disturbed. No data is copied. The bytes of
+the source, the new VDI and the base copy are the same, so all three carry the source's content id.
+
+The trap: the source's file is another one afterwards, and what isn't said to have the same content gets a new
+content id at the next scan, as after a change from outside.
+"""
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+import trio
+
+from gateway.core.clock import utc_now
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.records import VDI
+from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.repository.fork import Fork
+from gateway.repository.reconcile import described
+from gateway.repository.records_file import STAMP_KEY
+from gateway.repository.repository import Repository
+from gateway.repository.scan import FileStamp, ScannedImage
+from gateway.repository.sr_lifecycle import SRLifecycle
+
+# What XenServer calls the hidden parent that a snapshot leaves behind.
+BASE_COPY_NAME: Final = "base copy"
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class ChainOperations(SRLifecycle):
+    """The part of the inventory that makes VDIs of VDIs."""
+
+    async def vdi_snapshot(
+        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+    ) -> str:
+        """Keep a VDI as it is now; the snapshot's reference.
+
+        Raises SR_BACKEND_FAILURE_109 for a chain of 30 levels, VDI_IN_USE while somebody writes,
+        OPERATION_NOT_ALLOWED for a raw image or a hidden parent and in a read-only SR, SR_FULL,
+        SR_NOT_ATTACHED, ImageError, OSError.
+        """
+        return await self._fork(ref, Holder(who, "snapshot", ref, task), wait)
+
+    async def vdi_clone(
+        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+    ) -> str:
+        """Make a writable VDI with the bytes that this one has now; its reference. Raises as vdi_snapshot."""
+        return await self._fork(ref, Holder(who, "clone", ref, task), wait)
+
+    async def _fork(self, ref: str, holder: Holder, wait: float | None) -> str:
+        repository = self._forkable(ref)
+        uuid, base = new_uuid(), new_uuid()
+        self._being_created.update((uuid, base))
+        try:
+            async with self._leased(repository, ref, holder, wait) as lease:
+                source = await self._seen(ref, lease)
+                fork = Fork(repository.directory, lease, base=base, child=uuid, files=repository.files)
+                await self._run(repository, lease, fork, (source.uuid, uuid, base))
+                with trio.CancelScope(shield=True):
+                    made = self._made(source, repository.images[uuid], holder.operation == "snapshot")
+                    new = [made]
+                    if fork.has_base:
+                        new.append(self._base_copy(source, repository.images[base]))
+                    await self.records.vdis.add_all(new)
+                    await self._same_content(source, repository.images[source.uuid])
+                    await self.refresh_sizes(source.sr)
+        finally:
+            self._being_created.difference_update((uuid, base))
+        return made.ref
+
+    def _forkable(self, ref: str) -> Repository:
+        vdi = self.records.vdis.get(ref)
+        repository = self.repository(vdi.sr)
+        if not repository.writable:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
+        if not vdi.managed:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "it is the hidden parent of other VDIs")
+        return repository
+
+    @asynccontextmanager
+    async def _leased(
+        self, repository: Repository, ref: str, holder: Holder, wait: float | None
+    ) -> AsyncIterator[Lease]:
+        lease = await repository.lease(self.records.vdis.get(ref).uuid, LeaseMode.REPLACE, holder, wait)
+        try:
+            yield lease
+        finally:
+            lease.release()
+            with trio.CancelScope(shield=True):
+                await lease.released()
+
+    async def _seen(self, ref: str, lease: Lease) -> VDI:
+        """The record under the lease; with a new content id if the file was changed from outside."""
+        status = await trio.to_thread.run_sync(os.fstat, lease.chain.nodes[0].fd)
+        vdi = self.records.vdis.get(ref)
+        if vdi.sm_config.get(STAMP_KEY) == str(FileStamp.of(status)):
+            return vdi
+        return replace(vdi, content_id=new_uuid())
+
+    async def _run(self, repository: Repository, lease: Lease, fork: Fork, uuids: tuple[str, ...]) -> None:
+        try:
+            try:
+                await trio.to_thread.run_sync(fork.prepare)
+                if fork.new_leaf is not None:
+                    lease.move_to(fork.new_leaf)
+                await repository.restructure(fork.publish, uuids)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(fork.discard)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                total, used = await repository.space()
+                raise XenAPIError("SR_FULL", "unknown", str(total - used)) from error
+            raise
+
+    def _made(self, source: VDI, image: ScannedImage, snapshot: bool) -> VDI:
+        made = VDI(
+            ref=new_ref(),
+            uuid=image.uuid,
+            sr=source.sr,
+            name_label=source.name_label,
+            name_description=source.name_description,
+            type=source.type,
+            sharable=source.sharable,
+            other_config=source.other_config,
+            xenstore_data=source.xenstore_data,
+            tags=source.tags,
+            content_id=source.content_id,
+        )
+        if snapshot:
+            made = replace(made, is_a_snapshot=True, snapshot_of=source.ref, snapshot_time=utc_now())
+        return _with_content(made, image, source.content_id)
+
+    def _base_copy(self, source: VDI, image: ScannedImage) -> VDI:
+        base = VDI(
+            ref=new_ref(),
+            uuid=image.uuid,
+            sr=source.sr,
+            name_label=BASE_COPY_NAME,
+            type=source.type,
+            snapshot_of=NULL_REF,
+        )
+        return _with_content(base, image, source.content_id)
+
+    async def _same_content(self, source: VDI, image: ScannedImage) -> None:
+        """The source has another file, and another parent, with the content that it had."""
+
+        def changes(record: VDI) -> dict[str, object]:
+            now = _with_content(record, image, source.content_id)
+            return {
+                "content_id": now.content_id,
+                "sm_config": now.sm_config,
+                "virtual_size": now.virtual_size,
+                "physical_utilisation": now.physical_utilisation,
+            }
+
+        await self.records.vdis.edit(source.ref, changes)
+
+
+def _with_content(vdi: VDI, image: ScannedImage, content_id: str) -> VDI:
+    """The record of a file that is known to have this content."""
+    known = {**vdi.sm_config, STAMP_KEY: str(image.stamp)}
+    return described(
+        replace(vdi, content_id=content_id, sm_config=known), image, writable=True, written=False
+    )

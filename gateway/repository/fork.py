@@ -1,0 +1,224 @@
+"""Two VHDs from one: a leaf becomes the hidden base copy of two empty children, one with its own name.
+
+The result is that of XenServer's FileSR: the base copy has a new uuid, the children name it relative to
+their directory. Both are made in the staging directory; then the base copy's name is linked to the leaf's
+file, the children are renamed into place, the leaf's name last, and the base copy is marked as hidden.
+Whoever reads the leaf keeps his descriptors and reads on. A leaf that is itself an empty child isn't
+multiplied: the new child stands beside it. All calls here block.
+
+The trap: after a crash, the base copy and the leaf may be one file under two names. So a journal lies beside
+the marker (SM fails the scan of an SR over names it doesn't know) from before the first step until after the
+last. The rename over the leaf decides: before it all is undone, after it the base copy is hidden. The second
+child goes in both cases, for nobody has been told of it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Lease
+from gateway.core.refs import is_uuid
+from gateway.images.chain import NodeKind
+from gateway.images.errors import ImageError
+from gateway.images.files import FileCalls, FileIdentity
+from gateway.images.vhd.create import create_differencing, set_hidden
+from gateway.images.vhd.format import DiskType
+from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
+from gateway.repository.directory import DirectoryUnavailable, SRDirectory, replace_file
+from gateway.repository.staging import staging_path
+
+MAX_CHAIN_LENGTH: Final = 30
+"""The most levels of a chain that XenServer makes (vhdutil.MAX_CHAIN_SIZE)."""
+
+_JOURNAL_FORMAT: Final = 1
+_JOURNAL: Final = re.compile(r"fork-[0-9a-f-]{36}\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Journal:
+    """The three uuids of one fork."""
+
+    leaf: str
+    base: str
+    child: str
+
+    def path(self, directory: SRDirectory) -> str:
+        return os.path.join(directory.service, f"fork-{self.leaf}.json")
+
+
+class Fork:
+    """One fork of the leaf of `lease`, which keeps writers out. `base` and `child` are new uuids.
+
+    After `prepare`, `has_base` says whether there will be a base copy, and `new_leaf` which file the leaf's
+    name will then lead to.
+    """
+
+    def __init__(
+        self, directory: SRDirectory, lease: Lease, *, base: str, child: str, files: FileCalls
+    ) -> None:
+        leaf = os.path.basename(lease.leaf_path).rpartition(".")[0]
+        self.has_base = True
+        self.new_leaf: FileIdentity | None = None
+        self._directory = directory
+        self._lease = lease
+        self._journal = _Journal(leaf, base, child)
+        self._files = files
+        self._staged_leaf = staging_path(directory, leaf)
+        self._staged_child = staging_path(directory, child)
+
+    def prepare(self) -> None:
+        """Make the children. Raises SR_BACKEND_FAILURE_109, OPERATION_NOT_ALLOWED, ImageError, OSError."""
+        chain = self._lease.chain
+        leaf = chain.nodes[0]
+        if leaf.kind is not NodeKind.VHD:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "a raw image has no snapshots; copy it instead")
+        if chain.depth >= MAX_CHAIN_LENGTH:
+            raise XenAPIError("SR_BACKEND_FAILURE_109", "", "The snapshot chain is too long", "")
+        image = open_vhd(leaf.fd, leaf.path)
+        self.has_base = image.footer.disk_type is not DiskType.DIFFERENCING or image.has_blocks()
+        if self.has_base:
+            name = f"{self._journal.base}.vhd"
+            for path in (self._staged_leaf, self._staged_child):
+                create_differencing(path, leaf.path, image, parent_name=name, files=self._files)
+            status = os.stat(self._staged_leaf)
+            self.new_leaf = FileIdentity(status.st_dev, status.st_ino)
+        else:
+            node = chain.nodes[1]
+            parent = open_vhd(node.fd, node.path) if node.kind is NodeKind.VHD else None
+            create_differencing(
+                self._staged_child, node.path, parent, virtual_size=image.size, files=self._files
+            )
+
+    def publish(self) -> None:
+        """Give the files their names, durably. It is done or, if it raises, undone at once or by a recovery.
+
+        Raises OSError, and VDI_IN_USE if somebody renamed the leaf under the lease.
+        """
+        self._require_same_leaf()
+        child = self._directory.image(self._journal.child, "vhd")
+        if self.has_base:
+            try:
+                self._publish_with_base(child)
+            except BaseException:
+                # What can't be recovered now, will be at the next scan.
+                with suppress(OSError, ImageError):
+                    recover_forks(self._directory, self._files)
+                raise
+            return
+        self._files.rename(self._staged_child, child)
+        try:
+            self._files.sync_directory(self._directory.root)
+        except BaseException:
+            with suppress(OSError):
+                self._files.unlink(child)
+            raise
+
+    def discard(self) -> None:
+        """Remove what was made and got no name."""
+        for path in (self._staged_leaf, self._staged_child):
+            with suppress(FileNotFoundError):
+                self._files.unlink(path)
+
+    def _publish_with_base(self, child: str) -> None:
+        directory, files = self._directory, self._files
+        journal = self._journal.path(directory)
+        base = directory.image(self._journal.base, "vhd")
+        content = {"format": _JOURNAL_FORMAT, **asdict(self._journal)}
+        replace_file(journal, json.dumps(content).encode() + b"\n", files)
+        files.link(self._lease.leaf_path, base)
+        files.sync_directory(directory.root)
+        files.rename(self._staged_child, child)
+        files.rename(self._staged_leaf, self._lease.leaf_path)
+        files.sync_directory(directory.root)
+        set_hidden(base, True, files=files)
+        files.unlink(journal)
+        files.sync_directory(directory.service)
+
+    def _require_same_leaf(self) -> None:
+        """A program that knows no locks may have replaced it, and its work is not renamed over."""
+        leaf = self._lease.chain.nodes[0]
+        status = os.stat(leaf.path, follow_symlinks=False)
+        if FileIdentity(status.st_dev, status.st_ino) != leaf.identity:
+            raise XenAPIError("VDI_IN_USE", self._lease.holder.vdi, "its file was replaced from outside")
+
+
+def unfinished_forks(directory: SRDirectory) -> list[str]:
+    """The names of the journals in a directory."""
+    with suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(directory.service) if _JOURNAL.fullmatch(name))
+    return []
+
+
+def recover_forks(directory: SRDirectory, files: FileCalls) -> None:
+    """Undo or finish every fork that was interrupted. Doing so again after a crash is safe.
+
+    Raises DirectoryUnavailable for a journal that cannot be understood, ImageError, OSError.
+    """
+    for name in unfinished_forks(directory):
+        path = os.path.join(directory.service, name)
+        _recover(directory, _read_journal(path), files)
+        files.unlink(path)
+        files.sync_directory(directory.service)
+
+
+def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> None:
+    leaf, base, child = (directory.image(uuid, "vhd") for uuid in (journal.leaf, journal.base, journal.child))
+    if _is_empty_child(child, base):
+        files.unlink(child)
+        files.sync_directory(directory.root)
+    if not os.path.lexists(base):
+        return
+    if os.path.lexists(leaf) and os.path.samefile(leaf, base):
+        files.unlink(base)
+        files.sync_directory(directory.root)
+    elif _stands_on(leaf, base):
+        set_hidden(base, True, files=files)
+
+
+def _read_journal(path: str) -> _Journal:
+    with open(path, "rb") as file:
+        text = file.read(4096)
+    try:
+        content = json.loads(text)
+        if content.pop("format") != _JOURNAL_FORMAT:
+            raise DirectoryUnavailable(path, "the journal was made by another version of the gateway")
+        journal = _Journal(**content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot") from error
+    if not all(is_uuid(uuid) for uuid in asdict(journal).values()):
+        raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot")
+    return journal
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[VhdFile | None]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield open_vhd(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _stands_on(path: str, parent: str) -> bool:
+    with _opened(path) as image:
+        return _names(image, parent)
+
+
+def _is_empty_child(path: str, parent: str) -> bool:
+    with _opened(path) as image:
+        return image is not None and _names(image, parent) and not image.has_blocks()
+
+
+def _names(image: VhdFile | None, parent: str) -> bool:
+    if image is None or image.footer.disk_type is not DiskType.DIFFERENCING:
+        return False
+    return os.path.basename(parent) in parent_names(image)
