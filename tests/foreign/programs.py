@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from tests.conftest import RunningGateway
 
 OPENSTACK_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
-SECONDS = 60
+SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,25 @@ class NodeProgram:
 def answer_of(
     command: list[str], asked: dict[str, Any], environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Runs `command` with `asked` as its input; what it answers. AssertionError if it fails."""
-    done = subprocess.run(
+    """Runs `command` with `asked` as its input; what it answers. AssertionError if it fails or stands still.
+
+    It gets a process group of its own: a child that it left behind would keep its output open for ever.
+    """
+    process = subprocess.Popen(
         command,
-        input=json.dumps(asked),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=SECONDS,
         env=environment,
+        start_new_session=True,
     )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    answer: dict[str, Any] = json.loads(done.stdout)
+    with process:
+        try:
+            answered, said = process.communicate(json.dumps(asked), timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"{command} stood still for {SECONDS} seconds") from None
+    assert process.returncode == 0, f"{command} ended with {process.returncode}:\n{answered}\n{said}"
+    answer: dict[str, Any] = json.loads(answered)
     return answer
