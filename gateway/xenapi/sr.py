@@ -25,7 +25,18 @@ from gateway.xenapi.types import (
 
 SR_OPERATIONS: Final = Choice(
     "storage_operations",
-    ("scan", "destroy", "forget", "plug", "unplug", "update", "vdi_create", "vdi_destroy"),
+    (
+        "scan",
+        "destroy",
+        "forget",
+        "plug",
+        "unplug",
+        "update",
+        "vdi_create",
+        "vdi_destroy",
+        "vdi_clone",
+        "vdi_snapshot",
+    ),
 )
 
 SUPPORTED_TYPES: Final = ("file",)
@@ -39,7 +50,7 @@ def _allowed_operations(sr: Any, estate: Any) -> tuple[str, ...]:
     if not attached:
         return ("plug", "destroy", "forget") if pbds else ("forget",)
     if any(pbd.device_config.get("writable") == "true" for pbd in attached):
-        return ("scan", "update", "unplug", "vdi_create", "vdi_destroy")
+        return ("scan", "update", "unplug", "vdi_create", "vdi_destroy", "vdi_clone", "vdi_snapshot")
     return ("scan", "update", "unplug")
 
 

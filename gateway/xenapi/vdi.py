@@ -49,10 +49,17 @@ VDI_TYPE: Final = Choice(
 )
 ON_BOOT: Final = Choice("on_boot", ("reset", "persist"))
 
-OPERATIONS: Final = {"destroy": LeaseMode.WRITE, "resize": LeaseMode.WRITE}
+OPERATIONS: Final = {
+    "snapshot": LeaseMode.REPLACE,
+    "clone": LeaseMode.REPLACE,
+    "destroy": LeaseMode.WRITE,
+    "resize": LeaseMode.WRITE,
+}
 """XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
 
 VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))
+
+_FORKS: Final = ("snapshot", "clone")
 
 _CUSTOM_FIELDS: Final = (("folder", Role.VM_OPERATOR), ("XenCenter.CustomFields.*", Role.VM_OPERATOR))
 
@@ -67,8 +74,11 @@ def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
     if vdi.missing:
         return ()
     held = estate.leases.modes_for(vdi.ref)
+    forked = vdi.managed and vdi.image_format == "vhd"
     return tuple(
-        name for name, mode in OPERATIONS.items() if not any(mode.conflicts_with(other) for other in held)
+        name
+        for name, mode in OPERATIONS.items()
+        if (forked or name not in _FORKS) and not any(mode.conflicts_with(other) for other in held)
     )
 
 
@@ -174,6 +184,44 @@ async def resize(call: Call, vdi: str, size: int) -> None:
     await call.estate.inventory.vdi_resize(vdi, size, who=call.who, task=call.task)
 
 
+_FORK_ERRORS: Final = (
+    "SR_BACKEND_FAILURE_109",
+    "VDI_IN_USE",
+    "OPERATION_NOT_ALLOWED",
+    "SR_FULL",
+    "SR_NOT_ATTACHED",
+)
+_DRIVER_PARAMS: Final = Parameter("driver_params", STRING_MAP, "not used", default={})
+
+
+@message(
+    "snapshot",
+    "Keep the VDI as it is now, as a read-only VDI. Nobody may be writing; who reads is not disturbed.",
+    Parameter("vdi", Reference("VDI"), "the VDI"),
+    _DRIVER_PARAMS,
+    result=Reference("VDI"),
+    role=Role.VM_ADMIN,
+    errors=_FORK_ERRORS,
+)
+async def snapshot(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
+    with call.operating(_sr_of(call, vdi), "vdi_snapshot"):
+        return await call.estate.inventory.vdi_snapshot(vdi, who=call.who, task=call.task)
+
+
+@message(
+    "clone",
+    "Make a writable VDI with the bytes of this one, which share what they have in common.",
+    Parameter("vdi", Reference("VDI"), "the VDI, or a snapshot"),
+    _DRIVER_PARAMS,
+    result=Reference("VDI"),
+    role=Role.VM_ADMIN,
+    errors=_FORK_ERRORS,
+)
+async def clone(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
+    with call.operating(_sr_of(call, vdi), "vdi_clone"):
+        return await call.estate.inventory.vdi_clone(vdi, who=call.who, task=call.task)
+
+
 @message(
     "destroy",
     "Destroy the VDI and its image.",
@@ -182,9 +230,7 @@ async def resize(call: Call, vdi: str, size: int) -> None:
     errors=("VDI_IN_USE", "OPERATION_NOT_ALLOWED", "VDI_READONLY", "SR_NOT_ATTACHED"),
 )
 async def destroy(call: Call, vdi: str) -> None:
-    records = call.estate.records
-    sr = records.vdis.get(vdi).sr if vdi in records.vdis else NULL_REF
-    with call.operating(sr, "vdi_destroy"):
+    with call.operating(_sr_of(call, vdi), "vdi_destroy"):
         await call.estate.inventory.vdi_destroy(vdi, who=call.who, task=call.task)
 
 
@@ -198,10 +244,15 @@ async def forget(call: Call, vdi: str) -> None:
     await call.estate.inventory.vdi_forget(vdi)
 
 
+def _sr_of(call: Call, vdi: str) -> str:
+    records = call.estate.records
+    return records.vdis.get(vdi).sr if vdi in records.vdis else NULL_REF
+
+
 VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, resize, destroy, forget),
+    messages=(create, snapshot, clone, resize, destroy, forget),
     objects=lambda estate: estate.records.vdis,
 )

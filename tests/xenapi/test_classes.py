@@ -128,14 +128,18 @@ async def test_what_a_vdi_needs_to_be_created_is_asked_for_by_name(site: Site) -
     ]
 
 
+EVERYTHING = ("snapshot", "clone", "destroy", "resize")
+
+
 @pytest.mark.parametrize(
-    ("mode", "allowed"), [(LeaseMode.READ, ()), (LeaseMode.REPLACE, ()), (LeaseMode.WRITE, ())]
+    ("mode", "allowed"),
+    [(LeaseMode.READ, ("snapshot", "clone")), (LeaseMode.REPLACE, ()), (LeaseMode.WRITE, ())],
 )
 async def test_operations_of_a_vdi_are_those_of_its_leases(
     live: Site, tmp_path: Path, mode: LeaseMode, allowed: tuple[str, ...]
 ) -> None:
     vdi = await vdi_of(live, await sr_of(live, tmp_path / "sr"))
-    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy", "resize")
+    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == EVERYTHING
     lease = await inventory_of(live).lease(vdi, mode, Holder("root", "import", vdi))
     try:
         (dummy,) = await live.call("VDI.get_current_operations", ADMIN, vdi)
@@ -147,7 +151,26 @@ async def test_operations_of_a_vdi_are_those_of_its_leases(
         lease.release()
         await lease.released()
     assert await live.call("VDI.get_current_operations", ADMIN, vdi) == {}
-    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == ("destroy", "resize")
+    assert await live.call("VDI.get_allowed_operations", ADMIN, vdi) == EVERYTHING
+
+
+async def test_snapshots_and_clones_are_vdis_that_know_where_they_come_from(
+    live: Site, tmp_path: Path
+) -> None:
+    vdi = await vdi_of(live, await sr_of(live, tmp_path / "sr"))
+    taken = await live.call("VDI.snapshot", ADMIN, vdi)
+    clone = await live.call("VDI.clone", ADMIN, taken, {"ignored": "yes"})
+    record = await live.call("VDI.get_record", ADMIN, taken)
+    assert (record["is_a_snapshot"], record["snapshot_of"]) == (True, vdi)
+    assert await live.call("VDI.get_snapshots", ADMIN, vdi) == (taken,)
+    assert await live.call("VDI.get_is_a_snapshot", ADMIN, clone) is False
+    (base,) = [
+        other
+        for other in (await live.call("VDI.get_all_records", ADMIN)).values()
+        if other["name_label"] == "base copy"
+    ]
+    assert (base["managed"], record["sm_config"]["vhd-parent"]) == (False, base["uuid"])
+    assert (await refusal(live, "VDI.snapshot", "vm-operator", vdi))[0] == "RBAC_PERMISSION_DENIED"
 
 
 async def test_an_asynchronous_destroy_shows_its_task_to_others(site: Site) -> None:

@@ -1,0 +1,157 @@
+"""The commands of chains: vdi-snapshot, vdi-clone, and vdi-chain, which shows what stands on what."""
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.output import print_json, size_text
+from gateway.cli.sr import find_sr
+from gateway.cli.vdi import Disk, find_vdi
+
+
+def vdi_snapshot(
+    disk: Disk,
+    *,
+    name: Annotated[str | None, Parameter(name=["--new-name-label", "--name"])] = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Keep a virtual disk as it is now, and print the snapshot's uuid. Nobody may be writing to it.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk.
+    name
+        Name of the snapshot; else it is called like the disk.
+    json
+        Print a JSON document.
+    """
+    return _fork("VDI.snapshot", disk, name, json, gateway)
+
+
+def vdi_clone(
+    disk: Disk,
+    *,
+    name: Annotated[str | None, Parameter(name=["--new-name-label", "--name"])] = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Make a writable disk with the bytes of a disk or snapshot, and print its uuid.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk or snapshot.
+    name
+        Name of the new disk; else it is called like the old one.
+    json
+        Print a JSON document.
+    """
+    return _fork("VDI.clone", disk, name, json, gateway)
+
+
+def _fork(method: str, disk: str, name: str | None, json: bool, gateway: GatewayChoice | None) -> int:
+    with (gateway or GatewayChoice()).connect() as connection:
+        made = connection.call(method, find_vdi(connection, disk)[0], {})
+        if name is not None:
+            connection.call("VDI.set_name_label", made, name)
+        uuid = connection.call("VDI.get_uuid", made)
+    if json:
+        print_json({"uuid": uuid, "ref": made})
+    else:
+        print(uuid)
+    return 0
+
+
+def vdi_chain(
+    disk: Annotated[str | None, Parameter(name=["--uuid", "--vdi"])] = None,
+    *,
+    sr: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Show which images stand on which: size, stored bytes, depth, and who uses them.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of a disk: only the tree that it is in. Without it, all trees.
+    sr
+        Uuid or name of an SR: only its disks.
+    json
+        Print a JSON document.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        only = None if sr is None else find_sr(connection, sr)
+        wanted = None if disk is None else find_vdi(connection, disk)[1]["uuid"]
+        records = _records(connection, only)
+    nodes = [node for root in _roots(records) for node in _below(root, records, 1)]
+    if wanted is not None:
+        root = _root_of(wanted, records)
+        nodes = [node for node in nodes if _root_of(node["uuid"], records) == root]
+    if json:
+        print_json(nodes)
+        return 0
+    for node in nodes:
+        words = [size_text(node["virtual_size"]), f"{size_text(node['physical_utilisation'])} stored"]
+        words += [f"depth {node['depth']}", *node["state"], *node["held_by"]]
+        indent = "  " * (node["depth"] - 1)
+        print(f"{indent}{node['uuid']}  {node['name_label'] or '(no name)'}: {', '.join(words)}")
+    return 0
+
+
+def _records(connection: Connection, sr: str | None) -> dict[str, dict[str, Any]]:
+    """The records of all disks by uuid, those of one SR if it is given."""
+    records: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
+    return {record["uuid"]: record for record in records.values() if sr in (None, record["SR"])}
+
+
+def _parent(record: dict[str, Any]) -> str | None:
+    uuid: str | None = record["sm_config"].get("vhd-parent")
+    return uuid
+
+
+def _roots(records: dict[str, dict[str, Any]]) -> list[str]:
+    return sorted(uuid for uuid, record in records.items() if _parent(record) not in records)
+
+
+def _root_of(uuid: str, records: dict[str, dict[str, Any]]) -> str:
+    passed = {uuid}
+    while (parent := _parent(records[uuid])) is not None and parent in records and parent not in passed:
+        passed.add(parent)
+        uuid = parent
+    return uuid
+
+
+def _below(uuid: str, records: dict[str, dict[str, Any]], depth: int) -> list[dict[str, Any]]:
+    """A node and all that stand on it, each before its children."""
+    record = records[uuid]
+    node = {
+        "uuid": uuid,
+        "name_label": record["name_label"],
+        "parent": _parent(record),
+        "depth": depth,
+        "virtual_size": int(record["virtual_size"]),
+        "physical_utilisation": int(record["physical_utilisation"]),
+        "state": [
+            word
+            for word, true in (
+                ("hidden", not record["managed"]),
+                ("snapshot", record["is_a_snapshot"]),
+                ("missing", record["missing"]),
+            )
+            if true
+        ],
+        "held_by": [
+            f"{operation} by {_who(task)}" for task, operation in record["current_operations"].items()
+        ],
+    }
+    children = sorted(other for other, candidate in records.items() if _parent(candidate) == uuid)
+    return [node, *(below for child in children for below in _below(child, records, depth + 1))]
+
+
+def _who(task: str) -> str:
+    """A task, or the name in the dummy reference of work without one."""
+    return task.rpartition("|")[2] if task.startswith("DummyRef:") else f"task {task}"
