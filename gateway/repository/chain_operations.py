@@ -1,4 +1,4 @@
-"""Snapshots and clones: the files of fork.py and the records that go with them.
+"""Snapshots, clones and reverts: the files of fork.py and the records that go with them.
 
 Both need only that nobody writes to the VDI; who reads it is not disturbed. No data is copied. The bytes of
 the source, the new VDI and the base copy are the same, so all three carry the source's content id.
@@ -21,7 +21,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
-from gateway.repository.fork import Fork
+from gateway.repository.fork import Fork, Revert
 from gateway.repository.reconcile import described
 from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
@@ -45,34 +45,80 @@ class ChainOperations(SRLifecycle):
         OPERATION_NOT_ALLOWED for a raw image or a hidden parent and in a read-only SR, SR_FULL,
         SR_NOT_ATTACHED, ImageError, OSError.
         """
-        return await self._fork(ref, Holder(who, "snapshot", ref, task), wait)
+        return (await self._fork(ref, Holder(who, "snapshot", ref, task), wait)).ref
 
     async def vdi_clone(
         self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
     ) -> str:
         """Make a writable VDI with the bytes that this one has now; its reference. Raises as vdi_snapshot."""
-        return await self._fork(ref, Holder(who, "clone", ref, task), wait)
+        return (await self._fork(ref, Holder(who, "clone", ref, task), wait)).ref
 
-    async def _fork(self, ref: str, holder: Holder, wait: float | None) -> str:
+    async def vdi_revert(
+        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+    ) -> None:
+        """Give the VDI of which `ref` is a snapshot the snapshot's bytes and size; the snapshot stays.
+
+        What was written to the VDI since is gone. Raises OPERATION_NOT_ALLOWED for what is no snapshot or has
+        no VDI any more, and what vdi_snapshot raises.
+        """
+        repository = self._forkable(ref)
+        snapshot = self.records.vdis.get(ref)
+        if not snapshot.is_a_snapshot or snapshot.snapshot_of not in self.records.vdis:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "it is not the snapshot of a VDI that exists")
+        target = self.records.vdis.get(snapshot.snapshot_of)
+        if target.sr != snapshot.sr:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "the snapshot is in another SR than its VDI")
+        holder = Holder(who, "revert", target.ref, task)
+        async with self._leased(repository, target.ref, holder, wait) as lease:
+            # A snapshot that has blocks of its own is first made an empty child of them.
+            await self._fork(ref, Holder(who, "revert", ref, task), wait, child=False)
+            async with self._leased(
+                repository, ref, Holder(who, "revert", ref, task), wait, LeaseMode.READ
+            ) as source:
+                snapshot = await self._seen(ref, source)
+                revert = Revert(repository.directory, lease, source, repository.files)
+                await self._replace(repository, lease, revert, target.uuid)
+                with trio.CancelScope(shield=True):
+                    await self._same_content(target.ref, repository.images[target.uuid], snapshot.content_id)
+                    await self.refresh_sizes(target.sr)
+
+    async def _replace(self, repository: Repository, lease: Lease, revert: Revert, uuid: str) -> None:
+        try:
+            lease.move_to(await trio.to_thread.run_sync(revert.prepare))
+            await repository.restructure(revert.publish, (uuid,))
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(revert.discard)
+
+    async def _fork(self, ref: str, holder: Holder, wait: float | None, *, child: bool = True) -> VDI:
+        """The new VDI; without `child` the source itself, which then has no blocks of its own."""
         repository = self._forkable(ref)
         uuid, base = new_uuid(), new_uuid()
         self._being_created.update((uuid, base))
         try:
             async with self._leased(repository, ref, holder, wait) as lease:
                 source = await self._seen(ref, lease)
-                fork = Fork(repository.directory, lease, base=base, child=uuid, files=repository.files)
+                fork = Fork(
+                    repository.directory,
+                    lease,
+                    base=base,
+                    child=uuid if child else None,
+                    files=repository.files,
+                )
                 await self._run(repository, lease, fork, (source.uuid, uuid, base))
                 with trio.CancelScope(shield=True):
-                    made = self._made(source, repository.images[uuid], holder.operation == "snapshot")
-                    new = [made]
+                    made, new = source, []
+                    if child:
+                        made = self._made(source, repository.images[uuid], holder.operation == "snapshot")
+                        new.append(made)
                     if fork.has_base:
                         new.append(self._base_copy(source, repository.images[base]))
                     await self.records.vdis.add_all(new)
-                    await self._same_content(source, repository.images[source.uuid])
+                    await self._same_content(source.ref, repository.images[source.uuid], source.content_id)
                     await self.refresh_sizes(source.sr)
         finally:
             self._being_created.difference_update((uuid, base))
-        return made.ref
+        return made
 
     def _forkable(self, ref: str) -> Repository:
         vdi = self.records.vdis.get(ref)
@@ -85,9 +131,14 @@ class ChainOperations(SRLifecycle):
 
     @asynccontextmanager
     async def _leased(
-        self, repository: Repository, ref: str, holder: Holder, wait: float | None
+        self,
+        repository: Repository,
+        ref: str,
+        holder: Holder,
+        wait: float | None,
+        mode: LeaseMode = LeaseMode.REPLACE,
     ) -> AsyncIterator[Lease]:
-        lease = await repository.lease(self.records.vdis.get(ref).uuid, LeaseMode.REPLACE, holder, wait)
+        lease = await repository.lease(self.records.vdis.get(ref).uuid, mode, holder, wait)
         try:
             yield lease
         finally:
@@ -148,11 +199,11 @@ class ChainOperations(SRLifecycle):
         )
         return _with_content(base, image, source.content_id)
 
-    async def _same_content(self, source: VDI, image: ScannedImage) -> None:
-        """The source has another file, and another parent, with the content that it had."""
+    async def _same_content(self, ref: str, image: ScannedImage, content_id: str) -> None:
+        """The VDI has another file, and perhaps another parent, with this content."""
 
         def changes(record: VDI) -> dict[str, object]:
-            now = _with_content(record, image, source.content_id)
+            now = _with_content(record, image, content_id)
             return {
                 "content_id": now.content_id,
                 "sm_config": now.sm_config,
@@ -160,7 +211,7 @@ class ChainOperations(SRLifecycle):
                 "physical_utilisation": now.physical_utilisation,
             }
 
-        await self.records.vdis.edit(source.ref, changes)
+        await self.records.vdis.edit(ref, changes)
 
 
 def _with_content(vdi: VDI, image: ScannedImage, content_id: str) -> VDI:

@@ -41,7 +41,7 @@ _JOURNAL: Final = re.compile(r"fork-[0-9a-f-]{36}\.json")
 
 @dataclass(frozen=True, slots=True)
 class _Journal:
-    """The three uuids of one fork."""
+    """The three uuids of one fork; no `child` is an empty text."""
 
     leaf: str
     base: str
@@ -54,22 +54,24 @@ class _Journal:
 class Fork:
     """One fork of the leaf of `lease`, which keeps writers out. `base` and `child` are new uuids.
 
+    Without a `child` the leaf alone becomes an empty child of a base copy, if it isn't one already.
+
     After `prepare`, `has_base` says whether there will be a base copy, and `new_leaf` which file the leaf's
     name will then lead to.
     """
 
     def __init__(
-        self, directory: SRDirectory, lease: Lease, *, base: str, child: str, files: FileCalls
+        self, directory: SRDirectory, lease: Lease, *, base: str, child: str | None, files: FileCalls
     ) -> None:
         leaf = os.path.basename(lease.leaf_path).rpartition(".")[0]
         self.has_base = True
         self.new_leaf: FileIdentity | None = None
         self._directory = directory
         self._lease = lease
-        self._journal = _Journal(leaf, base, child)
+        self._journal = _Journal(leaf, base, child or "")
         self._files = files
         self._staged_leaf = staging_path(directory, leaf)
-        self._staged_child = staging_path(directory, child)
+        self._staged_child = staging_path(directory, child) if child else None
 
     def prepare(self) -> None:
         """Make the children. Raises SR_BACKEND_FAILURE_109, OPERATION_NOT_ALLOWED, ImageError, OSError."""
@@ -84,22 +86,19 @@ class Fork:
         if self.has_base:
             name = f"{self._journal.base}.vhd"
             for path in (self._staged_leaf, self._staged_child):
-                create_differencing(path, leaf.path, image, parent_name=name, files=self._files)
+                if path is not None:
+                    create_differencing(path, leaf.path, image, parent_name=name, files=self._files)
             status = os.stat(self._staged_leaf)
             self.new_leaf = FileIdentity(status.st_dev, status.st_ino)
-        else:
-            node = chain.nodes[1]
-            parent = open_vhd(node.fd, node.path) if node.kind is NodeKind.VHD else None
-            create_differencing(
-                self._staged_child, node.path, parent, virtual_size=image.size, files=self._files
-            )
+        elif self._staged_child is not None:
+            create_sibling(self._staged_child, self._lease, self._files)
 
     def publish(self) -> None:
         """Give the files their names, durably. It is done or, if it raises, undone at once or by a recovery.
 
         Raises OSError, and VDI_IN_USE if somebody renamed the leaf under the lease.
         """
-        self._require_same_leaf()
+        require_same_leaf(self._lease)
         child = self._directory.image(self._journal.child, "vhd")
         if self.has_base:
             try:
@@ -109,6 +108,8 @@ class Fork:
                 with suppress(OSError, ImageError):
                     recover_forks(self._directory, self._files)
                 raise
+            return
+        if self._staged_child is None:
             return
         self._files.rename(self._staged_child, child)
         try:
@@ -120,7 +121,7 @@ class Fork:
 
     def discard(self) -> None:
         """Remove what was made and got no name."""
-        for path in (self._staged_leaf, self._staged_child):
+        for path in (self._staged_leaf, self._staged_child or self._staged_leaf):
             with suppress(FileNotFoundError):
                 self._files.unlink(path)
 
@@ -132,19 +133,67 @@ class Fork:
         replace_file(journal, json.dumps(content).encode() + b"\n", files)
         files.link(self._lease.leaf_path, base)
         files.sync_directory(directory.root)
-        files.rename(self._staged_child, child)
+        if self._staged_child is not None:
+            files.rename(self._staged_child, child)
         files.rename(self._staged_leaf, self._lease.leaf_path)
         files.sync_directory(directory.root)
         set_hidden(base, True, files=files)
         files.unlink(journal)
         files.sync_directory(directory.service)
 
-    def _require_same_leaf(self) -> None:
-        """A program that knows no locks may have replaced it, and its work is not renamed over."""
-        leaf = self._lease.chain.nodes[0]
-        status = os.stat(leaf.path, follow_symlinks=False)
-        if FileIdentity(status.st_dev, status.st_ino) != leaf.identity:
-            raise XenAPIError("VDI_IN_USE", self._lease.holder.vdi, "its file was replaced from outside")
+
+class Revert:
+    """The image of `lease` becomes an empty image over the parent of the empty leaf of `snapshot`."""
+
+    def __init__(self, directory: SRDirectory, lease: Lease, snapshot: Lease, files: FileCalls) -> None:
+        self._lease = lease
+        self._snapshot = snapshot
+        self._directory = directory
+        self._files = files
+        leaf = os.path.basename(lease.leaf_path).rpartition(".")[0]
+        self._staged = staging_path(directory, leaf)
+
+    def prepare(self) -> FileIdentity:
+        """Make the new image, and return which file it is.
+
+        Raises OPERATION_NOT_ALLOWED, VDI_IN_USE, ImageError, OSError.
+        """
+        leaf = self._snapshot.chain.nodes[0]
+        if NodeKind.RAW in (leaf.kind, self._lease.chain.nodes[0].kind):
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "a raw image has no snapshots")
+        image = open_vhd(leaf.fd, leaf.path)
+        if image.footer.disk_type is not DiskType.DIFFERENCING or image.has_blocks():
+            raise XenAPIError("VDI_IN_USE", self._lease.holder.vdi, "its snapshot has been changed meanwhile")
+        create_sibling(self._staged, self._snapshot, self._files)
+        status = os.stat(self._staged)
+        return FileIdentity(status.st_dev, status.st_ino)
+
+    def publish(self) -> None:
+        """Rename it over the old image, durably. Raises OSError, VDI_IN_USE."""
+        require_same_leaf(self._lease)
+        self._files.rename(self._staged, self._lease.leaf_path)
+        self._files.sync_directory(self._directory.root)
+
+    def discard(self) -> None:
+        """Remove what was made and got no name."""
+        with suppress(FileNotFoundError):
+            self._files.unlink(self._staged)
+
+
+def create_sibling(path: str, lease: Lease, files: FileCalls) -> None:
+    """Make an empty image of the size of the leaf of `lease` that stands on the leaf's parent."""
+    leaf, node = lease.chain.nodes[:2]
+    parent = open_vhd(node.fd, node.path) if node.kind is NodeKind.VHD else None
+    size = open_vhd(leaf.fd, leaf.path).size
+    create_differencing(path, node.path, parent, virtual_size=size, files=files)
+
+
+def require_same_leaf(lease: Lease) -> None:
+    """Raise VDI_IN_USE if a program that knows no locks replaced the leaf; its work is not renamed over."""
+    leaf = lease.chain.nodes[0]
+    status = os.stat(leaf.path, follow_symlinks=False)
+    if FileIdentity(status.st_dev, status.st_ino) != leaf.identity:
+        raise XenAPIError("VDI_IN_USE", lease.holder.vdi, "its file was replaced from outside")
 
 
 def unfinished_forks(directory: SRDirectory) -> list[str]:
@@ -168,7 +217,7 @@ def recover_forks(directory: SRDirectory, files: FileCalls) -> None:
 
 def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> None:
     leaf, base, child = (directory.image(uuid, "vhd") for uuid in (journal.leaf, journal.base, journal.child))
-    if _is_empty_child(child, base):
+    if journal.child and _is_empty_child(child, base):
         files.unlink(child)
         files.sync_directory(directory.root)
     if not os.path.lexists(base):
@@ -190,7 +239,7 @@ def _read_journal(path: str) -> _Journal:
         journal = _Journal(**content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot") from error
-    if not all(is_uuid(uuid) for uuid in asdict(journal).values()):
+    if not all(is_uuid(uuid) for uuid in (journal.leaf, journal.base, journal.child or journal.leaf)):
         raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot")
     return journal
 

@@ -179,8 +179,7 @@ class Repository:
             except OSError as error:
                 raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
 
-        unfinished = await self._in_thread(unfinished_forks, self.directory)
-        if unfinished and self.writable:
+        if self.writable and len(await self._in_thread(unfinished_forks, self.directory)):
             # One that is under way has the lock, and leaves nothing to recover.
             await self.restructure(lambda: recover_forks(self.directory, self._files), ())
         async with self._scanning:

@@ -52,6 +52,7 @@ ON_BOOT: Final = Choice("on_boot", ("reset", "persist"))
 OPERATIONS: Final = {
     "snapshot": LeaseMode.REPLACE,
     "clone": LeaseMode.REPLACE,
+    "revert": LeaseMode.REPLACE,
     "destroy": LeaseMode.WRITE,
     "resize": LeaseMode.WRITE,
 }
@@ -59,7 +60,7 @@ OPERATIONS: Final = {
 
 VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))
 
-_FORKS: Final = ("snapshot", "clone")
+_FORKS: Final = ("snapshot", "clone", "revert")
 
 _CUSTOM_FIELDS: Final = (("folder", Role.VM_OPERATOR), ("XenCenter.CustomFields.*", Role.VM_OPERATOR))
 
@@ -78,7 +79,9 @@ def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
     return tuple(
         name
         for name, mode in OPERATIONS.items()
-        if (forked or name not in _FORKS) and not any(mode.conflicts_with(other) for other in held)
+        if (forked or name not in _FORKS)
+        and (vdi.is_a_snapshot or name != "revert")
+        and not any(mode.conflicts_with(other) for other in held)
     )
 
 
@@ -223,6 +226,18 @@ async def clone(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
 
 
 @message(
+    "revert",
+    "Give the VDI of which this is a snapshot the snapshot's bytes and size. What was written since is gone.",
+    Parameter("snapshot", Reference("VDI"), "the snapshot; it stays"),
+    _DRIVER_PARAMS,
+    role=Role.VM_ADMIN,
+    errors=_FORK_ERRORS,
+)
+async def revert(call: Call, vdi: str, _driver_params: dict[str, str]) -> None:
+    await call.estate.inventory.vdi_revert(vdi, who=call.who, task=call.task)
+
+
+@message(
     "destroy",
     "Destroy the VDI and its image.",
     _SELF,
@@ -253,6 +268,6 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, snapshot, clone, resize, destroy, forget),
+    messages=(create, snapshot, clone, revert, resize, destroy, forget),
     objects=lambda estate: estate.records.vdis,
 )

@@ -12,8 +12,9 @@ from gateway.core.records import VDI
 from gateway.images.chain import open_chain_files
 from gateway.images.files import FileCalls
 from gateway.images.vhd.check import check_vhd
+from gateway.images.vhd.create import set_hidden
 from gateway.repository.directory import SRDirectory
-from gateway.repository.fork import MAX_CHAIN_LENGTH, Fork, unfinished_forks
+from gateway.repository.fork import MAX_CHAIN_LENGTH, Fork, Revert, unfinished_forks
 from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
 from tests.crash import CrashState, RecordingFileCalls
@@ -22,6 +23,7 @@ from tests.repository.conftest import SR_UUID, OpenInventory, listing
 from tests.repository.test_crash import CHILD, HOLDER, NEW, PARENT, RAW, SAMPLE, prepare, states
 from tests.repository.test_inventory import replace, root_of
 from tests.repository.test_repository import read
+from tests.repository.test_repository import replace as replace_image
 
 MIB = 1 << 20
 BASE = "00000009-0000-4000-8000-000000000000"
@@ -38,7 +40,7 @@ async def write(inventory: Inventory, ref: str, data: bytes, offset: int = 0) ->
 
 
 def content(inventory: Inventory, ref: str) -> bytes:
-    """All bytes of a VDI; libvhdi has to read the same."""
+    """All bytes of a VDI, whose chain has no faults and says the same to libvhdi."""
     uuid = inventory.records.vdis.get(ref).uuid
     chain = open_chain_files(inventory.repository_of(ref).image_path(uuid), writable=False)
     paths = [Path(node.path) for node in chain.nodes]
@@ -47,7 +49,9 @@ def content(inventory: Inventory, ref: str) -> bytes:
         assert not check_vhd(str(path)).problems
     size = inspect(paths[0]).size
     ours = read(str(paths[0]), size)
-    assert libvhdi_reads(paths) == ours
+    # libvhdi refuses to read beyond the end of a parent.
+    if len({inspect(path).size for path in paths}) == 1:
+        assert libvhdi_reads(paths) == ours
     return ours
 
 
@@ -193,6 +197,55 @@ async def test_a_file_changed_from_outside_lends_no_content_id(inventory: Invent
     assert inventory.records.vdis.get(taken).content_id == inventory.records.vdis.get(ref).content_id
 
 
+@pytest.mark.parametrize("with_blocks", [False, True])
+async def test_a_revert_brings_back_the_bytes_and_the_size_and_keeps_the_snapshot(
+    inventory: Inventory, tmp_path: Path, with_blocks: bool
+) -> None:
+    sr, ref = await make(inventory, tmp_path)
+    taken = await inventory.vdi_snapshot(ref)
+    if with_blocks:
+        # As leaf coalescing leaves it.
+        root, snapshot = root_of(inventory, sr), inventory.records.vdis.get(taken)
+        (base,) = hidden(inventory, sr)
+        await replace(inventory, ref, b"")
+        set_hidden(str(root / f"{base.uuid}.vhd"), False)
+        os.rename(root / f"{base.uuid}.vhd", root / f"{snapshot.uuid}.vhd")
+        await inventory.vdi_forget(base.ref)
+        await inventory.sr_scan(sr)
+    expected = content(inventory, taken)
+    await write(inventory, ref, b"\x22" * 8192)
+    await inventory.vdi_resize(ref, 8 * MIB)
+    written = content(inventory, ref)
+    lease = await inventory.lease(ref, LeaseMode.READ, Holder("root", "export", ref))
+    disk = await trio.to_thread.run_sync(lease.open_disk)
+    await inventory.vdi_revert(taken)
+    assert read_all(disk) == written
+    disk.close()
+    lease.release()
+    await lease.released()
+    assert content(inventory, ref) == content(inventory, taken) == expected
+    reverted = inventory.records.vdis.get(ref)
+    assert (reverted.virtual_size, reverted.is_a_snapshot) == (4 * MIB, False)
+    assert reverted.content_id == inventory.records.vdis.get(taken).content_id
+    await write(inventory, ref, b"\x33" * 8192)
+    assert content(inventory, taken) == expected
+    records = inventory.records.vdis_of_sr(sr)
+    await inventory.sr_scan(sr)
+    assert inventory.records.vdis_of_sr(sr) == records
+
+
+async def test_only_a_snapshot_of_a_vdi_that_exists_is_reverted_to(
+    inventory: Inventory, tmp_path: Path
+) -> None:
+    _, ref = await make(inventory, tmp_path)
+    taken = await inventory.vdi_snapshot(ref)
+    with pytest.raises(XenAPIError, match="not the snapshot"):
+        await inventory.vdi_revert(ref)
+    await inventory.vdi_destroy(ref)
+    with pytest.raises(XenAPIError, match="not the snapshot"):
+        await inventory.vdi_revert(taken)
+
+
 class Failing(FileCalls):
     """Fails at the n-th of the calls that change something, once."""
 
@@ -301,6 +354,44 @@ async def test_after_a_crash_at_any_point_a_snapshot_is_undone_or_finished(
             assert NEW in images, state
         await again.detach()
     assert count > 20
+
+
+async def test_after_a_crash_at_any_point_a_revert_is_undone_or_finished(
+    tmp_path: Path, leases: Leases
+) -> None:
+    root = str(tmp_path / "sr")
+    initial = await prepare(root, leases)
+    before = await Repository.attach(root, leases, writable=True, who="before", uuid=SR_UUID)
+    await before.scan()
+    lease = await before.lease(CHILD, LeaseMode.REPLACE, HOLDER)
+    fork = Fork(before.directory, lease, base=BASE, child=NEW, files=before.files)
+    await trio.to_thread.run_sync(fork.prepare)
+    await before.restructure(fork.publish, (CHILD, NEW))
+    lease.release()
+    await lease.released()
+    await replace_image(before, CHILD, b"\x44" * SAMPLE)
+    await before.detach()
+    files = RecordingFileCalls(Path(root))
+    repository = await Repository.attach(root, leases, writable=True, who="recorded", files=files)
+    await repository.scan()
+    target = await repository.lease(CHILD, LeaseMode.REPLACE, HOLDER)
+    source = await repository.lease(NEW, LeaseMode.READ, HOLDER)
+    revert = Revert(repository.directory, target, source, files)
+    target.move_to(await trio.to_thread.run_sync(revert.prepare))
+    await repository.restructure(revert.publish, (CHILD,))
+    files.mark("done")
+    for held in (target, source):
+        held.release()
+        await held.released()
+    await repository.detach()
+    async for state in states(files, tmp_path, 3):
+        again = await after_the_crash(state, leases)
+        found = read(again.images[CHILD].path, SAMPLE)
+        assert found in (initial[CHILD], *(() if "done" in state.marks else (b"\x44" * SAMPLE,))), state
+        for uuid in (PARENT, NEW):
+            assert read(again.images[uuid].path, SAMPLE) == initial[PARENT], state
+        assert not check_vhd(again.images[CHILD].path).problems, state
+        await again.detach()
 
 
 async def test_a_recovery_that_is_interrupted_is_done_again(tmp_path: Path, leases: Leases) -> None:

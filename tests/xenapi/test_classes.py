@@ -170,6 +170,15 @@ async def test_snapshots_and_clones_are_vdis_that_know_where_they_come_from(
         if other["name_label"] == "base copy"
     ]
     assert (base["managed"], record["sm_config"]["vhd-parent"]) == (False, base["uuid"])
+    assert await live.call("VDI.get_allowed_operations", ADMIN, taken) == (
+        "snapshot",
+        "clone",
+        "revert",
+        "destroy",
+        "resize",
+    )
+    await live.call("VDI.revert", ADMIN, taken, {})
+    assert (await refusal(live, "VDI.revert", ADMIN, vdi))[0] == "OPERATION_NOT_ALLOWED"
     assert (await refusal(live, "VDI.snapshot", "vm-operator", vdi))[0] == "RBAC_PERMISSION_DENIED"
 
 
