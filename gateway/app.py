@@ -21,6 +21,7 @@ from typing import Final
 import structlog
 import trio
 
+from gateway.access.server import AccessServer
 from gateway.certificates import ServerCertificate, ensure_server_certificate, own_names
 from gateway.core.current_operations import CurrentOperations
 from gateway.core.database import Database, DatabaseUnusable
@@ -94,7 +95,8 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
             raise ServeRefused(f"{error.filename or state.path}: {error.strerror}") from error
         gateway = _Gateway(
             state=state,
-            local=_listen_locally(state, opened),
+            local=_listen_locally(state.socket, opened),
+            access=_listen_locally(state.access_socket, opened, mode=0o660),
             plain=plain,
             encrypted=encrypted,
             context=context,
@@ -135,12 +137,12 @@ def _listen_all(addresses: Sequence[tuple[str, int]], name: str, opened: ExitSta
     return sockets
 
 
-def _listen_locally(state: StateDirectory, opened: ExitStack) -> socket.socket:
+def _listen_locally(path: str, opened: ExitStack, *, mode: int = 0o600) -> socket.socket:
     try:
-        bound = listen_locally(state.socket)
+        bound = listen_locally(path, mode)
     except OSError as error:
-        raise ServeRefused(f"can't listen on {state.socket}: {error.strerror}") from error
-    opened.callback(Path(state.socket).unlink, missing_ok=True)
+        raise ServeRefused(f"can't listen on {path}: {error.strerror}") from error
+    opened.callback(Path(path).unlink, missing_ok=True)
     opened.callback(bound.close)
     return bound
 
@@ -177,6 +179,7 @@ class _Gateway:
 
     state: StateDirectory
     local: socket.socket
+    access: socket.socket
     plain: list[socket.socket]
     encrypted: list[socket.socket]
     context: ReloadableContext | None
@@ -194,6 +197,10 @@ class _Gateway:
         async with self._estate() as estate, trio.open_nursery() as nursery:
             nursery.start_soon(estate.tasks.run)
             nursery.start_soon(estate.sessions.run)
+            access = AccessServer(
+                estate.inventory, estate.tasks, estate.sessions, self.limits, administrator=ADMINISTRATOR
+            )
+            nursery.start_soon(access.run, self.access)
             server = Server(self._routes(estate, nursery), self.limits)
             nursery.start_soon(self._obey_signals, server, nursery.cancel_scope)
             if self.context is not None:

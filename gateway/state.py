@@ -5,6 +5,7 @@
     tls/               the authority, the server certificate and their keys
     gateway.json       where the running gateway listens: read by the commands on the same machine
     xapi.sock          where the running gateway answers its own user without a password
+    access.sock        where other processes get the descriptors of leased disks; 0660
     lock               held by the running gateway, names its process
 
 Standard library only: the small commands read from here without loading the gateway. The trap: the lock is
@@ -80,6 +81,7 @@ class StateDirectory:
         self.database = os.path.join(self.path, "gateway.sqlite3")
         self.tls = os.path.join(self.path, "tls")
         self.socket = os.path.join(self.path, "xapi.sock")
+        self.access_socket = os.path.join(self.path, "access.sock")
         self._running = os.path.join(self.path, "gateway.json")
         self._lock = os.path.join(self.path, "lock")
         self._lock_fd: int | None = None

@@ -15,9 +15,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 
 def bottom_modules() -> list[str]:
     paths = [*(ROOT / "gateway/images").rglob("*.py"), *(ROOT / "nbd_plugin").rglob("*.py")]
-    client = ROOT / "gateway/access/client.py"
-    if client.exists():
-        paths.append(client)
+    paths += [ROOT / "gateway/access/client.py", ROOT / "gateway/access/protocol.py"]
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in paths

@@ -72,8 +72,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def listen_locally(path: str) -> socket.socket:
-    """Bind and listen on a Unix socket that only this user and root may connect to. Raises OSError.
+def listen_locally(path: str, mode: int = 0o600) -> socket.socket:
+    """Bind and listen on a Unix socket; by default only this user and root may connect. Raises OSError.
 
     What is at `path` is removed: the caller knows that nobody listens there any more. The path may be of any
     length, unlike that of a socket address.
@@ -86,7 +86,7 @@ def listen_locally(path: str) -> socket.socket:
             os.unlink(name, dir_fd=directory)
         # Nobody can connect before listen(), and by then the permissions are right.
         bound.bind(f"/proc/self/fd/{directory}/{name}")
-        os.chmod(name, 0o600, dir_fd=directory)
+        os.chmod(name, mode, dir_fd=directory)
         bound.listen(_BACKLOG)
         bound.setblocking(False)
     except BaseException:

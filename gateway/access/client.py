@@ -1,0 +1,454 @@
+"""Disks for other processes: a VDI is opened through the gateway's control socket, and its bytes move here.
+
+The gateway decides who may, leases the chain, and passes its descriptors, which carry the locks; after that
+it is not on the way of the data. Every open has its own connection: its end is release. When the gateway
+goes, reads and writes go on, and a thread announces the lease to the next one. Standard library only.
+
+The trap: a revoked disk's descriptors are replaced under requests that run, and a number that is closed may
+be somebody else's file a moment later. So closing, replacing and announcing take turns, closing as the last.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.access.protocol import (
+    ANCILLARY_SPACE,
+    Adopted,
+    Announce,
+    Closed,
+    Decoder,
+    Granted,
+    Message,
+    Moved,
+    Open,
+    ProtocolError,
+    Refused,
+    Revoke,
+    Working,
+    encode,
+    pack_descriptors,
+    unpack_descriptors,
+)
+from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
+from gateway.images.disk import Disk, Extent, FileRange, Hole
+from gateway.images.errors import ImageError
+from gateway.images.files import Buffer, FileIdentity, identity_of
+
+REPORT_SECONDS: Final = 1.0  # how often the gateway is told of bytes that have moved
+FIRST_RETRY_SECONDS: Final = 0.02  # a gateway that restarts is back within a second
+SLOWEST_RETRY_SECONDS: Final = 1.0
+RELEASE_SECONDS: Final = 5.0  # how long `close` waits for the gateway to have let others in
+ANSWER_SECONDS: Final = 30.0  # the gateway waits for others up to its limit lease_wait before it refuses
+
+# Refusals of an announcement that say the right is gone; all others may pass, and the locks are ours still.
+_FINAL: Final = frozenset(
+    {
+        "SESSION_INVALID",
+        "SESSION_AUTHENTICATION_FAILED",
+        "RBAC_PERMISSION_DENIED",
+        "TASK_CANCELLED",
+        "VDI_IN_USE",
+        "OPERATION_NOT_ALLOWED",
+    }
+)
+_ERRNO: Final = {
+    "VDI_IN_USE": errno.EBUSY,
+    "OTHER_OPERATION_IN_PROGRESS": errno.EBUSY,
+    "SESSION_INVALID": errno.EACCES,
+    "SESSION_AUTHENTICATION_FAILED": errno.EACCES,
+    "RBAC_PERMISSION_DENIED": errno.EACCES,
+    "OPERATION_NOT_ALLOWED": errno.EPERM,
+    "VDI_READONLY": errno.EROFS,
+    "UUID_INVALID": errno.ENOENT,
+    "VDI_MISSING": errno.ENOENT,
+    "SR_NOT_ATTACHED": errno.ENODEV,
+    "TOO_MANY_TRANSFERS": errno.EAGAIN,
+}
+
+
+class AccessRefused(OSError):  # noqa: N818 - an answer, not a fault
+    """The gateway refused: a XenAPI code with its parameters, one sentence, and the errno that fits it."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(_ERRNO.get(refused.code, errno.EIO), f"{refused.code}: {refused.message}")
+        self.code = refused.code
+        self.params = refused.params
+        self.message = refused.message
+
+
+def open_vdi(
+    control_socket: str,
+    vdi: str,
+    *,
+    write: bool = False,
+    session: str | None = None,
+    purpose: str = "access",
+    on_revoke: Callable[[str], None] | None = None,
+) -> "AccessDisk":
+    """Open the VDI with this uuid, for reading or alone for writing.
+
+    `session` is a session's reference; without one the gateway asks the kernel who this process is. `purpose`
+    is told to people who meet the lease. `on_revoke` gets the reason, in a thread of its own, once the files
+    are given up. Raises AccessRefused, ImageError, OSError (no gateway there, or it went away).
+    """
+    link = _Link.connect(control_socket)
+    try:
+        granted = _ask(link, Open(vdi, write, purpose, session))
+        chain = _chain(granted, link.take_descriptors(), write=write)
+        try:
+            fds = [node.fd for node in chain.nodes]
+            files = tuple(node.identity for node in chain.nodes)
+            disk = open_disk(chain, read_only=not write)
+        except BaseException:
+            chain.close()
+            raise
+        hold = _Hold(control_socket, vdi, write, purpose, session, granted.lease, files)
+        return AccessDisk(disk, fds, link, hold, on_revoke)
+    except ProtocolError as error:
+        link.close()
+        raise ConnectionError(f"{control_socket}: the gateway was not understood: {error}") from error
+    except BaseException:
+        link.close()
+        raise
+
+
+def _ask(link: "_Link", asked: Open) -> Granted:
+    link.send(asked)
+    answer = link.receive(ANSWER_SECONDS)
+    if isinstance(answer, Refused):
+        raise AccessRefused(answer)
+    if not isinstance(answer, Granted) or not answer.files:
+        raise ConnectionError("the gateway went away without an answer")
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """What this process says of its lease when it announces it."""
+
+    control_socket: str
+    vdi: str
+    write: bool
+    purpose: str
+    session: str | None
+    lease: str
+    files: tuple[FileIdentity, ...]
+
+
+class AccessDisk:
+    """A `Disk` under a lease of the gateway. After a revocation every request is OSError ESHUTDOWN."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        fds: list[int],
+        link: "_Link",
+        hold: _Hold,
+        on_revoke: Callable[[str], None] | None,
+    ) -> None:
+        self.size: Final = disk.size
+        self.read_only: Final = disk.read_only
+        self.revoked: str | None = None  # why, once it is
+        # For people to look at: two threads at once may lose one's bytes.
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._disk = disk
+        self._fds = fds
+        self._hold = hold
+        self._on_revoke = on_revoke
+        self._link: _Link | None = link
+        self._task: str | None = None
+        self._told = (0, 0)
+        # Guards the numbers of the descriptors, the link and `_closing`.
+        self._guard = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name=f"lease of {hold.vdi}", daemon=True)
+        self._thread.start()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the gateway knows of the lease now; reads and writes don't depend on it."""
+        return self._link is not None
+
+    # The disk
+
+    def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
+        """Fill `buf` with the bytes at `offset`."""
+        # Asked for first, because what is known to be zeroes is read from no file.
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            self._disk.pread_into(buf, offset)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+        self.bytes_read += len(buf)
+
+    def pwrite(self, buf: Buffer, offset: int) -> None:
+        """Write `buf` at `offset`. Durable only after `flush`."""
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            self._disk.pwrite(buf, offset)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+        self.bytes_written += len(buf)
+
+    def zero(self, offset: int, length: int, *, trim: bool) -> None:
+        """Make a range read as zeroes; with `trim` its space may be given back."""
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            self._disk.zero(offset, length, trim=trim)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+        self.bytes_written += length
+
+    def flush(self) -> None:
+        """Make every completed write durable."""
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            self._disk.flush()
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield what the range is made of, in order and without gaps."""
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            yield from self._disk.extents(offset, length)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+
+    def segments(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
+        """Yield where the bytes of the range lie, in order and without gaps."""
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            yield from self._disk.segments(offset, length)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+
+    def close(self) -> None:
+        """Flush, close the files and end the lease; after it others have been let in. Twice is allowed.
+
+        Raises OSError when what was written could not be made durable; the lease has ended all the same.
+        """
+        with self._guard:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            try:
+                self._disk.close()
+            except (OSError, ImageError):
+                if self.revoked is None:
+                    raise
+            finally:
+                link, self._link = self._link, None
+                if link is not None:
+                    self._tell_moved(link)
+                    link.end()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(RELEASE_SECONDS)
+
+    def _reason(self, error: Exception | None) -> Exception:
+        if self.revoked is not None:
+            return OSError(errno.ESHUTDOWN, f"the lease has ended: {self.revoked}")
+        assert error is not None
+        return error
+
+    # The gateway
+
+    def _listen(self) -> None:
+        """Obey the gateway until the disk is closed or revoked; find the next one when it goes."""
+        link = self._link
+        while link is not None:
+            self._follow(link)
+            with self._guard:
+                self._link = None
+            link.close()
+            if self._closing.is_set() or self.revoked is not None:
+                break
+            link = self._come_back()
+        if self.revoked is not None and self._on_revoke is not None:
+            self._on_revoke(self.revoked)
+
+    def _follow(self, link: "_Link") -> None:
+        while True:
+            try:
+                message = link.receive(RELEASE_SECONDS if self._closing.is_set() else REPORT_SECONDS)
+            except TimeoutError:
+                if self._closing.is_set():
+                    return
+                with self._guard:
+                    if self._link is link:
+                        self._tell_moved(link)
+                continue
+            except (OSError, ProtocolError):
+                return
+            if message is None:
+                return
+            if isinstance(message, Working):
+                self._task = message.task
+            elif isinstance(message, Revoke):
+                self._give_up(message.reason)
+                return
+
+    def _tell_moved(self, link: "_Link") -> None:
+        moved = (self.bytes_read, self.bytes_written)
+        if moved != self._told:
+            with contextlib.suppress(OSError):
+                link.send(Moved(*moved))
+                self._told = moved
+
+    def _come_back(self) -> "_Link | None":
+        """Announce the lease to the next gateway, however late it comes; None once there is no need."""
+        pause = FIRST_RETRY_SECONDS
+        while not self._closing.wait(pause):
+            pause = min(pause * 2, SLOWEST_RETRY_SECONDS)
+            try:
+                link = _Link.connect(self._hold.control_socket)
+            except OSError:
+                continue
+            if self._announce(link):
+                return link
+            link.close()
+            if self.revoked is not None:
+                return None
+        return None
+
+    def _announce(self, link: "_Link") -> bool:
+        hold = self._hold
+        moved = (self.bytes_read, self.bytes_written)
+        announce = Announce(
+            hold.vdi, hold.write, hold.purpose, hold.session, hold.lease, self._task, *moved, hold.files
+        )
+        try:
+            with self._guard:
+                if self._closing.is_set():
+                    return False
+                link.send(announce, self._fds)
+            answer = link.receive(ANSWER_SECONDS)
+        except (OSError, ProtocolError):
+            return False
+        if isinstance(answer, Refused) and answer.code in _FINAL:
+            self._give_up(answer.message)
+        if isinstance(answer, Revoke):
+            self._give_up(answer.reason)
+        if not isinstance(answer, Adopted):
+            return False
+        with self._guard:
+            if self._closing.is_set():
+                return False
+            self._told = moved
+            self._link = link
+        return True
+
+    def _give_up(self, reason: str) -> None:
+        """Take the files away from whoever uses them now; with the last descriptor the locks go."""
+        with self._guard:
+            self.revoked = reason
+            if self._closing.is_set():
+                return
+            # Reads and writes on a descriptor that is open as a mere path are EBADF.
+            dead = os.open("/", os.O_PATH | os.O_CLOEXEC)
+            try:
+                for fd in self._fds:
+                    os.dup2(dead, fd, inheritable=False)
+            finally:
+                os.close(dead)
+
+
+class _Link:
+    """One connection to the control socket, blocking."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._decoder = Decoder()
+        self._messages: deque[Message] = deque()
+        self._descriptors: list[int] = []
+
+    @classmethod
+    def connect(cls, path: str) -> "_Link":
+        """Connect to the socket at `path`, which may be of any length. Raises OSError."""
+        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                # A gateway whose queue is full is as good as none.
+                connected.settimeout(ANSWER_SECONDS)
+                connected.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            except BaseException:
+                connected.close()
+                raise
+        finally:
+            os.close(directory)
+        return cls(connected)
+
+    def send(self, message: Message, descriptors: list[int] | None = None) -> None:
+        """Send a message, with descriptors or without. Raises OSError."""
+        data = encode(message)
+        self._socket.settimeout(ANSWER_SECONDS)
+        sent = self._socket.sendmsg([data], pack_descriptors(descriptors) if descriptors else [])
+        if sent < len(data):
+            self._socket.sendall(data[sent:])
+
+    def receive(self, seconds: float) -> Message | None:
+        """The next message, None at the end. Raises TimeoutError after `seconds`, OSError, ProtocolError."""
+        deadline = time.monotonic() + seconds
+        while not self._messages:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data, ancillary, flags, _ = self._socket.recvmsg(16384, ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
+            self._descriptors += unpack_descriptors(ancillary)
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("not all descriptors came: there are too many open files in this process")
+            if not data:
+                return None
+            self._messages += self._decoder.feed(data)
+        return self._messages.popleft()
+
+    def take_descriptors(self) -> list[int]:
+        """What came along with the messages so far; the caller's to close."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
+    def end(self) -> None:
+        """Say that the disk is closed; the gateway closes the connection once the lease has ended."""
+        with contextlib.suppress(OSError):
+            self.send(Closed())
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close the connection and what came over it."""
+        _close_all(self.take_descriptors())
+        self._socket.close()
+
+
+def _chain(granted: Granted, fds: list[int], *, write: bool) -> ChainFiles:
+    """The files as they were granted; closed if they can't be used."""
+    chain = ChainFiles([], write)
+    try:
+        # zip is strict: as many descriptors came as were promised.
+        for file, fd in zip(granted.files, fds, strict=True):
+            chain.nodes.append(OpenNode(file.path, fd, identity_of(fd), NodeKind(file.kind), file.parent))
+    except ValueError as error:
+        _close_all(fds)
+        raise ConnectionError("the gateway sent other files than it said") from error
+    except BaseException:
+        _close_all(fds)
+        raise
+    return chain
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,505 @@
+"""The gateway's half of the control socket: leases for other processes, with the descriptors of their chains.
+
+One connection holds one disk; its end, also by kill -9, is the end of the lease. Here is decided who may, and
+for whom a lease is kept in the table after a restart; the locks go with the descriptors, so what is not in
+the table is still kept out by the kernel. A task begins with the first bytes that move.
+
+The traps: a revocation is only asked for, and the lease counts until the client has gone, because its locks
+are there until then; and a message may bring descriptors, which are closed whatever the message says.
+"""
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import trio
+
+from gateway.access.protocol import (
+    ANCILLARY_SPACE,
+    Adopted,
+    Announce,
+    Closed,
+    Decoder,
+    File,
+    Granted,
+    Message,
+    Moved,
+    Open,
+    ProtocolError,
+    Refused,
+    Revoke,
+    Working,
+    encode,
+    pack_descriptors,
+    unpack_descriptors,
+)
+from gateway.core.errors import XenAPIError, as_xenapi_error
+from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.refs import new_uuid
+from gateway.core.roles import Permission, Role
+from gateway.core.sessions import Credentials, Identity
+from gateway.images.chain import ChainFiles, NodeKind, OpenNode
+from gateway.images.errors import ImageError
+from gateway.images.files import FileIdentity, identity_of
+
+if TYPE_CHECKING:
+    from gateway.core.limits import Limits
+    from gateway.core.records import VDI
+    from gateway.core.sessions import Sessions
+    from gateway.core.tasks import Tasks
+    from gateway.repository.inventory import Inventory
+
+log = structlog.get_logger("gateway.access")
+
+# What the same bytes take over HTTP.
+READ_PERMISSION: Final = Permission("access/read", Role.VM_ADMIN)
+WRITE_PERMISSION: Final = Permission("access/write", Role.VM_ADMIN)
+
+# A client that is asked to give a disk up does so at once; one that doesn't is told of in the log.
+_REVOKE_SECONDS: Final = 5.0
+_SEND_SECONDS: Final = 30.0
+_PIECE: Final = 16384
+_PEER: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as the kernel says."""
+
+    process: int
+    uid: int
+
+
+class _Link:
+    """One accepted connection. Descriptors that nobody takes are closed with it."""
+
+    def __init__(self, accepted: trio.socket.SocketType) -> None:
+        self._socket = accepted
+        self._decoder = Decoder()
+        self._messages: deque[Message] = deque()
+        self._descriptors: list[int] = []
+        self._sending = trio.Lock()
+        process, uid, _ = _PEER.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        self.peer: Final = Peer(process, uid)
+
+    async def receive(self) -> Message | None:
+        """The next message, None at the end. Raises ProtocolError, OSError."""
+        while not self._messages:
+            data, ancillary, flags, _ = await self._socket.recvmsg(
+                _PIECE, ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC
+            )
+            come = unpack_descriptors(ancillary)
+            if self._descriptors and come:
+                _close_all(come)
+                raise ProtocolError("descriptors came with two messages")
+            self._descriptors += come
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("more descriptors came than a chain has files, or than may be open here")
+            if not data:
+                if self._decoder.is_empty:
+                    return None
+                raise ProtocolError("the connection ended within a message")
+            self._messages += self._decoder.feed(data)
+        message = self._messages.popleft()
+        if self._descriptors and not isinstance(message, Announce):
+            raise ProtocolError("descriptors came with a message that has none")
+        return message
+
+    def take_descriptors(self) -> list[int]:
+        """What came along with an announcement; the caller's to close."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
+    async def send(self, message: Message, descriptors: list[int] | None = None) -> None:
+        """Send a message whole. Raises OSError, also when the client takes nothing for half a minute."""
+        data = encode(message)
+        ancillary = pack_descriptors(descriptors) if descriptors else []
+        async with self._sending:
+            with trio.move_on_after(_SEND_SECONDS) as waiting:
+                while data:
+                    sent = await self._socket.sendmsg([data], ancillary)
+                    data, ancillary = data[sent:], []
+            if waiting.cancelled_caught:
+                raise TimeoutError("the client takes no messages")
+
+    async def refuse(self, error: XenAPIError) -> None:
+        """Say why not; who doesn't listen any more need not know."""
+        clean = [_printable(text) for text in (error.code, error.message, *error.params)]
+        with contextlib.suppress(OSError, ProtocolError):
+            await self.send(Refused(clean[0], tuple(clean[2:]), clean[1]))
+
+    def close(self) -> None:
+        """Close the connection and what came over it."""
+        _close_all(self.take_descriptors())
+        self._socket.close()
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """One lease that a client holds."""
+
+    lease: Lease
+    vdi: "VDI"
+    write: bool
+    identity: Identity
+    task: str | None = None
+    read: int = 0
+    written: int = 0
+    clean: bool = False
+    revoked: str | None = None
+    revoking: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    def revoke(self, reason: str) -> None:
+        """Ask the client to give the disk up; the first reason counts."""
+        if self.revoked is None:
+            self.revoked = reason
+            self.revoking.set()
+
+    def check_end(self, task: str) -> None:
+        """Raise TASK_CANCELLED unless the client has closed the disk of its own will."""
+        if self.revoked is not None or not self.clean:
+            raise XenAPIError("TASK_CANCELLED", task)
+
+    def progress(self) -> float:
+        """How much of the disk has moved: all there is to say, since nobody knows what the client wants."""
+        return (self.read + self.written) / max(self.vdi.virtual_size, 1)
+
+
+class AccessServer:
+    """All disks that other processes hold. `administrator` is the user that the gateway's own uid acts as."""
+
+    def __init__(
+        self,
+        inventory: "Inventory",
+        tasks: "Tasks",
+        sessions: "Sessions",
+        limits: "Limits",
+        *,
+        administrator: str,
+    ) -> None:
+        self._inventory = inventory
+        self._tasks = tasks
+        self._sessions = sessions
+        self._limits = limits
+        self._administrator = administrator
+        self._connections = 0
+        self._held: set[_Held] = set()
+        sessions.on_end(self._session_ended)
+
+    async def run(self, listener: socket.socket) -> None:
+        """Answer whoever connects. Never returns; `listener` is closed by its owner."""
+        listening = trio.socket.from_stdlib_socket(listener)
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    accepted, _ = await listening.accept()
+                except OSError as error:
+                    # No more descriptors, or a client that has gone already.
+                    log.warning("a connection could not be accepted", why=str(error))
+                    await trio.sleep(0.1)
+                    continue
+                nursery.start_soon(self.serve, accepted)
+
+    async def serve(self, accepted: trio.socket.SocketType) -> None:
+        """One connection, from its first message to its end."""
+        link = _Link(accepted)
+        self._connections += 1
+        try:
+            if self._connections > self._limits.connections:
+                await link.refuse(XenAPIError("TOO_MANY_TRANSFERS", str(self._limits.connections)))
+                return
+            first = await self._first(link)
+            if first is not None:
+                await self._answer(link, first)
+        except ProtocolError as error:
+            log.warning("a client of the control socket was not understood", why=str(error))
+            await link.refuse(XenAPIError("VALUE_NOT_SUPPORTED", "message", "", str(error)))
+        except OSError as error:
+            log.debug("a client of the control socket has gone", why=str(error))
+        except Exception:
+            log.exception("a connection of the control socket failed")
+        finally:
+            link.close()
+            self._connections -= 1
+
+    async def _first(self, link: _Link) -> Open | Announce | None:
+        with trio.move_on_after(self._limits.header_seconds):
+            first = await link.receive()
+            if first is None or isinstance(first, Open | Announce):
+                return first
+            raise ProtocolError("a connection begins by opening or announcing a disk")
+        return None
+
+    def _session_ended(self, uuid: str) -> None:
+        for held in self._held:
+            session = held.identity.session
+            if session is not None and session.uuid == uuid:
+                held.revoke("its session has ended")
+
+    # Beginning
+
+    async def _answer(self, link: _Link, first: Open | Announce) -> None:
+        try:
+            identity = await self._identify(link.peer, first)
+            with self._using(identity):
+                held = await (
+                    self._open(link, first, identity)
+                    if isinstance(first, Open)
+                    else self._adopt(link, first, identity)
+                )
+        except (XenAPIError, ImageError, OSError) as failure:
+            error = as_xenapi_error(failure)
+            log.info(
+                "refused",
+                vdi=_printable(first.vdi)[:64],
+                write=first.write,
+                purpose=first.purpose,
+                process=link.peer.process,
+                error=error.code if error.code == "SESSION_INVALID" else error.error_info,
+            )
+            await link.refuse(error)
+            return
+        with self._using(identity):
+            await self._keep(link, held)
+
+    def _using(self, identity: Identity) -> contextlib.AbstractContextManager[None]:
+        return (
+            contextlib.nullcontext() if identity.session is None else self._sessions.in_use(identity.session)
+        )
+
+    async def _identify(self, peer: Peer, first: Open | Announce) -> Identity:
+        """Who asks: the session's user if one is given, else the gateway's own user or root."""
+        permission = WRITE_PERMISSION if first.write else READ_PERMISSION
+        if first.session is not None:
+            address = f"process {peer.process}"
+            return await self._sessions.authorize(Credentials(address, session_ref=first.session), permission)
+        if peer.uid in {0, os.geteuid()}:
+            return Identity(self._administrator, Role.POOL_ADMIN)
+        reason = "another user than the gateway's own gives the reference of a session"
+        raise XenAPIError("SESSION_AUTHENTICATION_FAILED", f"uid {peer.uid}", reason)
+
+    async def _open(self, link: _Link, asked: Open, identity: Identity) -> _Held:
+        vdi = self._inventory.records.vdis.by_uuid(asked.vdi)
+        mode = LeaseMode.WRITE if asked.write else LeaseMode.READ
+        lease = await self._inventory.lease(vdi, mode, _holder(asked, identity, link.peer, vdi))
+        try:
+            if asked.write:
+                # Before the first write, and before anybody could have read a part of it.
+                await self._inventory.records.vdis.change(vdi.ref, content_id=new_uuid())
+            nodes = lease.chain.nodes
+            files = tuple(File(node.path, node.kind.value, node.parent) for node in nodes)
+            await link.send(Granted(new_uuid(), files), [node.fd for node in nodes])
+            await lease.give_away()
+        except BaseException:
+            lease.release()
+            raise
+        return _Held(lease, vdi, asked.write, identity)
+
+    async def _adopt(self, link: _Link, told: Announce, identity: Identity) -> _Held:
+        fds = link.take_descriptors()
+        try:
+            vdi = self._inventory.records.vdis.by_uuid(told.vdi)
+            path = self._image_path(vdi, told)
+            chain = await trio.to_thread.run_sync(_verified, fds, told, path)
+        except BaseException:
+            _close_all(fds)
+            raise
+        mode = LeaseMode.WRITE if told.write else LeaseMode.READ
+        holder = _holder(told, identity, link.peer, vdi)
+        lease = await self._inventory.leases.adopt(chain, mode, holder)
+        try:
+            await lease.give_away()
+            task = self._announced_task(told, identity)
+            await link.send(Adopted())
+        except BaseException:
+            lease.release()
+            raise
+        log.info("a lease from before the restart is back", lease=_printable(told.lease)[:64], vdi=vdi.uuid)
+        return _Held(lease, vdi, told.write, identity, task, told.read, told.written)
+
+    def _image_path(self, vdi: "VDI", told: Announce) -> str:
+        repository = self._inventory.repository_of(vdi)
+        if told.write and not repository.writable:
+            raise XenAPIError("VDI_READONLY", vdi.ref)
+        return repository.image_path(vdi.uuid)
+
+    def _announced_task(self, told: Announce, identity: Identity) -> str | None:
+        """The task to go on under, None for a new one. Raises TASK_CANCELLED."""
+        if told.task is None:
+            return None
+        try:
+            if self._tasks.get(told.task).user != identity.user:
+                return None
+            self._tasks.announce(told.task)
+        except XenAPIError as error:
+            if error.code == "TASK_CANCELLED":
+                raise
+            return None
+        return told.task
+
+    # Holding
+
+    async def _keep(self, link: _Link, held: _Held) -> None:
+        self._held.add(held)
+        try:
+            self._check_session(held)
+            async with trio.open_nursery() as beside:
+                beside.start_soon(self._pass_on_revocation, link, held)
+                async with trio.open_nursery() as working:
+                    if held.task is not None:
+                        working.start_soon(self._work, link, held)
+                    try:
+                        await self._listen(link, held, working)
+                        if held.write:
+                            await self._written(held)
+                    finally:
+                        held.lease.release()
+                        held.ended.set()
+                beside.cancel_scope.cancel()
+        finally:
+            held.lease.release()
+            self._held.discard(held)
+
+    def _check_session(self, held: _Held) -> None:
+        """It may have ended while the files were waited for."""
+        session = held.identity.session
+        if session is not None:
+            try:
+                self._sessions.by_uuid(session.uuid)
+            except XenAPIError:
+                held.revoke("its session has ended")
+
+    async def _listen(self, link: _Link, held: _Held, working: trio.Nursery) -> None:
+        """Until the client closes the disk or is gone."""
+        began = held.task is not None
+        while True:
+            try:
+                message = await link.receive()
+            except OSError:
+                return
+            except ProtocolError as error:
+                log.warning("a client of the control socket was not understood", why=str(error))
+                return
+            if isinstance(message, Moved):
+                held.read, held.written = message.read, message.written
+                if not began and (held.read or held.written):
+                    began = True
+                    working.start_soon(self._work, link, held)
+            elif isinstance(message, Closed):
+                held.clean = True
+            elif message is None:
+                return
+            else:
+                log.warning("a client of the control socket sent what a holder doesn't send")
+                return
+
+    async def _pass_on_revocation(self, link: _Link, held: _Held) -> None:
+        await held.revoking.wait()
+        assert held.revoked is not None
+        log.info("revoked", vdi=held.vdi.uuid, holder=str(held.lease.holder), why=held.revoked)
+        with contextlib.suppress(OSError):
+            await link.send(Revoke(_printable(held.revoked)))
+        await trio.sleep(_REVOKE_SECONDS)
+        log.warning(
+            "a revoked disk is still held; end the process that has it",
+            vdi=held.vdi.uuid,
+            process=link.peer.process,
+        )
+
+    async def _work(self, link: _Link, held: _Held) -> None:
+        """The task of a connection that moves data."""
+        try:
+            task = held.task or await self._new_task(link.peer, held)
+            cancel = partial(held.revoke, "its task was cancelled")
+            async with self._tasks.operation(task, cancel) as operation:
+                operation.progress = held.progress
+                held.lease.work_under(task)
+                if task != held.task:
+                    held.task = task
+                    with contextlib.suppress(OSError):
+                        await link.send(Working(task))
+                await held.ended.wait()
+                operation.result = f"{held.read} bytes read, {held.written} bytes written"
+                held.check_end(task)
+        except XenAPIError as error:
+            if error.code == "TASK_CANCELLED":
+                held.revoke("its task was cancelled")
+            else:
+                log.warning("a disk is held without a task", vdi=held.vdi.uuid, error=error.error_info)
+        except Exception:
+            # The data does not need the task.
+            log.exception("the task of a disk that is held failed", vdi=held.vdi.uuid)
+
+    async def _new_task(self, peer: Peer, held: _Held) -> str:
+        verb = "writes to" if held.write else "reads"
+        session = held.identity.session
+        task = await self._tasks.create(
+            held.lease.holder.operation,
+            f"process {peer.process} {verb} VDI {held.vdi.uuid}",
+            user=held.identity.user,
+            session_uuid="" if session is None else session.uuid,
+            client_made=False,
+        )
+        return task.ref
+
+    async def _written(self, held: _Held) -> None:
+        """A writer has gone: the sizes are others, and so is the content."""
+        try:
+            await self._inventory.vdi_changed(held.vdi.ref)
+        except (XenAPIError, ImageError, OSError) as failure:
+            log.warning("a written VDI could not be looked at", vdi=held.vdi.uuid, why=str(failure))
+
+
+def _holder(message: Open | Announce, identity: Identity, peer: Peer, vdi: "VDI") -> Holder:
+    who = f"{identity.user} ({message.purpose}, process {peer.process})"
+    return Holder(who, "write" if message.write else "read", vdi.ref)
+
+
+def _verified(fds: list[int], told: Announce, leaf_path: str) -> ChainFiles:
+    """The announced chain, by what the descriptors are. Raises OPERATION_NOT_ALLOWED, OSError.
+
+    A reader may have files that have been replaced under their names since; a writer can't.
+    """
+    if not fds or len(fds) != len(told.files):
+        raise _not_as_told(f"{len(told.files)} files were announced and {len(fds)} descriptors came")
+    leaf = os.stat(leaf_path, follow_symlinks=False)
+    nodes = []
+    for index, (fd, claimed) in enumerate(zip(fds, told.files, strict=True)):
+        status = os.fstat(fd)
+        if identity_of(fd) != claimed:
+            raise _not_as_told("a descriptor is of another file than was announced")
+        if not stat.S_ISREG(status.st_mode) or status.st_dev != leaf.st_dev:
+            raise _not_as_told("a descriptor is not of a file in the SR")
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        wanted = os.O_RDWR if told.write and index == 0 else os.O_RDONLY
+        if flags & os.O_PATH or flags & os.O_ACCMODE != wanted:
+            raise _not_as_told("a descriptor is open in another way than was announced")
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        kind = NodeKind.RAW if ".raw" in os.path.basename(path) else NodeKind.VHD
+        nodes.append(OpenNode(path, fd, claimed, kind, None))
+    if told.write and nodes[0].identity != FileIdentity(leaf.st_dev, leaf.st_ino):
+        raise _not_as_told("the VDI has another file by now")
+    return ChainFiles(nodes, told.write)
+
+
+def _not_as_told(why: str) -> XenAPIError:
+    return XenAPIError("OPERATION_NOT_ALLOWED", why)
+
+
+def _printable(text: str) -> str:
+    """Text that can be sent and logged: a file's name may hold what is no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,308 @@
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.access.protocol import Adopted, Announce, Closed, Granted, Moved, Open, Revoke, Working, encode
+from gateway.access.server import AccessServer
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Leases
+from gateway.core.limits import Limits
+from gateway.core.records import VDI
+from gateway.core.roles import Role
+from gateway.core.tasks import TaskStatus
+from gateway.images.files import identity_of
+from tests.access.conftest import Room, Talk, open_files, refused
+
+
+async def opened(room: Room, vdi: VDI, *, write: bool = False, session: str | None = None) -> Talk:
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, write, "test", session))
+    assert isinstance(await talk.receive(), Granted)
+    return talk
+
+
+async def ended(talk: Talk) -> None:
+    talk.close()
+    await trio.lowlevel.checkpoint()
+
+
+async def test_a_disk_is_opened_with_the_descriptors_of_its_chain(room: Room) -> None:
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    assert [identity_of(fd).inode for fd in talk.fds] == [
+        os.stat(room.inventory.repository_of(vdi).image_path(vdi.uuid)).st_ino
+    ]
+    assert list(room.operations(vdi).values()) == ["read"]
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await room.inventory.vdi_destroy(vdi.ref)
+    await ended(talk)
+    await room.until(lambda: not room.operations(vdi))
+    await room.inventory.vdi_destroy(vdi.ref)
+
+
+async def test_a_writer_is_alone_and_makes_a_new_content(room: Room) -> None:
+    vdi = await room.vdi()
+    talk = await opened(room, vdi, write=True)
+    during = room.inventory.records.vdis.get(vdi.ref).content_id
+    assert during != vdi.content_id
+    for write in (True, False):
+        other = room.connect()
+        await other.send(Open(vdi.uuid, write, "test", None))
+        error = refused(await other.receive())
+        assert error.code == "VDI_IN_USE"
+        assert f"write by root (test, process {os.getpid()})" in error.params[1]
+        assert await other.receive() is None
+    await talk.send(Closed())
+    await ended(talk)
+    await room.until(lambda: not room.operations(vdi))
+    assert room.inventory.records.vdis.get(vdi.ref).content_id not in {vdi.content_id, during}
+
+
+async def test_a_task_begins_with_the_first_bytes_and_succeeds_with_the_closing(room: Room) -> None:
+    talk = await opened(room, await room.vdi())
+    assert room.tasks.all() == []
+    await talk.send(Moved(512, 0))
+    working = await talk.receive()
+    assert isinstance(working, Working)
+    await talk.send(Moved(1024, 5))
+    await talk.send(Closed())
+    await ended(talk)
+    await room.until(lambda: room.tasks.get(working.task).status is TaskStatus.SUCCESS)
+    assert room.tasks.get(working.task).result == "1024 bytes read, 5 bytes written"
+
+
+async def test_the_task_of_a_client_that_dies_is_cancelled(room: Room) -> None:
+    talk = await opened(room, await room.vdi())
+    await talk.send(Moved(512, 0))
+    working = await talk.receive()
+    assert isinstance(working, Working)
+    await ended(talk)
+    await room.until(lambda: room.tasks.get(working.task).status is TaskStatus.CANCELLED)
+
+
+async def test_cancelling_the_task_revokes_and_lasts_until_the_client_has_gone(room: Room) -> None:
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    await talk.send(Moved(512, 0))
+    working = await talk.receive()
+    assert isinstance(working, Working)
+    await room.until(lambda: room.operations(vdi) == {working.task: "read"})
+    await room.tasks.cancel(working.task)
+    assert isinstance(await talk.receive(), Revoke)
+    assert room.tasks.get(working.task).status is TaskStatus.CANCELLING
+    assert room.operations(vdi) == {working.task: "read"}
+    await ended(talk)
+    await room.until(lambda: room.tasks.get(working.task).status is TaskStatus.CANCELLED)
+    assert not room.operations(vdi)
+
+
+async def test_a_session_opens_what_its_role_allows_and_its_end_revokes(room: Room) -> None:
+    vdi = await room.vdi()
+    weak = room.connect()
+    await weak.send(Open(vdi.uuid, False, "test", await room.session(Role.VM_OPERATOR)))
+    assert refused(await weak.receive()).code == "RBAC_PERMISSION_DENIED"
+    session = await room.session(Role.VM_ADMIN)
+    talk = await opened(room, vdi, session=session)
+    await room.sessions.logout(session)
+    assert isinstance(await talk.receive(), Revoke)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        (Open("00000000-0000-4000-8000-000000000000", False, "test", None), "UUID_INVALID"),
+        (Open("../../etc/passwd", True, "test", None), "UUID_INVALID"),
+        (Open("x", False, "test", "OpaqueRef:no-session"), "SESSION_INVALID"),
+        (Closed(), "VALUE_NOT_SUPPORTED"),
+    ],
+)
+async def test_a_refusal_says_why_and_ends_the_connection(
+    room: Room, asked: Open | Closed, code: str
+) -> None:
+    talk = room.connect()
+    await talk.send(asked)
+    assert refused(await talk.receive()).code == code
+    assert await talk.receive() is None
+
+
+async def test_another_user_needs_a_session(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    vdi = await room.vdi()
+    monkeypatch.setattr("gateway.access.server._PEER", Strangers())
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, False, "test", None))
+    assert refused(await talk.receive()).code == "SESSION_AUTHENTICATION_FAILED"
+    await opened(room, vdi, session=await room.session(Role.VM_ADMIN))
+
+
+class Strangers:
+    """Stands for the kernel's word when another user is at the other end."""
+
+    size = 12
+
+    def unpack(self, _data: bytes) -> tuple[int, int, int]:
+        return 1, os.geteuid() + 4711, 0
+
+
+# After a restart
+
+
+def restarted(room: Room) -> AccessServer:
+    """A server with an empty lease table over the same records."""
+    limits = Limits(lease_wait=0.05)
+    leases = Leases(limits)
+    room.inventory.leases = leases  # type: ignore[misc]  # the one that is gone knew of the lease
+    for repository in room.inventory._attached.values():
+        repository._leases = leases
+    return AccessServer(room.inventory, room.tasks, room.sessions, limits, administrator="root")
+
+
+def announcement(vdi: VDI, talk: Talk, *, write: bool = False, task: str | None = None) -> Announce:
+    files = tuple(identity_of(fd) for fd in talk.fds)
+    return Announce(vdi.uuid, write, "test", None, "lease", task, 7, 0, files)
+
+
+@pytest.mark.parametrize("write", [False, True])
+async def test_an_announced_lease_is_in_the_table_again(room: Room, write: bool) -> None:
+    vdi = await room.vdi()
+    before = await opened(room, vdi, write=write)
+    server = restarted(room)
+    talk = room.connect(server)
+    task = await room.tasks.create("write", user="root", client_made=False)
+    await talk.send(announcement(vdi, before, write=write, task=task.ref), before.fds)
+    assert isinstance(await talk.receive(), Adopted)
+    await room.until(lambda: room.operations(vdi) == {task.ref: "write" if write else "read"})
+    with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+        await room.inventory.vdi_destroy(vdi.ref)
+    await room.tasks.cancel(task.ref)
+    assert isinstance(await talk.receive(), Revoke)
+
+
+async def test_a_task_that_was_cancelled_meanwhile_ends_the_lease(room: Room) -> None:
+    vdi = await room.vdi()
+    before = await opened(room, vdi)
+    talk = room.connect(restarted(room))
+    task = await room.tasks.create("read", user="root", client_made=False)
+    await room.tasks.cancel(task.ref)
+    await talk.send(announcement(vdi, before, task=task.ref), before.fds)
+    assert refused(await talk.receive()).code == "TASK_CANCELLED"
+    assert not room.operations(vdi)
+
+
+async def test_an_announcement_is_believed_only_with_the_descriptors(room: Room, tmp_path: Path) -> None:
+    vdi, other = await room.vdi(), await room.vdi()
+    before, stranger = await opened(room, vdi), await opened(room, other)
+    server = restarted(room)
+    right = announcement(vdi, before)
+    path = os.open(room.inventory.repository_of(vdi).image_path(vdi.uuid), os.O_PATH)
+    pipe, pipe_end = os.pipe()
+    try:
+        for told, fds in (
+            (right, []),
+            (right, stranger.fds),
+            (right, [*before.fds, *before.fds]),
+            (right, [path]),
+            (replace(right, write=True), before.fds),
+            (replace(right, files=()), []),
+            (replace(right, files=(identity_of(pipe),)), [pipe]),
+            (replace(announcement(vdi, stranger), write=True), stranger.fds),
+        ):
+            talk = room.connect(server)
+            await talk.send(told, fds)
+            assert refused(await talk.receive()).code == "OPERATION_NOT_ALLOWED"
+            assert not room.operations(vdi)
+    finally:
+        for fd in (path, pipe, pipe_end):
+            os.close(fd)
+
+
+async def test_who_lost_the_locks_is_not_adopted(room: Room) -> None:
+    vdi = await room.vdi("raw")
+    server = restarted(room)
+    lease_path = room.inventory.repository_of(vdi).image_path(vdi.uuid)
+    talk, never_locked = room.connect(server), room.connect(server)
+    await talk.send(Open(vdi.uuid, True, "test", None))
+    assert isinstance(await talk.receive(), Granted)
+    fd = os.open(lease_path, os.O_RDONLY)
+    try:
+        told = Announce(vdi.uuid, False, "test", None, "lease", None, 0, 0, (identity_of(fd),))
+        await never_locked.send(told, [fd])
+        assert refused(await never_locked.receive()).code == "VDI_IN_USE"
+    finally:
+        os.close(fd)
+
+
+# Hostile bytes
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=300)
+    | st.builds(
+        lambda head, tail: encode(Open("x", True, "test", None))[:head] + tail,
+        st.integers(0, 60),
+        st.binary(),
+    ),
+    descriptors=st.integers(0, 3),
+)
+def test_any_bytes_end_in_a_refusal_or_a_close_and_leave_nothing_open(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, descriptors: int
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def talk_to_it() -> None:
+        nobody = cast("Any", Nobody())
+        server = AccessServer(nobody, nobody, nobody, Limits(), administrator="root")
+        here, there = socket.socketpair()
+        null = os.open("/dev/null", os.O_RDONLY)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(there))
+            talk = Talk(here)
+            try:
+                if data:
+                    await talk.send(data, [null] * descriptors)
+                talk.socket.shutdown(socket.SHUT_WR)
+                with trio.fail_after(5):
+                    told = await talk.receive()
+                    if told is not None:
+                        assert refused(told).code in {"VALUE_NOT_SUPPORTED", "UUID_INVALID"}
+                        assert await talk.receive() is None
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            finally:
+                os.close(null)
+                talk.close()
+
+    trio.run(talk_to_it)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Nobody:
+    """An inventory without VDIs, and sessions of nobody."""
+
+    def on_end(self, _call: object) -> None:
+        pass
+
+    @property
+    def records(self) -> "Nobody":
+        return self
+
+    vdis = records
+
+    def by_uuid(self, uuid: str) -> VDI:
+        raise XenAPIError("UUID_INVALID", "VDI", uuid)
+
+
+async def test_bytes_that_are_no_message_end_a_lease(room: Room, tmp_path: Path) -> None:
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    await talk.send(b"\xff\xff\xff\xff")
+    await room.until(lambda: not room.operations(vdi))
+    talk.close()
+    await room.until(lambda: not open_files(tmp_path))
