@@ -1,0 +1,91 @@
+"""Random snapshots, clones, reverts, writes, imports, destroys against plain bytes."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.core.database import Database
+from gateway.core.errors import XenAPIError
+from gateway.core.events import Events
+from gateway.core.leases import Leases
+from gateway.core.limits import Limits
+from gateway.core.records import Records
+from gateway.repository.inventory import Inventory
+from tests.repository.test_inventory import replace
+from tests.repository.test_snapshots import content, write
+
+SIZE = 4 << 20
+PLACES = (0, 512, 4096 + 512, (2 << 20) - 512, 2 << 20, SIZE - 2048)
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(("write", "write", "snapshot", "clone", "revert", "import", "destroy", "scan")),
+        st.integers(0, 100),
+        st.sampled_from(PLACES),
+        st.integers(1, 255),
+    ),
+    min_size=5,
+    max_size=18,
+)
+
+
+async def play(directory: Path, story: list[tuple[str, int, int, int]]) -> None:
+    events = Events()
+    database = await Database.open(str(directory / "gateway.sqlite3"))
+    try:
+        records = await Records.load(database, events)
+        async with Inventory.open(records, Leases(Limits(lease_wait=0)), events, who="the test") as inventory:
+            sr = await inventory.sr_create("sr", str(directory / "sr"))
+            first = await inventory.vdi_create(sr=sr, virtual_size=SIZE)
+            plain = {first: bytes(SIZE)}
+            for step, number, place, value in story:
+                ref = list(plain)[number % len(plain)]
+                await do(inventory, plain, step, ref, place=place, data=bytes([value]) * 2048)
+            await inventory.sr_scan(sr)
+            assert {vdi.ref for vdi in records.vdis_of_sr(sr) if vdi.managed} == set(plain)
+            for ref, expected in plain.items():
+                assert content(inventory, ref) == expected
+    finally:
+        await database.aclose()
+
+
+async def do(
+    inventory: Inventory, plain: dict[str, bytes], step: str, ref: str, *, place: int, data: bytes
+) -> None:
+    record = inventory.records.vdis.get(ref)
+    if step in ("write", "import"):
+        if record.is_a_snapshot:
+            with pytest.raises(XenAPIError, match="VDI_READONLY"):
+                await write(inventory, ref, data, place)
+        elif step == "write":
+            await write(inventory, ref, data[: SIZE - place], place)
+            plain[ref] = plain[ref][:place] + data[: SIZE - place] + plain[ref][place + len(data) :]
+        else:
+            await replace(inventory, ref, data)
+            plain[ref] = data + bytes(SIZE - len(data))
+    elif step == "snapshot":
+        plain[await inventory.vdi_snapshot(ref)] = plain[ref]
+    elif step == "clone":
+        plain[await inventory.vdi_clone(ref)] = plain[ref]
+    elif step == "revert" and record.is_a_snapshot and record.snapshot_of in plain:
+        await inventory.vdi_revert(ref)
+        plain[record.snapshot_of] = plain[ref]
+    elif step == "revert":
+        with pytest.raises(XenAPIError, match="OPERATION_NOT_ALLOWED"):
+            await inventory.vdi_revert(ref)
+    elif step == "destroy" and len(plain) > 1:
+        await inventory.vdi_destroy(ref)
+        del plain[ref]
+    elif step == "scan":
+        await inventory.sr_scan(record.sr)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(steps)
+def test_any_order_of_operations_gives_every_vdi_its_bytes(story: list[tuple[str, int, int, int]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        trio.run(play, Path(directory), story)
