@@ -1,0 +1,91 @@
+#!/usr/bin/env -S .venv/bin/python
+"""Taking and releasing a lease, inside the gateway and by another process through the control socket.
+
+    scripts/bench leases [--samples N] [--directory DIR]
+
+Medians. The first figures are `Leases.acquire` and `release` alone; the others hold a connection, the disk
+made of the descriptors, and the wait until the gateway has let others in. A markdown table goes to stdout.
+"""
+
+import sys
+from os.path import abspath, dirname
+
+sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
+
+# ruff: noqa: E402
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import trio
+
+from gateway.access.client import open_vdi
+from gateway.core.leases import Holder, LeaseMode, Leases
+from scripts.benchmarks.harness.gateway import Gateway
+from scripts.benchmarks.harness.measure import MIB, Report, Row, wait_for_quiet
+from scripts.benchmarks.harness.peers import ROOT
+
+LONGEST = 0.5  # ms; what taking and releasing may cost inside the gateway
+
+
+async def inside(path: Path, mode: LeaseMode, samples: int) -> float:
+    """The median in milliseconds."""
+    leases, taken = Leases(), []
+    for _ in range(samples):
+        start = time.perf_counter()
+        lease = await leases.acquire(str(path), mode, Holder("bench", mode.value, "OpaqueRef:vdi"))
+        lease.release()
+        await lease.released()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) * 1000
+
+
+def through_the_socket(control_socket: Path, vdi: str, samples: int, *, write: bool) -> float:
+    """The median in milliseconds."""
+    taken = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        open_vdi(str(control_socket), vdi, write=write, purpose="bench").close()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken) * 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench leases", description=__doc__.split("\n")[0])
+    parser.add_argument("--samples", type=int, default=1000, help="(default %(default)s)")
+    parser.add_argument(
+        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="for the gateway's state"
+    )
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="leases-", dir=options.directory))
+    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
+    report = Report()
+    try:
+        for path in (directory / "sr", memory / "sr"):
+            path.mkdir()
+        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
+            wait_for_quiet()
+            for image_format in ("raw", "vhd"):
+                vdi = gateway.create_vdi("disk", 1024 * MIB, image_format)
+                file = gateway.image("disk", vdi)
+                for mode in (LeaseMode.READ, LeaseMode.WRITE):
+                    name = f"{image_format}, {mode.value}"
+                    median = trio.run(inside, file, mode, options.samples)
+                    report.figure(f"lease, {name}", median, "ms", below=LONGEST)
+                    write = mode is LeaseMode.WRITE
+                    samples = max(options.samples // (5 if write else 1), 1)
+                    median = through_the_socket(gateway.state / "access.sock", vdi, samples, write=write)
+                    name = f"open and close by another process, {name}"
+                    report.add(Row(name, f"{median:.3g} ms", "", "", "", None))
+        print(report.markdown())
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(memory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
