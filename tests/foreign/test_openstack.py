@@ -74,7 +74,10 @@ def test_it_reads_the_head_of_the_gateways_vhd_files(
     assert found["blocks"] == 2
 
 
-@formats_to_come
+@pytest.mark.xfail(
+    reason="os-xenapi sends images as format=vhd alone, and may then wait for its own threads",
+    run=False,
+)
 def test_image_of_glance_becomes_a_vdi(site: Site, openstack: Program, random_file: Maker) -> None:
     source, first = random_file(4 * MIB), site.create_vdi(4 * MIB)
     assert curl_upload(source, site.import_url(first))[0] == 200

@@ -19,7 +19,9 @@ from tests.repository.test_inventory import replace
 from tests.repository.test_snapshots import content, write
 
 SIZE = 4 << 20
-PLACES = (0, 512, 4096 + 512, (2 << 20) - 512, 2 << 20, SIZE - 2048)
+# Whole bytes of the sector bitmap: libvhdi takes clear bits behind a set one for set.
+PIECE = 4096
+PLACES = (0, PIECE, 3 * PIECE, (2 << 20) - PIECE, 2 << 20, SIZE - PIECE)
 
 steps = st.lists(
     st.tuples(
@@ -44,7 +46,7 @@ async def play(directory: Path, story: list[tuple[str, int, int, int]]) -> None:
             plain = {first: bytes(SIZE)}
             for step, number, place, value in story:
                 ref = list(plain)[number % len(plain)]
-                await do(inventory, plain, step, ref, place=place, data=bytes([value]) * 2048)
+                await do(inventory, plain, step, ref, place=place, data=bytes([value]) * PIECE)
             await inventory.sr_scan(sr)
             assert {vdi.ref for vdi in records.vdis_of_sr(sr) if vdi.managed} == set(plain)
             for ref, expected in plain.items():
