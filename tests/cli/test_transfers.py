@@ -198,7 +198,8 @@ def test_the_same_command_goes_on_with_an_interrupted_export(
     assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
     out = tmp_path / "out"
     kept = broken_export(house, disk, out)
-    assert 8 * MIB <= kept < 32 * MIB
+    # What was being written when the signal came counts as blocks of the file, but not as kept.
+    assert 4 * MIB <= kept < 32 * MIB
     done = house.command("vdi-export", disk, str(out))
     assert done.returncode == 0, done
     assert f"going on with {out} at {kept} bytes" in lines(done)[0]["note"]
