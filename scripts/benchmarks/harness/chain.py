@@ -1,4 +1,4 @@
-"""How long it takes to open a chain of three 2040 GiB VHDs whose tables are full, and to read from it once.
+"""How long it takes to open a chain of 2040 GiB VHDs whose tables are full, and to read from it once.
 
 The files are sparse: every BAT entry points inside the file, the blocks hold nothing. So the tables are those
 of a dense 2 TiB disk without its data. Only `gateway.images` is measured, in this process.
@@ -20,9 +20,9 @@ BLOCK = 2 << 20
 BLOCK_SECTORS = 1 + BLOCK // 512
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, depth: int) -> Path:
     """Makes the chain; the path of its leaf."""
-    paths = [directory / f"{uuid.uuid4()}.vhd" for _ in range(3)]
+    paths = [directory / f"{uuid.uuid4()}.vhd" for _ in range(depth)]
     create_dynamic(str(paths[0]), VIRTUAL_SIZE)
     fill(paths[0], every=1)
     for level, path in enumerate(paths[1:], start=1):
@@ -66,7 +66,7 @@ def open_and_read(leaf: Path) -> None:
         disk.close()
 
 
-def milliseconds(directory: Path) -> float:
-    leaf = build(directory)
+def milliseconds(directory: Path, depth: int) -> float:
+    leaf = build(directory, depth)
     open_and_read(leaf)
     return statistics.median(timed(lambda: open_and_read(leaf)) for _ in range(11)) * 1000

@@ -86,6 +86,22 @@ class Gateway(Peer):
     def destroy_vdi(self, uuid: str) -> None:
         self._call("VDI.destroy", self.session, self._call("VDI.get_by_uuid", self.session, uuid))
 
+    def fork(self, operation: str, uuid: str) -> str:
+        """The uuid of a new snapshot or clone."""
+        vdi = self._call("VDI.get_by_uuid", self.session, uuid)
+        return str(
+            self._call("VDI.get_uuid", self.session, self._call(f"VDI.{operation}", self.session, vdi))
+        )
+
+    def has_parent(self, uuid: str) -> bool:
+        vdi = self._call("VDI.get_by_uuid", self.session, uuid)
+        return "vhd-parent" in self._call("VDI.get_sm_config", self.session, vdi)
+
+    def coalesces(self) -> list[dict[str, Any]]:
+        """The records of all tasks that merge images."""
+        tasks: dict[str, dict[str, Any]] = self._call("task.get_all_records", self.session)
+        return [task for task in tasks.values() if task["name_label"] == "coalesce"]
+
     def put_url(self, uuid: str, *, tls: bool = False) -> str:
         return f"{self._base(tls)}/import_raw_vdi?vdi={uuid}&session_id={self.session}"
 
