@@ -16,6 +16,7 @@ import trio
 
 from gateway.images.errors import ImageError
 
+# A field {n:detail} is a parameter that may be missing, in parentheses if it is there.
 MESSAGES: Final[dict[str, str]] = {
     # Who you are and what you may do.
     "SESSION_INVALID": "The session is not known or has ended; log in again and use the new one.",
@@ -36,7 +37,7 @@ MESSAGES: Final[dict[str, str]] = {
     "DB_UNIQUENESS_CONSTRAINT_VIOLATION": "There is a {0} with the {1} {2} already; "
     "use that one or give another value.",
     "OPERATION_NOT_ALLOWED": "The operation is not allowed: {0}; see what has to be done first.",
-    "OTHER_OPERATION_IN_PROGRESS": "Another operation is using the {0} {1}; "
+    "OTHER_OPERATION_IN_PROGRESS": "Another operation is using the {0} {1}{2:detail}; "
     "wait until it has finished and try again.",
     # Disks and repositories.
     "VDI_NOT_NAMED": "The request names no VDI; add vdi=<reference or uuid> to its query.",
@@ -88,13 +89,25 @@ MESSAGES: Final[dict[str, str]] = {
 }
 
 
+class _Missing(str):
+    """A parameter that was not given."""
+
+
+_MISSING: Final = _Missing("unknown")
+
+
 class _Lenient(string.Formatter):
     """Fills in what there is: an error that fails while it is being told helps nobody."""
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(key, int) and key < len(args):
             return args[key]
-        return "unknown"
+        return _MISSING
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if format_spec == "detail":
+            return "" if value is _MISSING else f" ({value})"
+        return super().format_field(value, format_spec)
 
 
 _FORMATTER: Final = _Lenient()

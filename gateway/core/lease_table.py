@@ -3,21 +3,25 @@
 One request names a set of files, each with a mode, and is granted all of them at once or none: nobody
 holds one file while waiting for another, so there is no deadlock. Requests are served in the order in which
 they first asked, except that one which disturbs nobody in front of it need not wait. So nobody starves: what
-a waiting request waits for was there before it.
+a waiting request waits for was there before it. Who would not wait at all is never in the queue: it must not
+hold up others, not even for an instant.
 
 The table knows files by device and inode and opens none. It belongs to one trio run; every method but
-`acquire` is a plain call without checkpoints, so that what it says is true until the caller next awaits.
+`acquire` and `some_release` is a plain call without checkpoints, so that what it says is true until the
+caller next awaits. The trap: `Grant.wanted` and what it stands on are read from other threads.
 """
 
 import itertools
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import Enum
 from types import MappingProxyType
 
 import trio
 
+from gateway.core.clock import utc_now
 from gateway.core.refs import new_uuid
 from gateway.images.files import FileIdentity
 
@@ -61,23 +65,39 @@ class Holder:
 
 @dataclass(eq=False)
 class Grant:
-    """One request in the table, waiting or granted."""
+    """One request in the table, waiting or granted.
+
+    `since` (trio's clock) and `began` (the wall clock) say when it was granted, or else when it asked. Up to
+    `until` (trio's clock) it goes before all others. `wanted`: somebody waits for what it holds.
+    """
 
     ticket: int
     holder: Holder
     files: Mapping[FileIdentity, LeaseMode]
     since: float
+    until: float | None = None
+    began: datetime = field(default_factory=utc_now)
     uuid: str = field(default_factory=new_uuid)
     granted: bool = False
+    wanted: bool = False
     arrival: trio.Event = field(default_factory=trio.Event)
+
+    def goes_first(self, now: float) -> bool:
+        """Whether it goes before all others at `now` (trio's clock)."""
+        return self.until is not None and now < self.until
 
 
 class TableBusy(Exception):  # noqa: N818 - a state of the table, not a fault
-    """The wait is over and somebody else, `holder`, still stands in the way."""
+    """The wait is over and others, `in_the_way`, still are there; the one that decides is the first."""
 
-    def __init__(self, holder: Holder) -> None:
-        super().__init__(str(holder))
-        self.holder = holder
+    def __init__(self, in_the_way: tuple[Grant, ...]) -> None:
+        super().__init__(str(in_the_way[0].holder))
+        self.in_the_way = in_the_way
+
+    @property
+    def holder(self) -> Holder:
+        """Who decides."""
+        return self.in_the_way[0].holder
 
 
 class LeaseTable:
@@ -90,21 +110,37 @@ class LeaseTable:
         self._of_vdi: dict[str, dict[str, Grant]] = {}
         self._held: dict[FileIdentity, list[Grant]] = {}
         self._waiting: list[Grant] = []
+        self._wanted: set[Grant] = set()
+        self._releases = 0
+        self._awaiting_release = trio.lowlevel.ParkingLot()
 
     def ticket(self) -> int:
         """A place in the queue. Who has to ask again for other files keeps the one it has."""
         return next(self._tickets)
 
     async def acquire(
-        self, files: Mapping[FileIdentity, LeaseMode], holder: Holder, *, ticket: int, deadline: float
+        self,
+        files: Mapping[FileIdentity, LeaseMode],
+        holder: Holder,
+        *,
+        ticket: int,
+        deadline: float,
+        until: float | None = None,
     ) -> Grant:
         """Wait for all of `files` until `deadline` (trio's clock), then raise TableBusy.
 
         Cancelled or refused, the request leaves nothing behind. A request that can be granted at once is,
-        even when its deadline has passed.
+        even when its deadline has passed; if it can't be, it is not queued then, so nobody waits for it and
+        no grant is wanted because of it. For `until` see Grant.
         """
         await trio.lowlevel.checkpoint()
-        grant = Grant(ticket, holder, MappingProxyType(dict(files)), trio.current_time())
+        grant = Grant(ticket, holder, MappingProxyType(dict(files)), trio.current_time(), until)
+        if deadline <= grant.since:
+            if in_the_way := self._in_the_way(grant):
+                raise TableBusy(in_the_way)
+            self._enter(grant)
+            self._mark_wanted()
+            return grant
         insort(self._waiting, grant, key=lambda waiting: waiting.ticket)
         self._serve()
         try:
@@ -129,10 +165,14 @@ class LeaseTable:
         """
         grant = Grant(self.ticket(), holder, MappingProxyType(dict(files)), trio.current_time())
         self._enter(grant)
+        self._mark_wanted()
         return grant
 
-    def release(self, grant: Grant) -> None:
-        """End a grant, or take a waiting request back. Doing so twice changes nothing."""
+    def release(self, grant: Grant, *, announce: bool = True) -> None:
+        """End a grant, or take a waiting request back. Doing so twice changes nothing.
+
+        Unless `announce` is False, those who wait for `some_release` are told: it may be worth trying again.
+        """
         if grant.granted:
             grant.granted = False
             for file in grant.files:
@@ -149,6 +189,22 @@ class LeaseTable:
         else:
             return
         self._serve()
+        if announce:
+            self._releases += 1
+            self._awaiting_release.unpark_all()
+
+    @property
+    def releases(self) -> int:
+        """How many grants and waiting requests have ended so far and were announced."""
+        return self._releases
+
+    async def some_release(self, after: int | None = None) -> int:
+        """Wait until `releases` is more than `after` (by default, than now) and return it."""
+        after = self._releases if after is None else after
+        await trio.lowlevel.checkpoint()
+        while self._releases <= after:
+            await self._awaiting_release.park()
+        return self._releases
 
     def extend(self, grant: Grant, file: FileIdentity, mode: LeaseMode) -> None:
         """Hold one more file, which nobody else can have asked for yet: a replacement before its rename."""
@@ -197,10 +253,20 @@ class LeaseTable:
                 continue
             self._enter(grant)
         self._waiting = passed_over
+        self._mark_wanted()
+
+    def _mark_wanted(self) -> None:
+        wanted = {holding for grant in self._waiting for holding in self._conflicting_holders(grant)}
+        for grant in self._wanted - wanted:
+            grant.wanted = False
+        for grant in wanted:
+            grant.wanted = True
+        self._wanted = wanted
 
     def _enter(self, grant: Grant) -> None:
         grant.granted = True
         grant.since = trio.current_time()
+        grant.began = utc_now()
         for file in grant.files:
             self._held.setdefault(file, []).append(grant)
         self._of_vdi.setdefault(grant.holder.vdi, {})[grant.uuid] = grant
@@ -217,13 +283,14 @@ class LeaseTable:
                 if mode.conflicts_with(other.files[file]):
                     yield other
 
-    def _in_the_way(self, grant: Grant) -> Holder:
-        for other in self._conflicting_holders(grant):
-            return other.holder
+    def _in_the_way(self, grant: Grant) -> tuple[Grant, ...]:
+        """Who keeps `grant` from being granted now: those who go first, who hold, who asked before it."""
+        found = dict.fromkeys(self._conflicting_holders(grant))
         for other in self._waiting:
-            if other is not grant and other.ticket < grant.ticket and self._conflicts(grant, other):
-                return other.holder
-        raise AssertionError("a request that nobody stands in the way of is granted")
+            if other.ticket < grant.ticket and self._conflicts(grant, other):
+                found[other] = None
+        now = trio.current_time()
+        return tuple(sorted(found, key=lambda other: not other.goes_first(now)))
 
     @staticmethod
     def _conflicts(one: Grant, other: Grant) -> bool:

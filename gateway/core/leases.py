@@ -3,29 +3,29 @@
 A lease has two layers. The table (lease_table.py) orders those who come through this gateway; locks on the
 files (images/file_locks.py) keep out, and respect, programs that know nothing of it. Both belong to files,
 not to names, while callers name a VDI. So taking a lease is one loop: open the chain, be granted its files,
-lock them, look again whether the names still lead there, and start over if they do not.
+lock them, look again whether the names still lead there, and start over if they do not. What a holder has in
+hand is lease.py's, why somebody was refused lease_refusal.py's.
 
 The trap: from the first step on descriptors are open, and a task may be cancelled at every await. Every file
 call runs in a worker thread that is never abandoned, and what it opened is closed whatever happens.
 """
 
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import trio
 
-from gateway.core.errors import XenAPIError
+from gateway.core.lease import Lease
+from gateway.core.lease_refusal import Blocker, LeaseRefused, refused_by_grants, refused_by_lock
 from gateway.core.lease_table import Grant, Holder, LeaseMode, LeaseTable, TableBusy
 from gateway.core.limits import Limits
-from gateway.images.chain import ChainFiles, chain_is_current, open_chain_files, open_disk
-from gateway.images.disk import Disk
+from gateway.images.chain import ChainFiles, chain_is_current, open_chain_files
 from gateway.images.file_locks import FileInUse, FileUse, lock_file
-from gateway.images.files import FILES, FileCalls, FileIdentity
+from gateway.images.files import FileIdentity
 
-__all__ = ["Holder", "Lease", "LeaseMode", "Leases", "Step"]
+__all__ = ["Blocker", "Holder", "Lease", "LeaseMode", "LeaseRefused", "Leases", "Step"]
 
 Step = Literal["resolved", "granted", "locked", "checked"]
 T = TypeVar("T")
@@ -38,113 +38,23 @@ _SLOWEST_RETRY_SECONDS = 0.25
 _FEWEST_ATTEMPTS = 4
 
 
-class Lease:
-    """The right to use one chain, from `Leases.acquire` until `release`."""
+@dataclass(frozen=True)
+class _Request:
+    """What one caller of `acquire` asks for; `modes` are those of the first files of the chain."""
 
-    def __init__(self, leases: "Leases", chain: ChainFiles, mode: LeaseMode, grant: Grant) -> None:
-        self.chain = chain
-        self.mode = mode
-        self._leases = leases
-        self._grant = grant
-        self._guard = threading.Lock()
-        self._descriptors_taken = False
-        self._released = False
-        self._settled = trio.Event()
-
-    @property
-    def holder(self) -> Holder:
-        """Who holds it, and what for."""
-        return self._grant.holder
-
-    def work_under(self, task: str) -> None:
-        """Name the task (its reference) under which the holder works, if it was not known before."""
-        self._leases.work_under(self._grant, task)
-
-    @property
-    def since(self) -> float:
-        """When it was granted, by trio's clock."""
-        return self._grant.since
-
-    @property
-    def leaf_path(self) -> str:
-        """The file that the VDI's name led to when the lease was taken."""
-        return self.chain.nodes[0].path
-
-    @property
-    def is_released(self) -> bool:
-        """Whether `release` was called."""
-        return self._released
-
-    def open_disk(self, *, files: FileCalls = FILES) -> Disk:
-        """The leased chain as a disk, writable if this is a WRITE lease. It blocks: for a worker thread.
-
-        The disk takes the descriptors over, and the locks on the files live as long as it is open. Once only.
-        Raises ImageError, OSError; ValueError when the lease has ended or gave its descriptors away already.
-        """
-        with self._guard:
-            if self._released or self._descriptors_taken:
-                raise ValueError(f"{self.leaf_path}: this lease has no descriptors to open a disk with")
-            self._descriptors_taken = True
-        try:
-            return open_disk(self.chain, read_only=self.mode is not LeaseMode.WRITE, files=files)
-        except BaseException:
-            self.chain.close()
-            raise
-
-    async def give_away(self) -> None:
-        """Close the descriptors here, because another process has them now, and with them the locks.
-
-        The lease stays in the table until `release`. Raises ValueError when there are none any more.
-        """
-        with self._guard:
-            if self._released or self._descriptors_taken:
-                raise ValueError(f"{self.leaf_path}: this lease has no descriptors to give away")
-            self._descriptors_taken = True
-        await self._leases.close_chain(self.chain)
-
-    def move_to(self, file: FileIdentity) -> None:
-        """Hold `file` with this lease's mode too, because it is about to be renamed over the leaf.
-
-        To be called before the rename, while nobody else can know the file. Whoever then finds the new file
-        under the name meets this lease there as it would have at the old one.
-        """
-        self._leases.extend(self._grant, file, self.mode)
-
-    def release(self) -> None:
-        """End the lease; doing so again changes nothing.
-
-        The descriptors are closed in a worker thread, since the last close of a deleted file frees all its
-        blocks; only then are those who wait let in. `released` waits for that. With a disk open, the table
-        lets others in at once and the locks on the files end when the disk is closed.
-        """
-        with self._guard:
-            if self._released:
-                return
-            self._released = True
-            close = not self._descriptors_taken
-        if close:
-            trio.lowlevel.spawn_system_task(self._close, name="close the files of a lease")
-        else:
-            self._end()
-
-    async def released(self) -> None:
-        """Wait until a release has let others in."""
-        await self._settled.wait()
-
-    async def _close(self) -> None:
-        try:
-            await self._leases.close_chain(self.chain)
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._leases.end(self._grant)
-        self._settled.set()
+    leaf_path: str
+    modes: tuple[LeaseMode, ...]
+    holder: Holder
+    ticket: int
+    deadline: float
+    until: float | None
+    resolving: trio.Lock | None
+    patient: bool
 
 
 @dataclass
 class _Attempt:
-    """What one caller of `acquire` has in hand so far."""
+    """What that caller has in hand so far."""
 
     chain: ChainFiles | None = None
     grant: Grant | None = None
@@ -165,7 +75,7 @@ class Leases:
         changed: Callable[[str], None] | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        self._step = step or _go_on
+        self._step = step
         self._table = LeaseTable(changed)
         # Its own threads: a file server that hangs here must not stop transfers or the database.
         self._threads = trio.CapacityLimiter(16)
@@ -176,36 +86,48 @@ class Leases:
         mode: LeaseMode,
         holder: Holder,
         *,
-        parents_mode: LeaseMode = LeaseMode.READ,
+        parents: Sequence[LeaseMode] = (),
         wait: float | None = None,
+        until: float | None = None,
         resolving: trio.Lock | None = None,
     ) -> Lease:
-        """Lease the chain whose leaf is at `leaf_path`.
+        """Lease the chain whose leaf is at `leaf_path`, with `mode` for the leaf.
+
+        `parents` are the modes of the first parents, all others are read. What is leased to be written is
+        open for writing. The chain may turn out to be shorter than `parents`: the caller looks.
 
         Waits up to `wait` seconds (by default the limit `lease_wait`) for everybody else together, then
-        raises VDI_IN_USE with the one who stands in the way. `resolving` is held while the chain is opened:
-        the lock of the SR whose files may be about to be renamed. A missing file is FileNotFoundError, a
-        broken one an ImageError.
+        raises LeaseRefused: VDI_IN_USE with the one who stands in the way. With wait=0 nobody in this gateway
+        ever waits for a request that is refused because of others here.
+
+        Up to `until` (trio's clock) the request and the lease go before those who come later: who is refused
+        because of them is told OTHER_OPERATION_IN_PROGRESS with the time left, and the lease is not `wanted`.
+        It neither ends the lease nor lets the request overtake others.
+
+        `resolving` is held while the chain is opened: the lock of the SR whose files may be about to be
+        renamed. A missing file is FileNotFoundError, a broken one an ImageError.
         """
-        deadline = trio.current_time() + (self._limits.lease_wait if wait is None else wait)
+        now = trio.current_time()
+        deadline = now + (self._limits.lease_wait if wait is None else wait)
+        request = _Request(
+            leaf_path,
+            (mode, *parents),
+            holder,
+            self._table.ticket(),
+            deadline,
+            until,
+            resolving,
+            patient=deadline > now,
+        )
         attempt = _Attempt()
         try:
-            await self._settle(
-                attempt,
-                leaf_path,
-                mode,
-                holder,
-                parents_mode=parents_mode,
-                deadline=deadline,
-                resolving=resolving,
-            )
+            await self._settle(request, attempt)
             assert attempt.chain is not None
             assert attempt.grant is not None
-            return Lease(self, attempt.chain, mode, attempt.grant)
+            return Lease(self._table, self._close_chain, attempt.chain, mode, attempt.grant)
         except BaseException:
             await self._drop_chain(attempt)
-            if attempt.grant is not None:
-                self._table.release(attempt.grant)
+            self._drop_grant(request, attempt)
             raise
 
     async def adopt(self, chain: ChainFiles, mode: LeaseMode, holder: Holder) -> Lease:
@@ -220,17 +142,18 @@ class Leases:
             deadline = trio.current_time() + self._limits.lease_wait
             while True:
                 try:
-                    await self._in_thread(_lock_chain, chain, mode, LeaseMode.READ)
+                    await self._in_thread(_lock_chain, chain, (mode,))
                     break
                 except FileInUse as busy:
                     # Whoever tries to get the files in vain has taken some of the bytes for a moment.
                     if trio.current_time() >= deadline:
-                        raise XenAPIError("VDI_IN_USE", holder.vdi, f"{busy.path}: {busy.why}") from None
+                        raise refused_by_lock(holder.vdi, busy) from None
                 await trio.sleep(_FIRST_RETRY_SECONDS)
         except BaseException:
-            await self.close_chain(chain)
+            await self._close_chain(chain)
             raise
-        return Lease(self, chain, mode, self._table.adopt(_files_of(chain, mode, LeaseMode.READ), holder))
+        grant = self._table.adopt(_files_of(chain, (mode,)), holder)
+        return Lease(self._table, self._close_chain, chain, mode, grant)
 
     @asynccontextmanager
     async def hold(
@@ -239,13 +162,14 @@ class Leases:
         mode: LeaseMode,
         holder: Holder,
         *,
-        parents_mode: LeaseMode = LeaseMode.READ,
+        parents: Sequence[LeaseMode] = (),
         wait: float | None = None,
+        until: float | None = None,
         resolving: trio.Lock | None = None,
     ) -> AsyncIterator[Lease]:
         """`acquire` for the time of a block; after it others have been let in."""
         lease = await self.acquire(
-            leaf_path, mode, holder, parents_mode=parents_mode, wait=wait, resolving=resolving
+            leaf_path, mode, holder, parents=parents, wait=wait, until=until, resolving=resolving
         )
         try:
             yield lease
@@ -277,127 +201,137 @@ class Leases:
         strength = list(LeaseMode)
         return tuple(max(grant.files.values(), key=strength.index) for grant in self._table.grants_for(vdi))
 
-    def work_under(self, grant: Grant, task: str) -> None:
-        """See Lease.work_under."""
-        self._table.work_under(grant, task)
+    @property
+    def releases(self) -> int:
+        """How often it has become worth trying again: leases that ended, requests that were given up.
 
-    def extend(self, grant: Grant, file: FileIdentity, mode: LeaseMode) -> None:
-        """See Lease.move_to."""
-        self._table.extend(grant, file, mode)
+        What a refused request with wait=0 held for a moment doesn't count, so that the same caller is not
+        told of itself.
+        """
+        return self._table.releases
 
-    def end(self, grant: Grant) -> None:
-        """Let others in; see Lease.release."""
-        self._table.release(grant)
+    async def some_release(self, after: int | None = None) -> int:
+        """Wait until `releases` is more than `after`, by default than now, and return it.
 
-    async def close_chain(self, chain: ChainFiles) -> None:
-        """Close descriptors in a worker thread, whatever is being cancelled."""
-        with trio.CancelScope(shield=True):
-            await self._in_thread(chain.close)
+        To miss nothing: read `releases` before the attempt that may be refused, and wait for more than that.
+        Programs outside the gateway announce nothing; they have to be asked again after a while.
+        """
+        return await self._table.some_release(after)
 
-    async def _settle(
-        self,
-        attempt: _Attempt,
-        leaf_path: str,
-        mode: LeaseMode,
-        holder: Holder,
-        *,
-        parents_mode: LeaseMode,
-        deadline: float,
-        resolving: trio.Lock | None,
-    ) -> None:
-        ticket = self._table.ticket()
+    async def _settle(self, request: _Request, attempt: _Attempt) -> None:
         pause = _FIRST_RETRY_SECONDS
         attempts = 0
+        vdi = request.holder.vdi
         while True:
             attempts += 1
-            late = trio.current_time() >= deadline
-            attempt.chain = chain = await self._resolve(
-                leaf_path, holder, resolving, deadline, writable=mode is LeaseMode.WRITE
-            )
-            wanted = _files_of(chain, mode, parents_mode)
-            await self._step("resolved")
-            # After a retry the same files are held still; after a rename others have to be asked for.
-            if attempt.grant is not None and attempt.grant.files != wanted:
-                self._table.release(attempt.grant)
-                attempt.grant = None
-            if attempt.grant is None:
-                try:
-                    attempt.grant = await self._table.acquire(
-                        wanted, holder, ticket=ticket, deadline=deadline
-                    )
-                except TableBusy as busy:
-                    raise XenAPIError("VDI_IN_USE", holder.vdi, str(busy.holder)) from None
-            await self._step("granted")
+            late = trio.current_time() >= request.deadline
+            attempt.chain = chain = await self._resolve(request)
+            await self._reached("resolved")
+            await self._be_granted(request, attempt, chain)
+            await self._reached("granted")
             try:
-                await self._in_thread(_lock_chain, chain, mode, parents_mode)
+                current = await self._lock(chain, request.modes)
             except FileInUse as busy:
                 if late:
-                    raise XenAPIError("VDI_IN_USE", holder.vdi, f"{busy.path}: {busy.why}") from None
+                    raise refused_by_lock(vdi, busy) from None
                 await self._drop_chain(attempt)
-                await trio.sleep(min(pause, max(deadline - trio.current_time(), 0)))
+                await trio.sleep(min(pause, max(request.deadline - trio.current_time(), 0)))
                 pause = min(pause * 2, _SLOWEST_RETRY_SECONDS)
                 continue
-            await self._step("locked")
-            if await self._in_thread(chain_is_current, chain):
-                await self._step("checked")
+            if current:
+                await self._reached("checked")
                 return
             await self._drop_chain(attempt)
             if late and attempts >= _FEWEST_ATTEMPTS:
-                raise XenAPIError("VDI_IN_USE", holder.vdi, f"{leaf_path}: its files are being renamed")
+                raise LeaseRefused("VDI_IN_USE", vdi, f"{request.leaf_path}: its files are being renamed")
 
-    async def _resolve(
-        self,
-        leaf_path: str,
-        holder: Holder,
-        resolving: trio.Lock | None,
-        deadline: float,
-        *,
-        writable: bool,
-    ) -> ChainFiles:
+    async def _resolve(self, request: _Request) -> ChainFiles:
+        resolving = request.resolving
         if resolving is None:
-            return await self._in_thread(_open_chain, leaf_path, writable)
+            return await self._in_thread(_open_chain, request.leaf_path, request.modes)
         try:
             resolving.acquire_nowait()
         except trio.WouldBlock:
-            with trio.move_on_at(deadline) as waiting:
+            with trio.move_on_at(request.deadline) as waiting:
                 await resolving.acquire()
             if waiting.cancelled_caught:
-                raise XenAPIError(
-                    "VDI_IN_USE", holder.vdi, "files of its storage repository are being renamed"
+                raise LeaseRefused(
+                    "VDI_IN_USE", request.holder.vdi, "files of its storage repository are being renamed"
                 ) from None
         try:
-            return await self._in_thread(_open_chain, leaf_path, writable)
+            return await self._in_thread(_open_chain, request.leaf_path, request.modes)
         finally:
             resolving.release()
+
+    async def _be_granted(self, request: _Request, attempt: _Attempt, chain: ChainFiles) -> None:
+        files = _files_of(chain, request.modes)
+        # After a retry the same files are held still; after a rename others have to be asked for.
+        if attempt.grant is not None and attempt.grant.files != files:
+            self._drop_grant(request, attempt)
+        if attempt.grant is None:
+            try:
+                attempt.grant = await self._table.acquire(
+                    files,
+                    request.holder,
+                    ticket=request.ticket,
+                    deadline=request.deadline,
+                    until=request.until,
+                )
+            except TableBusy as busy:
+                raise refused_by_grants(request.holder.vdi, busy.in_the_way, trio.current_time()) from None
+
+    async def _lock(self, chain: ChainFiles, modes: Sequence[LeaseMode]) -> bool:
+        """Lock the files and tell whether the names still lead to them. Raises FileInUse."""
+        if self._step is None:
+            return await self._in_thread(_lock_and_check, chain, modes)
+        await self._in_thread(_lock_chain, chain, modes)
+        await self._reached("locked")
+        return await self._in_thread(chain_is_current, chain)
+
+    async def _reached(self, step: Step) -> None:
+        if self._step is not None:
+            await self._step(step)
+
+    def _drop_grant(self, request: _Request, attempt: _Attempt) -> None:
+        grant, attempt.grant = attempt.grant, None
+        if grant is not None:
+            self._table.release(grant, announce=request.patient)
 
     async def _drop_chain(self, attempt: _Attempt) -> None:
         chain, attempt.chain = attempt.chain, None
         if chain is not None:
-            await self.close_chain(chain)
+            await self._close_chain(chain)
+
+    async def _close_chain(self, chain: ChainFiles) -> None:
+        """Close descriptors in a worker thread, whatever is being cancelled."""
+        with trio.CancelScope(shield=True):
+            await self._in_thread(chain.close)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         # Never abandoned: what the thread opens always comes back to somebody who closes it.
         return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
 
 
-async def _go_on(_step: Step) -> None:
-    pass
+def _open_chain(leaf_path: str, modes: Sequence[LeaseMode]) -> ChainFiles:
+    leaf, *parents = (mode is LeaseMode.WRITE for mode in modes)
+    return open_chain_files(leaf_path, writable=leaf, writable_parents=parents)
 
 
-def _open_chain(leaf_path: str, writable: bool) -> ChainFiles:
-    return open_chain_files(leaf_path, writable=writable)
+def _modes_of(chain: ChainFiles, modes: Sequence[LeaseMode]) -> Sequence[LeaseMode]:
+    """The mode of each file: what was not asked for otherwise is read."""
+    return (*modes, *[LeaseMode.READ] * (chain.depth - len(modes)))[: chain.depth]
 
 
-def _files_of(
-    chain: ChainFiles, mode: LeaseMode, parents_mode: LeaseMode
-) -> Mapping[FileIdentity, LeaseMode]:
-    files = {node.identity: parents_mode for node in chain.nodes[1:]}
-    files[chain.nodes[0].identity] = mode
-    return files
+def _files_of(chain: ChainFiles, modes: Sequence[LeaseMode]) -> Mapping[FileIdentity, LeaseMode]:
+    return {node.identity: mode for node, mode in zip(chain.nodes, _modes_of(chain, modes), strict=True)}
 
 
-def _lock_chain(chain: ChainFiles, mode: LeaseMode, parents_mode: LeaseMode) -> None:
-    for index, node in enumerate(chain.nodes):
-        wanted = parents_mode if index else mode
-        use = FileUse.WRITE if wanted is LeaseMode.WRITE else FileUse.READ
+def _lock_chain(chain: ChainFiles, modes: Sequence[LeaseMode]) -> None:
+    for node, mode in zip(chain.nodes, _modes_of(chain, modes), strict=True):
+        use = FileUse.WRITE if mode is LeaseMode.WRITE else FileUse.READ
         lock_file(node.fd, use, node.path)
+
+
+def _lock_and_check(chain: ChainFiles, modes: Sequence[LeaseMode]) -> bool:
+    _lock_chain(chain, modes)
+    return chain_is_current(chain)

@@ -9,6 +9,7 @@ lock; `chain_is_current` tells, and the caller starts again.
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -66,9 +67,10 @@ class ChainFiles:
             os.close(node.fd)
 
 
-def open_chain_files(leaf_path: str, *, writable: bool) -> ChainFiles:
+def open_chain_files(leaf_path: str, *, writable: bool, writable_parents: Sequence[bool] = ()) -> ChainFiles:
     """Open the leaf (for writing if `writable`) and all its parents (for reading).
 
+    `writable_parents` says of the first parents which are opened for writing, to coalesce into them.
     Raises FileNotFoundError when there is no leaf, MissingParent, CorruptImage (loops, wrong ids, more than
     64 levels), UnsupportedImage, OSError.
     """
@@ -78,7 +80,9 @@ def open_chain_files(leaf_path: str, *, writable: bool) -> ChainFiles:
         node, image = _open_node(leaf_path, writable)
         chain.nodes.append(node)
         while image is not None and image.footer.disk_type is DiskType.DIFFERENCING:
-            node, image = _open_parent(directory, chain.nodes[-1], image)
+            level = len(chain.nodes) - 1
+            for_writing = level < len(writable_parents) and writable_parents[level]
+            node, image = _open_parent(directory, chain.nodes[-1], image, writable=for_writing)
             chain.nodes[-1].parent = os.path.basename(node.path)
             chain.nodes.append(node)
             _check_acyclic(chain.nodes)
@@ -183,7 +187,9 @@ def _open_node(path: str, writable: bool) -> tuple[OpenNode, VhdFile | None]:
         raise
 
 
-def _open_parent(directory: str, child: OpenNode, image: VhdFile) -> tuple[OpenNode, VhdFile | None]:
+def _open_parent(
+    directory: str, child: OpenNode, image: VhdFile, *, writable: bool
+) -> tuple[OpenNode, VhdFile | None]:
     """Open the first file among the names the child has for its parent that is the parent."""
     assert image.header is not None
     expected = image.header.parent_id
@@ -192,7 +198,7 @@ def _open_parent(directory: str, child: OpenNode, image: VhdFile) -> tuple[OpenN
     for name in names:
         path = os.path.join(directory, name)
         try:
-            node, parent = _open_node(path, writable=False)
+            node, parent = _open_node(path, writable)
         except FileNotFoundError:
             continue
         if parent is None or parent.unique_id == expected:

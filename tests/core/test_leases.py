@@ -330,7 +330,7 @@ async def test_a_lease_covers_the_parents_too(tmp_path: Path) -> None:
             pass
         with pytest.raises(XenAPIError, match="VDI_IN_USE"):
             await leases.acquire(parent, WRITE, HOLDER, wait=0)
-    async with leases.hold(child, WRITE, HOLDER, parents_mode=WRITE):
+    async with leases.hold(child, WRITE, HOLDER, parents=(WRITE,)):
         with pytest.raises(XenAPIError, match="VDI_IN_USE"):
             await leases.acquire(parent, READ, HOLDER, wait=0)
 
