@@ -23,19 +23,17 @@ from gateway.images.vhd.check_file import (
     footer_at,
     lying_batmap_bits,
 )
-from gateway.images.vhd.check_parent import LOCATOR_PLATFORMS, known_parent, locator_text
+from gateway.images.vhd.check_parent import known_parent
 from gateway.images.vhd.format import (
     FOOTER_SIZE,
-    LOCATORS,
     SECTOR,
     UNUSED,
     DiskType,
-    DynamicHeader,
     Footer,
-    ParentLocator,
     round_up_to_sector,
 )
 from gateway.images.vhd.image import VhdFile, open_vhd
+from gateway.images.vhd.locators import place_locators
 from gateway.images.vhd.problems import CheckReport, ProblemKind
 
 _LOCATOR_KINDS: Final = frozenset(
@@ -218,7 +216,7 @@ class _Repair:
         stored_name = parent.encode("utf-16-be")
         if len(stored_name) > SECTOR - 2:
             return
-        locators, places = self._place_locators(image, header, parent)
+        locators, places = place_locators(image, header, parent)
         end = max(offset + len(data) for offset, data in places)
         if end > image.footer_offset:
             self._move_footer(image.footer, image.footer_offset, round_up_to_sector(end))
@@ -228,49 +226,6 @@ class _Repair:
         new = replace(header, locators=locators, parent_name=stored_name.ljust(SECTOR, b"\0"))
         self.files.pwrite(self.fd, new.pack(), image.footer.data_offset)
         self._sync(f"wrote the parent locators: the parent is {parent}")
-
-    def _place_locators(
-        self, image: VhdFile, header: DynamicHeader, parent: str
-    ) -> tuple[tuple[ParentLocator, ...], list[tuple[int, bytes]]]:
-        """Return the new locators and where their data goes: in its old place, or before a new footer."""
-        old = {locator.platform: locator for locator in header.locators}
-        assert image.footer_offset is not None
-        free = round_up_to_sector(image.footer_offset)
-        locators: list[ParentLocator] = []
-        places: list[tuple[int, bytes]] = []
-        for platform in LOCATOR_PLATFORMS:
-            data = locator_text(platform, parent)
-            space = round_up_to_sector(len(data))
-            locator = old.get(platform)
-            if locator is not None and self._has_room(image, header, locator, space):
-                offset = locator.data_offset
-            else:
-                offset, free = free, free + space
-            locators.append(ParentLocator(platform, space, len(data), offset))
-            places.append((offset, data.ljust(space, b"\0")))
-        locators += [ParentLocator()] * (LOCATORS - len(locators))
-        return tuple(locators), places
-
-    def _has_room(self, image: VhdFile, header: DynamicHeader, locator: ParentLocator, space: int) -> bool:
-        """Return whether a locator's old place is its own: inside the file and over nothing else."""
-        start, stop = locator.data_offset, locator.data_offset + space
-        if locator.space_bytes < space or start % SECTOR or stop > image.data_end:
-            return False
-        end = header.table_end
-        if image.batmap is not None:
-            end = image.batmap.map_offset + image.batmap.map_sectors * SECTOR
-        if start < end:
-            return False
-        others = [other for other in header.locators if other != locator and other.platform]
-        if any(
-            start < other.data_offset + other.space_bytes and other.data_offset < stop for other in others
-        ):
-            return False
-        whole = image.bitmap_size + image.block_size
-        return not any(
-            entry != UNUSED and start < entry * SECTOR + whole and entry * SECTOR < stop
-            for entry in image.bat
-        )
 
     def _move_footer(self, footer: Footer, old: int, new: int) -> None:
         self.files.pwrite(self.fd, footer.pack(), new)

@@ -95,6 +95,29 @@ class LeafWriter:
         """Return whether every sector of a block is known to be in the leaf."""
         return bool(self._full[block])
 
+    # What a merge does
+
+    def expect(self, blocks: int) -> None:
+        """Make the file long enough for so many new blocks: growing for each few of them costs syncs."""
+        with self._lock:
+            self._check()
+            blocks = min(blocks, self._unused)
+            if blocks <= 0:
+                return
+            self._prepare_growth()
+            image = self._image
+            stop = self._end + blocks * round_up_to_sector(image.bitmap_size + image.block_size + _ALIGNMENT)
+            if stop > self._footer_at:
+                self._grow(stop)
+
+    def copy_in(self, block: int, within: int, source_fd: int, source_offset: int, length: int) -> None:
+        """Copy whole sectors of another file into a block, allocating it; holes replace what was there."""
+        with self._lock:
+            offset, _ = self._allocated(block)
+        self._files.copy_range(source_fd, source_offset, self._fd, offset + within, length)
+        with self._lock:
+            self.set_written(block, within, length)
+
     # What the chain does
 
     def write(self, block: int, within: int, data: Buffer) -> bool:
@@ -140,10 +163,14 @@ class LeafWriter:
             self._bitmaps[block] = self._full_bitmap
             self._full[block] = 1
 
-    def relieve(self) -> None:
-        """Write the metadata when much of it has gathered."""
+    def relieve(self, *, ordered: bool = True) -> None:
+        """Write the metadata when much of it has gathered.
+
+        Not `ordered`, no sync puts the data before it: for who knows that nobody reads these sectors from
+        this file until the next flush.
+        """
         if len(self._changed_bitmaps) >= _UNSAVED_BLOCKS:
-            self._save(sync=self._published)
+            self._save(sync=self._published and ordered)
 
     def flush(self) -> None:
         """Make every completed write durable. Fails for good once a sync has failed."""
