@@ -9,7 +9,6 @@ The trap: an unmounted share leaves an empty directory under the same path, into
 written, and from which it would seem that every image had been deleted.
 """
 
-import errno
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -39,7 +38,15 @@ from gateway.repository.directory import (
 from gateway.repository.fork import recover_forks, unfinished_forks
 from gateway.repository.records_file import RecordsCopy, read_records, write_records
 from gateway.repository.scan import ScannedImage, Scanner, ScanResult
-from gateway.repository.staging import Staging, begin_filling, staging_path, sweep_staging
+from gateway.repository.staging import (
+    Filling,
+    Staging,
+    begin_filling,
+    begin_new,
+    require_no_image,
+    staging_path,
+    sweep_staging,
+)
 
 T = TypeVar("T")
 
@@ -248,7 +255,7 @@ class Repository:
                     create_dynamic(path, virtual_size, files=self._files)
                 else:
                     self._create_raw(path, virtual_size)
-                self._require_no_image(uuid)
+                require_no_image(target)
                 self._files.rename(path, target)
             except BaseException:
                 with suppress(FileNotFoundError):
@@ -314,9 +321,8 @@ class Repository:
         parents, made larger to `size` bytes if that is given. Raises OSError (ENOSPC too), ImageError.
         """
 
-        def begin() -> Staging:
-            self._require_writable()
-            filling = begin_filling(
+        def begin() -> Filling:
+            return begin_filling(
                 self.directory,
                 lease,
                 whole=whole,
@@ -324,23 +330,48 @@ class Repository:
                 cancelled=trio.from_thread.check_cancelled,
                 files=self._files,
             )
+
+        async with self._staged(lease, begin, lease.leaf_path) as staging:
+            yield staging
+
+    @asynccontextmanager
+    async def staging_new(
+        self, uuid: str, virtual_size: int, image_format: ImageFormat
+    ) -> AsyncIterator[Staging]:
+        """A staging file for an image under a new name; without a commit it is removed.
+
+        It is empty and has no parent. Raises ImageTooLarge, OSError (ENOSPC too).
+        """
+
+        def begin() -> Filling:
+            return begin_new(self.directory, uuid, virtual_size, image_format, self._files)
+
+        async with self._staged(None, begin, self.directory.image(uuid, image_format)) as staging:
+            yield staging
+
+    @asynccontextmanager
+    async def _staged(
+        self, lease: Lease | None, begin: Callable[[], Filling], target: str
+    ) -> AsyncIterator[Staging]:
+        def make() -> Staging:
+            self._require_writable()
             return Staging(
                 lease,
-                filling,
+                begin(),
                 structure_lock=self.structure_lock,
                 require_available=self._require_writable,
                 limiter=self._threads,
                 files=self._files,
             )
 
-        staging = await self._in_thread(begin)
+        staging = await self._in_thread(make)
         try:
             yield staging
         finally:
             with trio.CancelScope(shield=True):
                 await self._in_thread(staging.discard)
                 if staging.committed is not None:
-                    await self._in_thread(self._look_again, lease.leaf_path)
+                    await self._in_thread(self._look_again, target)
 
     @property
     def files(self) -> FileCalls:
@@ -414,11 +445,6 @@ class Repository:
             )
         if self.writable and read_marker(self.directory) != self.uuid:
             raise DirectoryUnavailable(self.directory.root, "the marker of the SR is missing; is it mounted?")
-
-    def _require_no_image(self, uuid: str) -> None:
-        for existing in (self.directory.image(uuid, "vhd"), self.directory.image(uuid, "raw")):
-            if os.path.lexists(existing):
-                raise FileExistsError(errno.EEXIST, "there is an image with this uuid already", existing)
 
     @staticmethod
     def _require_no_children(images: Mapping[str, ScannedImage], uuid: str) -> None:

@@ -8,6 +8,7 @@ lease has to hold the new file before anybody can find it under the VDI's name.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Lease, LeaseMode
+from gateway.core.records import ImageFormat
 from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
 from gateway.images.disk import Disk
 from gateway.images.file_locks import FileInUse, FileUse, lock_file
@@ -68,14 +70,15 @@ class Filling:
 
 
 class Staging:
-    """One replacement of a VDI's image; made by `Repository.staging`.
+    """One image that is to come, made by `Repository.staging` and `Repository.staging_new`.
 
-    `disk` has the VDI's virtual size and blocks: it is to be filled by a worker thread.
+    `lease` is that of the VDI whose image it replaces, None for an image under a new name. `disk` has the
+    image's virtual size: it is to be filled by a worker thread.
     """
 
     def __init__(
         self,
-        lease: Lease,
+        lease: Lease | None,
         filling: Filling,
         *,
         structure_lock: trio.Lock,
@@ -97,15 +100,16 @@ class Staging:
         """Make the staged disk the VDI's image, durably.
 
         Returns once a power failure cannot bring the old content back. Raises OSError (ENOSPC too) with the
-        old content in place, or VDI_IN_USE if somebody renamed files under the lease. Nothing else may use
-        `disk` any more.
+        old content in place, or none if there was none, and VDI_IN_USE if somebody renamed files under the
+        lease. Nothing else may use `disk` any more.
         """
         if self.committed is not None:
             raise ValueError("this staging file was committed already")
         await trio.to_thread.run_sync(self._finish, limiter=self._limiter)
         async with self._structure_lock:
             with trio.CancelScope(shield=True):
-                self._lease.move_to(identity_of(self._filling.fd))
+                if self._lease is not None:
+                    self._lease.move_to(identity_of(self._filling.fd))
                 await trio.to_thread.run_sync(self._publish, limiter=self._limiter)
 
     def discard(self) -> None:
@@ -137,23 +141,56 @@ class Staging:
 
     def _publish(self) -> None:
         self._require_available()
-        self._require_same_files()
         target = self._filling.target
+        stamp = FileStamp.of(os.fstat(self._filling.fd))
+        if self._lease is None:
+            require_no_image(target)
+            self._files.rename(self._filling.path, target)
+            try:
+                self._files.sync_directory(os.path.dirname(target))
+            except BaseException:
+                # Nobody has been told of it.
+                with contextlib.suppress(OSError):
+                    self._files.unlink(target)
+                raise
+            self.committed = stamp
+            return
+        self._require_same_files(self._lease)
         self._files.rename(self._filling.path, target)
         # From here on the new content is what everybody reads, even if its directory cannot be synced.
-        self.committed = FileStamp.of(os.fstat(self._filling.fd))
+        self.committed = stamp
         self._files.sync_directory(os.path.dirname(target))
 
-    def _require_same_files(self) -> None:
+    @staticmethod
+    def _require_same_files(lease: Lease) -> None:
         """A program that knows no locks may have rearranged the chain; its work is not renamed over."""
-        for node in self._lease.chain.nodes:
+        for node in lease.chain.nodes:
             try:
                 status = os.stat(node.path, follow_symlinks=False)
             except FileNotFoundError:
                 status = None
             if status is None or FileIdentity(status.st_dev, status.st_ino) != node.identity:
                 name = os.path.basename(node.path)
-                raise XenAPIError("VDI_IN_USE", self._lease.holder.vdi, f"{name} was replaced from outside")
+                raise XenAPIError("VDI_IN_USE", lease.holder.vdi, f"{name} was replaced from outside")
+
+
+def require_no_image(path: str) -> None:
+    """Raise FileExistsError if an image of either format has the name that `path` would give to one."""
+    name = path.rpartition(".")[0]
+    for existing in (f"{name}.vhd", f"{name}.raw"):
+        if os.path.lexists(existing):
+            raise FileExistsError(errno.EEXIST, "there is an image with this uuid already", existing)
+
+
+def begin_new(
+    directory: SRDirectory, uuid: str, size: int, image_format: ImageFormat, files: FileCalls
+) -> Filling:
+    """Make the staging file of an image under a new name: empty, of `size` bytes, without a parent. Blocks.
+
+    Raises ImageTooLarge, OSError (ENOSPC too).
+    """
+    path, target = staging_path(directory, uuid), directory.image(uuid, image_format)
+    return _begin_empty(path, target, size, NodeKind(image_format), files)
 
 
 def begin_filling(
@@ -176,41 +213,65 @@ def begin_filling(
     leaf = lease.chain.nodes[0]
     name = os.path.basename(leaf.path).rpartition(".")[0]
     path = staging_path(directory, name)
+    if whole:
+        is_vhd = leaf.kind is NodeKind.VHD
+        present = open_vhd(leaf.fd, leaf.path).size if is_vhd else os.fstat(leaf.fd).st_size
+        return _begin_empty(path, leaf.path, present, leaf.kind, files)
     opened: list[int] = []
     try:
-        if whole and leaf.kind is NodeKind.VHD:
-            create_dynamic(path, open_vhd(leaf.fd, leaf.path).size, files=files)
-            flags = os.O_RDWR
-        else:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        opened.append(files.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
-        fd = opened[0]
-        lock_file(fd, FileUse.READ, path)
-        if not whole:
-            _copy(leaf.fd, fd, cancelled, files)
-            if size is not None and leaf.kind is NodeKind.VHD:
-                grow_vhd(fd, path, size, files=files)
-            elif size is not None:
-                files.truncate(fd, size)
-        elif leaf.kind is NodeKind.RAW:
-            files.truncate(fd, os.fstat(leaf.fd).st_size)
+        fd = _open_new(path, opened, os.O_CREAT | os.O_EXCL, files)
+        _copy(leaf.fd, fd, cancelled, files)
+        if size is not None and leaf.kind is NodeKind.VHD:
+            grow_vhd(fd, path, size, files=files)
+        elif size is not None:
+            files.truncate(fd, size)
         disk_fd = files.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         opened.append(disk_fd)
-        nodes = [OpenNode(path, disk_fd, identity_of(disk_fd), leaf.kind, None if whole else leaf.parent)]
-        if not whole:
-            for parent in lease.chain.nodes[1:]:
-                # A duplicate shares the lease's lock on the parent, which so lasts as long as the disk.
-                opened.append(os.dup(parent.fd))
-                nodes.append(OpenNode(parent.path, opened[-1], parent.identity, parent.kind, parent.parent))
-        # Nobody needs this file after a crash, so growing it needs no sync until the commit.
-        disk = open_disk(ChainFiles(nodes, writable=True), read_only=False, files=files, published=False)
+        nodes = [OpenNode(path, disk_fd, identity_of(disk_fd), leaf.kind, leaf.parent)]
+        for parent in lease.chain.nodes[1:]:
+            # A duplicate shares the lease's lock on the parent, which so lasts as long as the disk.
+            opened.append(os.dup(parent.fd))
+            nodes.append(OpenNode(parent.path, opened[-1], parent.identity, parent.kind, parent.parent))
+        disk = _open_staged(nodes, files)
     except BaseException:
-        for descriptor in opened:
-            files.close(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            files.unlink(path)
+        _abandon(path, opened, files)
         raise
     return Filling(path, leaf.path, fd, disk, whole)
+
+
+def _begin_empty(path: str, target: str, size: int, kind: NodeKind, files: FileCalls) -> Filling:
+    opened: list[int] = []
+    try:
+        if kind is NodeKind.VHD:
+            create_dynamic(path, size, files=files)
+        fd = _open_new(path, opened, 0 if kind is NodeKind.VHD else os.O_CREAT | os.O_EXCL, files)
+        if kind is NodeKind.RAW:
+            files.truncate(fd, size)
+        opened.append(files.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+        disk = _open_staged([OpenNode(path, opened[-1], identity_of(opened[-1]), kind, None)], files)
+    except BaseException:
+        _abandon(path, opened, files)
+        raise
+    return Filling(path, target, fd, disk, whole=True)
+
+
+def _open_new(path: str, opened: list[int], flags: int, files: FileCalls) -> int:
+    """Open the descriptor whose lock says that somebody fills the file, and note it in `opened`."""
+    opened.append(files.open(path, os.O_RDWR | flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+    lock_file(opened[-1], FileUse.READ, path)
+    return opened[-1]
+
+
+def _open_staged(nodes: list[OpenNode], files: FileCalls) -> Disk:
+    # Nobody needs this file after a crash, so growing it needs no sync until the commit.
+    return open_disk(ChainFiles(nodes, writable=True), read_only=False, files=files, published=False)
+
+
+def _abandon(path: str, opened: list[int], files: FileCalls) -> None:
+    for descriptor in opened:
+        files.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        files.unlink(path)
 
 
 def _copy(source: int, target: int, cancelled: Callable[[], None], files: FileCalls) -> None:
