@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.output import CommandError, print_json
 from gateway.images.errors import ImageError
 from gateway.images.vhd.check import CheckReport, check_directory, check_vhd, repair_vhd
 
 
 def vhd_check(
-    path: str,
+    path: FileName,
     /,
     *,
     repair: Annotated[bool, Parameter(negative=())] = False,

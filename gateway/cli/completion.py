@@ -1,7 +1,33 @@
-"""`vdi-gateway completion`: the script that makes a shell complete commands and their options."""
+"""`vdi-gateway completion`: the script that makes a shell complete commands, their options and file names.
 
+cyclopts writes it from the commands' parameters. The trap: zsh calls a file of its fpath by the name of the
+file, so the function must have that name, and must run already the first time, when the file is loaded.
+"""
+
+import re
 import sys
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+# The type of a parameter that names a file: the shells complete file names where a Path stands. The commands
+# get what was typed, as str: a Path would have lost "./".
+if TYPE_CHECKING:
+    FileName = str
+else:
+    FileName = Annotated[Path, Parameter(converter=lambda _, tokens: tokens[0].value)]
+
+_BASH_FILES = 'COMPREPLY=( $(compgen -f -- "${cur}") )'
+# An argument of which nothing is known. zsh only shows a message where it is due, and completes no options.
+_ZSH_NO_ACTION = re.compile(r"^( +'(?:\d+|\*):(?:[^:\\\n]|\\.)*)'(?= \\$|$)", re.MULTILINE)
+_ZSH_END = """
+if [[ $funcstack[1] == _{name} ]]; then
+  _{name} "$@"
+else
+  compdef _{name} {name}
+fi
+"""
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> int:
@@ -14,5 +40,12 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> int:
     """
     from gateway.cli.main import PROGRAM, application  # noqa: PLC0415  main knows this command by its name
 
-    sys.stdout.write(application().generate_completion(prog_name=PROGRAM, shell=shell))
+    script = application().generate_completion(prog_name=PROGRAM, shell=shell)
+    if shell == "bash":
+        # bash's own completion of file names knows blanks and enters directories; compgen's list doesn't.
+        script = script.replace(_BASH_FILES, "compopt -o default; COMPREPLY=()")
+    if shell == "zsh":
+        script = _ZSH_NO_ACTION.sub(r"\1:{true}'", script).replace(f"_cyclopts_{PROGRAM}", f"_{PROGRAM}")
+        script += _ZSH_END.format(name=PROGRAM)
+    sys.stdout.write(script)
     return 0

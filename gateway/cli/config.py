@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.serve import read
 from gateway.config import Config, Origins, Source
 from gateway.options import OPTIONS
@@ -19,13 +20,13 @@ _WIDTH = 100
 
 def config_show(
     *,
-    state_dir: Annotated[str, Parameter(env_var=STATE_DIR_VARIABLE)] = "./state",
-    config: str | None = None,
+    state_dir: Annotated[FileName, Parameter(env_var=STATE_DIR_VARIABLE)] = "./state",
+    config: FileName | None = None,
     http: Annotated[list[str] | None, Parameter(negative=())] = None,
     https: Annotated[list[str] | None, Parameter(negative=())] = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
+    tls_cert: FileName | None = None,
+    tls_key: FileName | None = None,
     log_level: str | None = None,
     log_format: str | None = None,
 ) -> int:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Self
 from cyclopts import Parameter
 
 from gateway.cli.client_config import ClientConfig, load_client_config
+from gateway.cli.completion import FileName
 from gateway.cli.door import CONNECT_SECONDS, Door, DoorClosedError
 from gateway.cli.output import CommandError, UsageError
 from gateway.state import ADMINISTRATOR, STATE_DIR_VARIABLE, StateDirectory, StateError, read_password_file
@@ -42,7 +43,7 @@ class Login:
 class GatewayChoice:
     """Which gateway a command talks to, and as whom."""
 
-    state_dir: Annotated[str | None, Parameter(env_var=STATE_DIR_VARIABLE)] = None
+    state_dir: Annotated[FileName | None, Parameter(env_var=STATE_DIR_VARIABLE)] = None
     """State directory of a gateway on this machine, which needs no password; ./state unless client.toml names
     a gateway."""
 
@@ -52,10 +53,10 @@ class GatewayChoice:
     user: str | None = None
     """User to log in as; root when it is left out."""
 
-    password_file: str | None = None
+    password_file: FileName | None = None
     """File whose first line is the password; without it the password is asked for on the terminal."""
 
-    ca_file: str | None = None
+    ca_file: FileName | None = None
     """PEM file of the authority that must have signed the certificate. Without it the certificate is
     remembered when it is first seen, and must stay the same."""
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.output import CommandError, UsageError
 from gateway.config import Config, ConfigError, Origins
 from gateway.state import STATE_DIR_VARIABLE
@@ -12,15 +13,15 @@ from gateway.state import STATE_DIR_VARIABLE
 
 def serve(
     *,
-    state_dir: Annotated[str, Parameter(env_var=STATE_DIR_VARIABLE)],
+    state_dir: Annotated[FileName, Parameter(env_var=STATE_DIR_VARIABLE)],
     http: Annotated[list[str] | None, Parameter(negative=())] = None,
     https: Annotated[list[str] | None, Parameter(negative=())] = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
+    tls_cert: FileName | None = None,
+    tls_key: FileName | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,
     log_format: Literal["auto", "json", "console"] | None = None,
-    config: str | None = None,
+    config: FileName | None = None,
 ) -> int:
     """Run the gateway in the foreground until SIGTERM or Ctrl-C.
 

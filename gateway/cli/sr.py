@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.listing import Column, Row, Shape, print_list
 from gateway.cli.output import CommandError, UsageError, print_json, print_note, size_text
 
 Name = Annotated[str | None, Parameter(name=["--name", "--name-label"])]
-Location = Annotated[str | None, Parameter(name=["--path", "--location"])]
+Location = Annotated[FileName | None, Parameter(name=["--path", "--location"])]
 DeviceConfig = Annotated[list[str] | None, Parameter(negative=())]
 Repository = Annotated[str, Parameter(name=["--uuid", "--sr"])]
 

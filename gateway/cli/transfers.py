@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.connection import GatewayChoice
 from gateway.cli.download import download
 from gateway.cli.export_target import open_target
@@ -13,7 +14,7 @@ from gateway.cli.progress import Display, ProgressForm, Transfer
 from gateway.cli.upload import open_source, refuse_images, upload
 from gateway.cli.vdi import Disk, find_vdi
 
-File = Annotated[str, Parameter(name=["--filename", "--file"])]
+File = Annotated[FileName, Parameter(name=["--filename", "--file"])]
 Progress = Literal["auto", "bar", "json", "none"]
 
 

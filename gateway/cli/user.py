@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from gateway.cli.completion import FileName
 from gateway.cli.connection import Connection, GatewayChoice, read_password
 from gateway.cli.listing import Column, Shape, print_list
 from gateway.cli.output import CommandError, UsageError
@@ -62,7 +63,7 @@ def user_add(
     name: Name,
     *,
     role: Role = "read-only",
-    new_password_file: str | None = None,
+    new_password_file: FileName | None = None,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Make a user who may log in.
@@ -83,7 +84,7 @@ def user_add(
 
 
 def user_passwd(
-    name: Name, *, new_password_file: str | None = None, gateway: GatewayChoice | None = None
+    name: Name, *, new_password_file: FileName | None = None, gateway: GatewayChoice | None = None
 ) -> int:
     """Give a user another password. Sessions go on.
 

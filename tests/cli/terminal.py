@@ -20,9 +20,15 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
-    """Runs `vdi-gateway ARGUMENTS`; the terminal is its stdin, stdout, stderr and controlling terminal."""
+    """Runs `vdi-gateway ARGUMENTS`; the terminal is its stdin, stdout, stderr and controlling terminal.
 
-    def __init__(self, *arguments: str, width: int = 100, state_dir: Path | None = None) -> None:
+    `command` is the path of another program to run.
+    """
+
+    def __init__(
+        self, *arguments: str, width: int = 100, state_dir: Path | None = None, command: str | None = None
+    ) -> None:
+        command = command or program()
         environment = {**clean_environment(), "TERM": "xterm-256color"}
         for name in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "CI"):
             environment.pop(name, None)
@@ -32,7 +38,7 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-            os.execve(program(), [program(), *arguments], environment)
+            os.execve(command, [command, *arguments], environment)
 
     def __enter__(self) -> Self:
         return self

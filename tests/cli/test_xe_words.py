@@ -130,18 +130,6 @@ def test_status_and_hosts_are_told(house: RunningGateway) -> None:
     )
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_names_commands_and_options(shell: str, tmp_path: Path) -> None:
-    done = subprocess.run([program(), "completion", shell], capture_output=True, text=True, check=True)
-    for word in ("vdi-import", "task-watch", "password-file"):
-        assert word in done.stdout
-    if shell == "bash":
-        (tmp_path / "script").write_text(done.stdout)
-        text = "source ./script; complete -p vdi-gateway"
-        asked = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert "-F" in asked.stdout
-
-
 def test_client_commands_load_neither_trio_nor_the_database() -> None:
     modules = "connection door sr vdi task host user transfers upload download completion main"
     code = (
