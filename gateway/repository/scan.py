@@ -24,15 +24,15 @@ from gateway.images.vhd.format import NO_ID, DiskType
 from gateway.images.vhd.image import open_vhd, parent_names
 from gateway.repository.directory import SERVICE_NAME, SRDirectory
 
-_UUID: Final = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-_IMAGE: Final = re.compile(rf"({_UUID})\.(vhd|raw)")
+UUID_PATTERN: Final = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_IMAGE: Final = re.compile(rf"({UUID_PATTERN})\.(vhd|raw)")
 # Operations of SM in progress (cleanup.py, fjournaler.py, FileSR.py, vhd-util resize).
-_JOURNAL: Final = re.compile(
-    rf"(?:coalesce|relink|leaf|clone)_{_UUID}|OLD_{_UUID}\.vhd|{_UUID}\.vhd\.new|\.journal-{_UUID}"
+JOURNAL_NAME: Final = re.compile(
+    rf"(?:coalesce|relink|leaf|clone)_{UUID_PATTERN}|OLD_{UUID_PATTERN}\.vhd|{UUID_PATTERN}\.vhd\.new|\.journal-{UUID_PATTERN}"
 )
 # What SM and file systems keep beside images.
 _KNOWN: Final = re.compile(
-    rf"{_UUID}\.(?:cbtlog|vhdcache)|filelog\.txt|lost\+found|{re.escape(SERVICE_NAME)}"
+    rf"{UUID_PATTERN}\.(?:cbtlog|vhdcache)|filelog\.txt|lost\+found|{re.escape(SERVICE_NAME)}"
 )
 _SETTLED_NS: Final = 2_000_000_000
 
@@ -80,11 +80,17 @@ class ScannedImage:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """Everything in one SR. `journals` are files that SM leaves while it rearranges a chain."""
+    """Everything in one SR. `journals` are files that SM leaves while it rearranges a chain.
+
+    A repository adds to them why they could not be recovered from, by name, and says in `recovered` what it
+    did about others, a sentence each.
+    """
 
     images: Mapping[str, ScannedImage]
     journals: tuple[str, ...] = ()
     strange: tuple[str, ...] = ()
+    unresolved: Mapping[str, str] = field(default_factory=dict)
+    recovered: tuple[str, ...] = ()
 
     def children(self, uuid: str) -> tuple[str, ...]:
         """The uuids of the images that stand on this one."""
@@ -95,6 +101,11 @@ class ScanResult:
         for image in self.images.values():
             if image.error is not None:
                 yield f"{image.name}: {image.error}"
+
+    def unfinished(self) -> Iterator[str]:
+        """One sentence for each journal, beginning with its name."""
+        for name in self.journals:
+            yield f"{name}: {self.unresolved.get(name, 'an operation of SM')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +140,7 @@ class Scanner:
             names.add(entry.name)
             match = _IMAGE.fullmatch(entry.name)
             if match is None:
-                if _JOURNAL.fullmatch(entry.name):
+                if JOURNAL_NAME.fullmatch(entry.name):
                     journals.append(entry.name)
                 elif not _KNOWN.fullmatch(entry.name):
                     strange.append(entry.name)

@@ -1,0 +1,319 @@
+"""After a crash: what SM or a gateway had begun in an SR and left a journal of is finished or undone.
+
+A relink is finished, a leaf on its way into its parent is put back (as SM does), a copy is forgotten, for it
+can begin anew, and a snapshot that FileSR had begun is undone. Each step may crash in its turn: the journal
+goes last, and the next recovery begins with what the files say then. All calls here block; nobody else names
+files in the SR meanwhile.
+
+The trap: a journal tells what was meant, not what is there. Every step first looks whether the files are
+those that it means, and touches nothing that anybody has open; in doubt all stays as it is, with the reason.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from gateway.images.errors import ImageError
+from gateway.images.file_locks import FileInUse, FileUse, lock_file
+from gateway.images.files import FileCalls
+from gateway.images.vhd.check import ProblemKind, check_vhd, repair_vhd
+from gateway.images.vhd.format import DiskType
+from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
+from gateway.images.vhd.relink import restore_header
+from gateway.repository.directory import SRDirectory
+from gateway.repository.journals import (
+    JournalKind,
+    journal_name,
+    journal_path,
+    old_leaf_path,
+    parse_journal,
+    read_leaf_journal,
+    remove_journal,
+    unfinished_journals,
+)
+from gateway.repository.relink_steps import (
+    ensure_hidden,
+    finish_inline_relink,
+    kept_header,
+    kept_headers,
+    undo_leaf_relink,
+)
+from gateway.repository.scan import ScannedImage, Scanner, ScanResult
+
+_ORDER: Final = (JournalKind.LEAF, JournalKind.RELINK, JournalKind.COALESCE)
+_OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What was done, a sentence each, and why which journal (by its name) is there still."""
+
+    done: tuple[str, ...] = ()
+    unresolved: dict[str, str] = field(default_factory=dict)
+
+
+def recover_journals(directory: SRDirectory, files: FileCalls) -> Recovery:
+    """Finish or undo everything that was interrupted; what is damaged or in use stays as it is.
+
+    Doing so again after a crash, or for nothing, is safe. Raises OSError only if the directory can't be
+    listed.
+    """
+    return _Recovery(directory, files).run()
+
+
+class _StaysError(Exception):
+    """Nothing is done about a journal now; the text says why."""
+
+
+class _Recovery:
+    def __init__(self, directory: SRDirectory, files: FileCalls) -> None:
+        self._directory = directory
+        self._files = files
+        self._scanner = Scanner(directory)
+        self._done: list[str] = []
+        self._unresolved: dict[str, str] = {}
+
+    def run(self) -> Recovery:
+        for uuid in kept_headers(self._directory):
+            self._attempt(os.path.basename(kept_header(self._directory, uuid)), self._header, uuid)
+        recoveries = {
+            JournalKind.LEAF: self._leaf,
+            JournalKind.RELINK: self._relink,
+            JournalKind.COALESCE: self._coalesce,
+        }
+        for kind in _ORDER:
+            for name in unfinished_journals(self._directory):
+                journal = parse_journal(name)
+                if journal is not None and journal[0] is kind:
+                    self._attempt(name, recoveries[kind], journal[1])
+        for name in unfinished_journals(self._directory):
+            if name.endswith(".vhd.new"):
+                self._attempt(name, self._snapshot, name.removesuffix(".vhd.new"))
+            elif name.startswith("OLD_"):
+                self._attempt(name, self._old_leaf, name.removeprefix("OLD_").removesuffix(".vhd"))
+            elif parse_journal(name) is None:
+                self._unresolved[name] = "an operation of SM that only SM can finish"
+        return Recovery(tuple(self._done), self._unresolved)
+
+    def _attempt(self, name: str, recover: Callable[[str], str], uuid: str) -> None:
+        try:
+            self._done.append(f"{name}: {recover(uuid)}")
+        except _StaysError as stays:
+            self._unresolved[name] = str(stays)
+        except FileInUse as busy:
+            self._unresolved[name] = f"{os.path.basename(busy.path)} is in use: {busy.why}"
+        except ImageError as error:
+            self._unresolved[name] = f"{os.path.basename(error.path)}: {error.problem}"
+        except OSError as error:
+            file = os.path.basename(error.filename) + ": " if isinstance(error.filename, str) else ""
+            self._unresolved[name] = f"{file}{error.strerror or error}"
+
+    # Relinking
+
+    def _header(self, uuid: str) -> str:
+        path, kept = self._directory.image(uuid, "vhd"), kept_header(self._directory, uuid)
+        if not os.path.lexists(path):
+            self._files.unlink(kept)
+            return "removed, since its image is gone"
+        with self._alone(path):
+            restore_header(path, kept, self._files)
+        return f"the header of {uuid}.vhd is whole"
+
+    def _relink(self, uuid: str) -> str:
+        found = self._scanner.scan()
+        for problem in found.errors():
+            # It may be a child of the node that is to go.
+            raise _StaysError(f"a file can't be used: {problem}")
+        child = found.images.get(uuid)
+        if child is None:
+            remove_journal(self._directory, JournalKind.RELINK, uuid, files=self._files)
+            self._files.sync_directory(self._directory.root)
+            return "was finished already"
+        parent = self._vhd_parent(found, child)
+        children = self._standing_on(found, child, parent)
+        with self._alone(child.path, *(found.images[standing].path for standing in children)):
+            self._require_sound(parent)
+            finish_inline_relink(
+                self._directory, child=uuid, parent=parent.uuid, children=children, files=self._files
+            )
+            self._files.sync_directory(self._directory.root)
+        return f"finished: {len(children)} children of {child.name} stand on {parent.name} now"
+
+    def _standing_on(self, found: ScanResult, child: ScannedImage, parent: ScannedImage) -> list[str]:
+        """The children of both that name the child: one that was being relinked may have its new parent,
+        and locators that still lead to the old one, by which other programs go.
+        """
+        standing = []
+        for uuid in (*found.children(child.uuid), *found.children(parent.uuid)):
+            image = found.images[uuid]
+            if image is child:
+                continue
+            if image.parent == child.uuid or child.name in _parents_of(image.path):
+                standing.append(uuid)
+        return standing
+
+    def _coalesce(self, uuid: str) -> str:
+        found = self._scanner.scan()
+        outcome = "the merge can begin anew"
+        child = found.images.get(uuid)
+        relinking = os.path.lexists(journal_path(self._directory, JournalKind.RELINK, uuid))
+        if child is not None and not relinking:
+            if child.error is not None:
+                raise _StaysError(f"{child.name}: {child.error}")
+            parent = found.images.get(child.parent or "")
+            if parent is None:
+                raise _StaysError(f"{child.name} has no parent")
+            # A raw parent has no structures that could be damaged.
+            if parent.format == "vhd" and self._repaired(parent):
+                outcome = f"{parent.name} was repaired, and {outcome}"
+        remove_journal(self._directory, JournalKind.COALESCE, uuid, files=self._files)
+        self._files.sync_directory(self._directory.root)
+        return outcome
+
+    def _repaired(self, parent: ScannedImage) -> bool:
+        """Repair the parent if it is damaged; whether it was."""
+        report = check_vhd(parent.path)
+        if any(problem.kind is ProblemKind.IN_USE for problem in report.problems):
+            raise _StaysError(f"{report.problems[0]}")
+        if not report.problems:
+            return False
+        if report.repairable:
+            try:
+                report = repair_vhd(parent.path, self._files)
+            except FileInUse:
+                # All data is there as long as these are only warnings.
+                if report.errors:
+                    raise
+        for problem in report.errors:
+            raise _StaysError(f"{parent.name}: {problem.detail}")
+        return bool(report.repaired)
+
+    # A leaf on its way into its parent
+
+    def _leaf(self, leaf: str) -> str:
+        directory = self._directory
+        parent = read_leaf_journal(directory, leaf)
+        if parent is None:
+            raise _StaysError("there is no uuid in it")
+        leaf_path, parent_path = directory.image(leaf, "vhd"), directory.image(parent, "vhd")
+        old_path = old_leaf_path(directory, leaf)
+        there = [path for path in (leaf_path, parent_path, old_path) if os.path.lexists(path)]
+        with self._alone(*there):
+            if there == [leaf_path]:
+                if f"{parent}.vhd" in _parents_of(leaf_path):
+                    raise _StaysError(f"{leaf}.vhd has lost its parent {parent}.vhd")
+                ensure_hidden(leaf_path, False, self._files)
+                remove_journal(directory, JournalKind.LEAF, leaf, files=self._files)
+                self._files.sync_directory(directory.root)
+                return "was finished already"
+            if len(there) != 2:
+                names = ", ".join(os.path.basename(path) for path in there) or "nothing"
+                wanted = f"two of {leaf}.vhd, {parent}.vhd and OLD_{leaf}.vhd"
+                raise _StaysError(f"{wanted} should be there, but there is {names}")
+            # Of the two the leaf is the one that lies at the old path, if anything does.
+            at_old = old_path in there
+            child_path = old_path if at_old else leaf_path
+            below_path = next(path for path in there if path != child_path)
+            self._require_child(child_path, below_path)
+            undo_leaf_relink(directory, leaf=leaf, parent=parent, files=self._files)
+        return f"undone: {leaf}.vhd stands on {parent}.vhd again"
+
+    def _old_leaf(self, leaf: str) -> str:
+        if os.path.lexists(journal_path(self._directory, JournalKind.LEAF, leaf)):
+            raise _StaysError(f"it stays as long as {journal_name(JournalKind.LEAF, leaf)} does")
+        path = self._directory.image(leaf, "vhd")
+        image = self._scanner.scan().images.get(leaf)
+        if image is None or image.path != path or image.error is not None:
+            problem = image.error if image is not None and image.error else "is missing"
+            raise _StaysError(f"it stays, since {leaf}.vhd can't be used: {problem}")
+        self._files.unlink(old_leaf_path(self._directory, leaf))
+        self._files.sync_directory(self._directory.root)
+        return f"removed, since {leaf}.vhd took its place"
+
+    # A snapshot by FileSR
+
+    def _snapshot(self, leaf: str) -> str:
+        """The leaf's file gets its only name back.
+
+        FileSR links or renames <leaf>.vhd to <base>.vhd, makes an empty child of that as <leaf>.vhd.new, and
+        renames it over <leaf>.vhd.
+        """
+        directory, files = self._directory, self._files
+        leaf_path, new_path = directory.image(leaf, "vhd"), os.path.join(directory.root, f"{leaf}.vhd.new")
+        found = self._scanner.scan()
+        bases = self._bases_of_new(found, new_path)
+        if not os.path.lexists(leaf_path):
+            if len(bases) != 1 or found.children(bases[0].uuid):
+                raise _StaysError(f"{leaf}.vhd is missing, and which file it was is not known")
+            with self._alone(bases[0].path):
+                files.rename(bases[0].path, leaf_path)
+        else:
+            for image in found.images.values():
+                if image.uuid != leaf and os.path.samefile(image.path, leaf_path):
+                    if (bases and image not in bases) or found.children(image.uuid):
+                        raise _StaysError(f"{image.name} and {leaf}.vhd are one file")
+                    files.unlink(image.path)
+        files.sync_directory(directory.root)
+        files.unlink(new_path)
+        files.sync_directory(directory.root)
+        return f"the snapshot of {leaf}.vhd was undone"
+
+    def _bases_of_new(self, found: ScanResult, new_path: str) -> list[ScannedImage]:
+        """The images that a new leaf names as its parent; none if it was still being made."""
+        with suppress(ImageError):
+            with _opened(new_path) as new:
+                if new.header is None or new.has_blocks():
+                    raise _StaysError("it has blocks of its own")
+            names = _parents_of(new_path)
+            return [image for image in found.images.values() if image.name in names]
+        return []
+
+    # What several of them need
+
+    def _vhd_parent(self, found: ScanResult, child: ScannedImage) -> ScannedImage:
+        parent = found.images.get(child.parent or "")
+        if parent is None or parent.format != "vhd":
+            raise _StaysError(f"{child.name} has no VHD as its parent")
+        return parent
+
+    def _require_sound(self, parent: ScannedImage) -> None:
+        report = check_vhd(parent.path)
+        for problem in report.problems:
+            if problem.kind is ProblemKind.IN_USE or problem in report.errors:
+                raise _StaysError(f"{parent.name}: {problem.detail}")
+
+    def _require_child(self, child_path: str, parent_path: str) -> None:
+        with _opened(child_path) as child, _opened(parent_path) as parent:
+            if child.header is None or child.header.parent_id != parent.unique_id:
+                names = os.path.basename(child_path), os.path.basename(parent_path)
+                raise _StaysError(f"{names[0]} doesn't stand on {names[1]}")
+
+    @contextmanager
+    def _alone(self, *paths: str) -> Iterator[None]:
+        """Lock files as a writer does. Raises FileInUse, OSError."""
+        opened: list[int] = []
+        try:
+            for path in paths:
+                opened.append(os.open(path, _OPEN))
+                lock_file(opened[-1], FileUse.WRITE, path)
+            yield
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[VhdFile]:
+    fd = os.open(path, _OPEN)
+    try:
+        yield open_vhd(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _parents_of(path: str) -> list[str]:
+    """The names that an image has for its parent; none if it has no parent. Raises ImageError, OSError."""
+    with _opened(path) as image:
+        return parent_names(image) if image.footer.disk_type is DiskType.DIFFERENCING else []
