@@ -22,7 +22,7 @@ from gateway.core.lease_refusal import Blocker, LeaseRefused, refused_by_grants,
 from gateway.core.lease_table import Grant, Holder, LeaseMode, LeaseTable, TableBusy
 from gateway.core.limits import Limits
 from gateway.images.chain import ChainFiles, chain_is_current, open_chain_files
-from gateway.images.file_locks import FileInUse, FileUse, lock_file
+from gateway.images.file_locks import FileInUse, FileUse, lock_files
 from gateway.images.files import FileIdentity
 
 __all__ = ["Blocker", "Holder", "Lease", "LeaseMode", "LeaseRefused", "Leases", "Step"]
@@ -327,9 +327,10 @@ def _files_of(chain: ChainFiles, modes: Sequence[LeaseMode]) -> Mapping[FileIden
 
 
 def _lock_chain(chain: ChainFiles, modes: Sequence[LeaseMode]) -> None:
-    for node, mode in zip(chain.nodes, _modes_of(chain, modes), strict=True):
-        use = FileUse.WRITE if mode is LeaseMode.WRITE else FileUse.READ
-        lock_file(node.fd, use, node.path)
+    lock_files(
+        (node.fd, FileUse.WRITE if mode is LeaseMode.WRITE else FileUse.READ, node.path)
+        for node, mode in zip(chain.nodes, _modes_of(chain, modes), strict=True)
+    )
 
 
 def _lock_and_check(chain: ChainFiles, modes: Sequence[LeaseMode]) -> bool:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
 from enum import Enum
 from typing import Final
 
@@ -29,6 +30,7 @@ _WRITE: Final = 1
 _WRITE_UNCHANGED: Final = 2
 _RESIZE: Final = 3
 _PERMISSION_NAMES: Final = ("read", "write", "write unchanged data", "resize")
+_EXCLUSIVELY: Final = "has locked it exclusively"
 
 
 class FileUse(Enum):
@@ -78,21 +80,39 @@ def lock_file(fd: int, use: FileUse, path: str) -> None:
         except OSError as error:
             # Only a write lock stands in the way of a read lock: not QEMU's way, but somebody's.
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise FileInUse(path, "another program has locked it exclusively") from error
+                raise FileInUse(path, f"another program {_EXCLUSIVELY}") from error
             raise
+    _ask_about_others(fd, use, path)
+
+
+def lock_files(wanted: Iterable[tuple[int, FileUse, str]]) -> None:
+    """`lock_file` for several files, but not one byte is taken while any of them is seen to be in use.
+
+    So whoever tries in vain, be it again and again, disturbs nobody who opens another file of the same chain.
+    Of two that race, one or both are refused as by `lock_file`.
+    """
+    wanted = tuple(wanted)
+    for fd, use, path in wanted:
+        _ask_about_others(fd, use, path)
+    for fd, use, path in wanted:
+        lock_file(fd, use, path)
+
+
+def _ask_about_others(fd: int, use: FileUse, path: str) -> None:
     for permission in use.uses:
-        if _locked_by_others(fd, _DENIES + permission):
-            raise FileInUse(path, f"another program lets nobody {_PERMISSION_NAMES[permission]} it")
+        _ask_about(fd, _DENIES + permission, path, f"lets nobody {_PERMISSION_NAMES[permission]} it")
     for permission in use.denies:
-        if _locked_by_others(fd, _USES + permission):
-            raise FileInUse(path, f"another program has it open to {_PERMISSION_NAMES[permission]} it")
+        _ask_about(fd, _USES + permission, path, f"has it open to {_PERMISSION_NAMES[permission]} it")
 
 
-def _locked_by_others(fd: int, start: int) -> bool:
+def _ask_about(fd: int, start: int, path: str, meaning: str) -> None:
+    """Raise FileInUse if somebody else has locked the byte at `start`, which means `meaning`."""
     # A write lock collides with every read lock of other descriptions; asking needs no writable descriptor.
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start))
     lock_type: int = _FLOCK.unpack(answer)[0]
-    return lock_type != fcntl.F_UNLCK
+    if lock_type == fcntl.F_UNLCK:
+        return
+    raise FileInUse(path, f"another program {_EXCLUSIVELY if lock_type == fcntl.F_WRLCK else meaning}")
 
 
 def _flock(lock_type: int, start: int) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.images.file_locks import FileInUse, FileUse, lock_file
+from gateway.images.file_locks import FileInUse, FileUse, lock_file, lock_files
 
 Opener = Callable[[int], int]
 
@@ -116,6 +116,23 @@ def test_the_refusal_names_the_file_and_the_reason(image: Path, open_image: Open
 
 def test_a_read_only_descriptor_can_take_the_writers_lock(image: Path, open_image: Opener) -> None:
     lock_file(open_image(os.O_RDONLY), FileUse.WRITE, str(image))
+
+
+def test_while_one_of_several_files_is_in_use_no_byte_of_the_others_is_locked(
+    image: Path, open_image: Opener, tmp_path: Path
+) -> None:
+    free = tmp_path / "free.raw"
+    free.touch()
+    fd = os.open(free, os.O_RDONLY)
+    lock_file(open_image(os.O_RDONLY), FileUse.READ, str(image))
+    wanted = [(fd, FileUse.WRITE, str(free)), (open_image(os.O_RDONLY), FileUse.WRITE, str(image))]
+    with pytest.raises(FileInUse, match="lets nobody write it") as caught:
+        lock_files(wanted)
+    assert caught.value.filename == str(image)
+    assert may(FileUse.WRITE, free), "its descriptor is open still"
+    lock_files((fd, FileUse.READ, path) for fd, _, path in wanted)
+    assert not may(FileUse.WRITE, free)
+    os.close(fd)
 
 
 def test_a_refused_descriptor_leaves_nothing_behind_once_closed(image: Path) -> None:
