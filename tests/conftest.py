@@ -1,4 +1,7 @@
-"""The real gateway as a process: `vdi-gateway serve` on free ports of the loopback, with its own state."""
+"""The real gateway as a process: `vdi-gateway serve` on free ports of the loopback, with its own state.
+
+The trap that is closed here: where CI is set, pytest explains two images that differ line by line, for hours.
+"""
 
 import os
 import re
@@ -8,7 +11,7 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 
 START_SECONDS = 30
 STOP_SECONDS = 30
+MOST_EXPLAINED = 4096
 
 
 class RunningGateway:
@@ -164,6 +168,25 @@ def program() -> str:
 
 def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("VDI_GATEWAY_")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_assertrepr_compare(
+    config: pytest.Config, left: object, right: object
+) -> Generator[None, list[list[str] | None], list[list[str] | None]]:
+    """Of long bytes that differ, only the first difference is told.
+
+    With -v, or with one of these variables set, pytest lets difflib compare all lines of how they are written:
+    1 MiB takes longer than any test may, and so the test seems to stand still.
+    """
+    long = any(isinstance(side, bytes | bytearray) and len(side) > MOST_EXPLAINED for side in (left, right))
+    if not long:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CI", raising=False)
+        patch.delenv("BUILD_NUMBER", raising=False)
+        patch.setattr(config.option, "verbose", min(0, config.option.verbose))
+        return (yield)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ as text.
 
 import io
 import json
+import logging
 import sys
 import tarfile
 import warnings
@@ -73,7 +74,13 @@ def work(asked: dict[str, Any], connected: Session) -> dict[str, Any]:
 
 
 def send_image(asked: dict[str, Any], connected: Session) -> dict[str, Any]:
-    """A gzipped tar with a VHD, as glance has images, becomes a VDI."""
+    """A gzipped tar with a VHD, as glance has images, becomes a VDI; and what os-xenapi says of it."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    speaker = logging.getLogger(vdi_handler.__name__)
+    speaker.addHandler(listener)
+    speaker.setLevel(logging.DEBUG)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         tar.add(asked["file"], "0.vhd")
@@ -81,7 +88,7 @@ def send_image(asked: dict[str, Any], connected: Session) -> dict[str, Any]:
     vdis = image.stream_to_vdis(
         None, connected, {"name": "instance", "uuid": "u"}, asked["url"], asked["sr"], packed
     )
-    return {"vdis": vdis}
+    return {"vdis": vdis, "said": said}
 
 
 def fetch_image(asked: dict[str, Any], connected: Session) -> dict[str, Any]:

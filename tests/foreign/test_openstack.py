@@ -74,10 +74,22 @@ def test_it_reads_the_head_of_the_gateways_vhd_files(
     assert found["blocks"] == 2
 
 
-@pytest.mark.xfail(
-    reason="os-xenapi sends images as format=vhd alone, and may then wait for its own threads",
-    run=False,
-)
+def test_image_of_glance_is_refused_and_its_vdi_stays_empty(
+    site: Site, openstack: Program, random_file: Maker
+) -> None:
+    source, first = random_file(4 * MIB), site.create_vdi(4 * MIB)
+    assert curl_upload(source, site.import_url(first))[0] == 200
+    found = openstack("send", file=str(first.file))
+    # It streams on, hears the refusal and goes on all the same: what it made of it is only in its log.
+    assert [line for line in found["said"] if line.startswith("Connection response")] == [
+        "Connection response status/reason is 404:Not Found"
+    ]
+    uuid = found["vdis"]["root"]["uuid"]
+    empty = Vdi(site.gateway.call("VDI.get_by_uuid", uuid), uuid, 4 * MIB, site.directory / f"{uuid}.vhd")
+    assert stored_content(empty) == bytes(4 * MIB)
+
+
+@formats_to_come
 def test_image_of_glance_becomes_a_vdi(site: Site, openstack: Program, random_file: Maker) -> None:
     source, first = random_file(4 * MIB), site.create_vdi(4 * MIB)
     assert curl_upload(source, site.import_url(first))[0] == 200

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trustme
 
 from gateway.core.records import PBD, SR, Host
 from gateway.core.refs import new_ref, new_uuid
@@ -285,3 +286,26 @@ async def test_draining_after_a_refusal_has_an_end(tmp_path: Path) -> None:
             with trio.fail_after(5):
                 await client.rest()
                 await until(lambda: not gate.server.connection_count)
+
+
+ENDLESS = 1 << 50
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("limits", [(0.2, ENDLESS), (600, MIB)], ids=["seconds", "bytes"])
+async def test_a_refused_client_that_only_ever_sends_is_cut_off_by_either_limit(
+    tmp_path: Path, authority: trustme.CA, trust: ssl.SSLContext, limits: tuple[float, int], encrypted: bool
+) -> None:
+    seconds, drained = limits
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    body = bytes(64 << 10)
+    async with open_gate(
+        tmp_path, context, refusal_drain_seconds=seconds, refusal_drain_bytes=drained
+    ) as gate:
+        async with gate.client(trust if encrypted else None) as client:
+            await client.head("PUT", gate.target(UNKNOWN), {"content-length": str(ENDLESS)})
+            with trio.fail_after(20), pytest.raises(trio.BrokenResourceError):
+                while True:
+                    await client.send(body)
+            await until(lambda: not gate.server.connection_count)
