@@ -176,7 +176,7 @@ def pytest_assertrepr_compare(
 ) -> Generator[None, list[list[str] | None], list[list[str] | None]]:
     """Of long bytes that differ, only the first difference is told.
 
-    With -v, or with one of these variables set, pytest lets difflib compare all lines of how they are written:
+    With -v, or with one of these variables set, pytest lets difflib compare all lines of how they are told:
     1 MiB takes longer than any test may, and so the test seems to stand still.
     """
     long = any(isinstance(side, bytes | bytearray) and len(side) > MOST_EXPLAINED for side in (left, right))
