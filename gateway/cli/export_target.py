@@ -6,6 +6,7 @@ the note must never promise bytes that a power failure could still take, so it i
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -24,6 +25,11 @@ PIECE_BYTES: Final = 64 << 10
 _WRITEBACK_BYTES: Final = 8 << 20
 _NOTE_SECONDS: Final = 10.0
 _ZEROES: Final = bytes(PIECE_BYTES)
+_SECTOR_BYTES: Final = 4096
+_PUNCH_HOLE_KEEP_SIZE: Final = 0x03  # linux/falloc.h
+
+_fallocate: Final = ctypes.CDLL(None).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class ExportTarget(ABC):
@@ -91,7 +97,7 @@ class StreamTarget(ExportTarget):
 
 
 class DeviceTarget(ExportTarget):
-    """A block device, or whatever is written in place: zeroes are written as such, or given back."""
+    """A block device, which is written in place: zeroes are given back, or written as such where it can't."""
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
@@ -108,11 +114,21 @@ class DeviceTarget(ExportTarget):
         with memoryview(buffer) as view:
             for start, stop, zero in runs(buffer, count):
                 if zero:
-                    FILES.punch(self._fd, self.offset + start, stop - start)
+                    self._write_zeroes(view[start:stop], self.offset + start)
                 else:
                     FILES.pwrite(self._fd, view[start:stop], self.offset + start)
                     self.physical += stop - start
         self.offset += count
+
+    def _write_zeroes(self, zeroes: memoryview, offset: int) -> None:
+        # Only whole sectors can be given back, and after a broken connection the offset may be any.
+        first = -(-offset // _SECTOR_BYTES) * _SECTOR_BYTES
+        stop = (offset + len(zeroes)) // _SECTOR_BYTES * _SECTOR_BYTES
+        if first < stop and not _fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, first, stop - first):
+            FILES.pwrite(self._fd, zeroes[: first - offset], offset)
+            FILES.pwrite(self._fd, zeroes[stop - offset :], stop)
+        else:
+            FILES.pwrite(self._fd, zeroes, offset)
 
     def finish(self) -> None:
         os.fsync(self._fd)

@@ -8,12 +8,19 @@ from typing import Self
 
 
 class Proxy:
-    """The first `cuts` answers longer than `cut_after` bytes are cut there (by a reset); those longer than
-    `hold_after` stand still until the proxy ends."""
+    """The first `cuts` answers longer than `cut_after` bytes are cut: by a reset near there, or, without
+    `reset`, by an end exactly there. Those longer than `hold_after` stand still until the proxy ends."""
 
     def __init__(
-        self, url: str, *, cut_after: int | None = None, cuts: int = 1, hold_after: int | None = None
+        self,
+        url: str,
+        *,
+        cut_after: int | None = None,
+        cuts: int = 1,
+        reset: bool = True,
+        hold_after: int | None = None,
     ) -> None:
+        self._reset = reset
         host, _, port = url.rpartition("/")[2].rpartition(":")
         self._target = (host, int(port))
         self._cut_after = cut_after
@@ -72,7 +79,10 @@ class Proxy:
                 count += len(data)
                 if self._cut_after is not None and count > self._cut_after and self.cut < self._cuts:
                     self.cut += 1
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    if self._reset:
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    else:
+                        client.sendall(data[: self._cut_after - count])
                     break
                 if self._hold_after is not None and count > self._hold_after:
                     self.held.set()
