@@ -55,6 +55,16 @@ class Task:
     # An operation of the gateway works under it, or soon will: nobody else ends it.
     worked_on: bool = False
 
+    def check_open(self) -> None:
+        """Raise TASK_CANCELLED, or what else it ended with, unless work may go on under this task."""
+        if self.status is TaskStatus.PENDING:
+            return
+        if self.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
+            raise XenAPIError("TASK_CANCELLED", self.ref)
+        if self.error_info:
+            raise XenAPIError(*self.error_info)
+        raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({self.status})")
+
 
 class Actor(Protocol):
     """Who asks: `sessions.Identity` is one."""

@@ -9,15 +9,13 @@ a task while its operation runs, which goes on without it.
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
 import trio
-from sqlalchemy import Connection, bindparam, delete, insert, literal_column, select, update
 
-from gateway.core import schema
 from gateway.core.clock import utc_now
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError, as_xenapi_error
@@ -26,6 +24,7 @@ from gateway.core.limits import Limits
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.task import Actor, Operation, Task, TaskStatus
+from gateway.core.task_table import TaskTable
 
 __all__ = ["Actor", "Operation", "Task", "TaskStatus", "Tasks"]
 
@@ -45,26 +44,21 @@ class Tasks:
 
     def __init__(
         self,
-        database: Database,
-        events: Events,
+        table: TaskTable,
         *,
         limits: Limits,
         resident_on: str,
         now: Callable[[], datetime],
     ) -> None:
-        self._database = database
-        self._events = events
+        self._table = table
         self._limits = limits
         self._resident_on = resident_on
         self._now = now
         # Writers take turns, so that memory and database change in one order.
         self._lock = trio.Lock()
-        self._tasks: dict[str, Task] = {}
-        self._by_uuid: dict[str, str] = {}
-        self._subtasks: dict[str, dict[str, None]] = {}
         self._operations: dict[str, Operation] = {}
         # Pending tasks of an earlier run of the gateway whose holder may still come back.
-        self._unannounced: set[str] = set()
+        self._unannounced = {task.ref for task in table if task.worked_on and not task.status.is_final}
         # The progress that the last event told, and tasks whose client has set another one since.
         self._told_progress: dict[str, float] = {}
         self._moved: set[str] = set()
@@ -81,18 +75,8 @@ class Tasks:
         now: Callable[[], datetime] = utc_now,
     ) -> "Tasks":
         """Read the tasks; `resident_on` is the reference of this host."""
-        tasks = cls(database, events, limits=limits or Limits(), resident_on=resident_on, now=now)
-
-        def rows(connection: Connection) -> list[dict[str, Any]]:
-            query = select(schema.tasks).order_by(literal_column("rowid"))
-            return [dict(row) for row in connection.execute(query).mappings()]
-
-        for row in await database.run(rows):
-            task = Task(**{**row, "status": TaskStatus(row["status"])})
-            tasks._put(task)
-            if not task.status.is_final and task.worked_on:
-                tasks._unannounced.add(task.ref)
-        return tasks
+        table = await TaskTable.load(database, events)
+        return cls(table, limits=limits or Limits(), resident_on=resident_on, now=now)
 
     async def run(self) -> None:
         """What happens by itself: unannounced tasks fail, progress is told, old tasks go. Never returns."""
@@ -104,37 +88,36 @@ class Tasks:
     # Reading
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._table)
 
     def get(self, ref: str) -> Task:
         """The task as it is now, with its live progress. Raises HANDLE_INVALID."""
-        task = self._get(ref)
-        operation = self._operations.get(ref)
+        return self._live(self._table.get(ref))
+
+    def _live(self, task: Task) -> Task:
+        operation = self._operations.get(task.ref)
         return task if operation is None else replace(task, progress=operation.current_progress())
 
     def by_uuid(self, uuid: str) -> Task:
         """The task with this uuid. Raises UUID_INVALID."""
-        ref = self._by_uuid.get(uuid.lower())
-        if ref is None:
-            raise XenAPIError("UUID_INVALID", "task", uuid)
-        return self.get(ref)
+        return self._live(self._table.by_uuid(uuid))
 
     def all(self) -> list[Task]:
         """Every task, oldest first."""
-        return [self.get(ref) for ref in self._tasks]
+        return [self._live(task) for task in self._table]
 
     def by_name_label(self, label: str) -> list[Task]:
         """The tasks with exactly this name."""
-        return [self.get(task.ref) for task in self._tasks.values() if task.name_label == label]
+        return [self._live(task) for task in self._table if task.name_label == label]
 
     def subtasks_of(self, ref: str) -> list[Task]:
         """The tasks that say they are part of this one."""
-        return [self.get(subtask) for subtask in self._subtasks.get(ref, ())]
+        return [self.get(subtask) for subtask in self._table.subtasks_of(ref)]
 
     def can_cancel(self, ref: str) -> bool:
         """Whether `cancel` would be heard now. Raises HANDLE_INVALID."""
         operation = self._operations.get(ref)
-        is_pending = self._get(ref).status is TaskStatus.PENDING
+        is_pending = self._table.get(ref).status is TaskStatus.PENDING
         return is_pending and (operation is None or operation.cancellable)
 
     # Life
@@ -172,16 +155,14 @@ class Tasks:
         async with self._lock:
             if client_made and self._waiting_for_clients() >= self._limits.task_keep:
                 raise XenAPIError("TOO_MANY_PENDING_TASKS", str(self._limits.task_keep))
-            await self._database.run(lambda connection: connection.execute(insert(schema.tasks), _row(task)))
-            self._put(task)
-            self._events.publish("task", "add", task.ref)
+            await self._table.add(task)
             await self._forget(self._beyond_the_limits())
         return task
 
     async def destroy(self, ref: str, actor: Actor | None = None) -> None:
         """Remove the record; an operation under it goes on. Raises HANDLE_INVALID, RBAC_PERMISSION_DENIED."""
         async with self._lock:
-            _check_actor(self._get(ref), actor, DESTROY_ANY)
+            _check_actor(self._table.get(ref), actor, DESTROY_ANY)
             await self._forget([ref])
 
     async def cancel(self, ref: str, actor: Actor | None = None) -> None:
@@ -192,7 +173,7 @@ class Tasks:
         for a task that has ended in another way or whose work cannot be stopped.
         """
         async with self._lock:
-            task = self._get(ref)
+            task = self._table.get(ref)
             _check_actor(task, actor, CANCEL_ANY)
             if task.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
                 return
@@ -204,7 +185,7 @@ class Tasks:
             else:
                 # The work first: it should stop even if the database cannot write.
                 operation.request_cancel()
-                await self._store(replace(task, status=TaskStatus.CANCELLING))
+                await self._table.store(replace(task, status=TaskStatus.CANCELLING))
 
     async def fail(self, ref: str, error: XenAPIError) -> bool:
         """End a task whose operation was refused before it began; whether that was done.
@@ -212,7 +193,7 @@ class Tasks:
         Nothing happens to a task that is unknown, has ended, or belongs to another operation that runs.
         """
         async with self._lock:
-            task = self._tasks.get(ref)
+            task = self._table.find(ref)
             if task is None or task.status is not TaskStatus.PENDING or ref in self._operations:
                 return False
             await self._finish(task, TaskStatus.FAILURE, error)
@@ -224,7 +205,7 @@ class Tasks:
         Raises HANDLE_INVALID, or what ended the task meanwhile (TASK_CANCELLED, TASK_INTERRUPTED): then stop
         the work.
         """
-        _check_open(self._get(ref))
+        self._table.get(ref).check_open()
         self._unannounced.discard(ref)
 
     @asynccontextmanager
@@ -263,13 +244,13 @@ class Tasks:
 
     async def _begin(self, ref: str, cancel: Callable[[], None] | None) -> Operation:
         async with self._lock:
-            task = self._get(ref)
-            _check_open(task)
+            task = self._table.get(ref)
+            task.check_open()
             if ref in self._operations:
                 raise XenAPIError("OTHER_OPERATION_IN_PROGRESS", "task", ref)
             if not task.worked_on:
                 # Durable, so that after a crash the task is known to be without its work.
-                await self._store(replace(task, worked_on=True))
+                await self._table.store(replace(task, worked_on=True))
             operation = Operation(ref, cancel)
             self._operations[ref] = operation
             self._unannounced.discard(ref)
@@ -286,7 +267,7 @@ class Tasks:
                 progress = 1.0 if status is TaskStatus.SUCCESS else operation.current_progress()
                 del self._operations[operation.task]
                 self._told_progress.pop(operation.task, None)
-                task = self._tasks.get(operation.task)
+                task = self._table.find(operation.task)
                 if task is not None:
                     task = replace(task, progress=progress, result=operation.result)
                     await self._finish(task, status, operation.error)
@@ -313,19 +294,19 @@ class Tasks:
             task = self._own_pending_task(ref, actor)
             if not 0.0 <= progress <= 1.0:
                 raise XenAPIError("VALUE_NOT_SUPPORTED", "progress", str(progress), "it goes from 0 to 1")
-            self._put(replace(task, progress=progress))
+            self._table.put(replace(task, progress=progress))
             self._moved.add(ref)
             self._something_runs.set()
 
     async def set_result(self, ref: str, result: str, actor: Actor | None = None) -> None:
         """Set a client's own pending task's result."""
         async with self._lock:
-            await self._store(replace(self._own_pending_task(ref, actor), result=result))
+            await self._table.store(replace(self._own_pending_task(ref, actor), result=result))
 
     async def set_error_info(self, ref: str, error_info: Iterable[str], actor: Actor | None = None) -> None:
         """Set a client's own pending task's error, a code and its parameters."""
         async with self._lock:
-            await self._store(replace(self._own_pending_task(ref, actor), error_info=tuple(error_info)))
+            await self._table.store(replace(self._own_pending_task(ref, actor), error_info=tuple(error_info)))
 
     async def edit(
         self, ref: str, compute: Callable[[Task], Mapping[str, Any]], actor: Actor | None = None
@@ -334,13 +315,13 @@ class Tasks:
         at any time.
         """
         async with self._lock:
-            task = self._get(ref)
+            task = self._table.get(ref)
             _check_actor(task, actor, CHANGE_ANY)
             changes = compute(task)
             if not changes.keys() <= {"other_config"}:
                 raise ValueError("a task's own methods set its other fields")
             if changes:
-                await self._store(replace(task, **changes))
+                await self._table.store(replace(task, **changes))
         return self.get(ref)
 
     async def add_to_other_config(self, ref: str, key: str, value: str, actor: Actor | None = None) -> None:
@@ -362,7 +343,7 @@ class Tasks:
         await self.edit(ref, removed, actor)
 
     def _own_pending_task(self, ref: str, actor: Actor | None) -> Task:
-        task = self._get(ref)
+        task = self._table.get(ref)
         _check_actor(task, actor, CHANGE_ANY)
         if task.worked_on:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "an operation of the gateway ends this task")
@@ -371,7 +352,7 @@ class Tasks:
         return task
 
     def _waiting_for_clients(self) -> int:
-        return sum(not task.worked_on and not task.status.is_final for task in self._tasks.values())
+        return sum(not task.worked_on and not task.status.is_final for task in self._table)
 
     # What happens by itself
 
@@ -379,7 +360,7 @@ class Tasks:
         await trio.sleep(self._limits.announce_seconds)
         async with self._lock:
             for ref in list(self._unannounced):
-                task = self._tasks.get(ref)
+                task = self._table.find(ref)
                 if task is not None and not task.status.is_final:
                     if task.status is TaskStatus.CANCELLING:
                         await self._finish(task, TaskStatus.CANCELLED, XenAPIError("TASK_CANCELLED", ref))
@@ -397,8 +378,9 @@ class Tasks:
                 if progress != self._told_progress.get(ref, 0.0):
                     self._told_progress[ref] = progress
                     moved.add(ref)
-            for ref in moved & self._tasks.keys():
-                self._events.publish("task", "mod", ref)
+            for ref in moved:
+                if self._table.find(ref) is not None:
+                    self._table.tell(ref)
             if not self._operations:
                 self._something_runs = trio.Event()
 
@@ -415,11 +397,11 @@ class Tasks:
         oldest = self._now() - timedelta(seconds=self._limits.task_keep_seconds)
         finished = [
             (task.client_made, task.finished, task.ref)
-            for task in self._tasks.values()
+            for task in self._table
             if task.status.is_final and task.ref not in self._operations
         ]
         old = [ref for _, moment, ref in finished if moment < oldest]
-        excess = len(self._tasks) - len(old) - self._limits.task_keep
+        excess = len(self._table) - len(old) - self._limits.task_keep
         if excess > 0:
             kept = sorted(entry for entry in finished if entry[1] >= oldest)
             old += [ref for _, _, ref in kept[:excess]]
@@ -431,7 +413,7 @@ class Tasks:
         error_info = task.error_info if error is None else tuple(error.error_info)
         ended = replace(task, status=status, error_info=error_info, finished=self._now())
         try:
-            await self._store(ended)
+            await self._table.store(ended)
         except Exception as problem:
             # The work is over whatever the database does; but what is not written down is not called a
             # success.
@@ -439,65 +421,20 @@ class Tasks:
             log.exception("the end of a task could not be recorded", task=task.ref, status=status)
             failed = TaskStatus.FAILURE if status is TaskStatus.SUCCESS else status
             info = tuple(told.error_info) if status is TaskStatus.SUCCESS else error_info
-            self._put(replace(ended, status=failed, error_info=info))
-            self._events.publish("task", "mod", task.ref)
+            self._table.put(replace(ended, status=failed, error_info=info))
+            self._table.tell(task.ref)
             if status is TaskStatus.SUCCESS:
                 raise told from problem
             return
         await self._forget(self._beyond_the_limits())
 
-    async def _store(self, task: Task) -> None:
-        statement = update(schema.tasks).where(schema.tasks.c.ref == bindparam("_ref"))
-        row = {**_row(task), "_ref": task.ref}
-        await self._database.run(lambda connection: connection.execute(statement, row))
-        self._put(task)
-        self._events.publish("task", "mod", task.ref)
-
     async def _forget(self, refs: list[str]) -> None:
-        if not refs:
-            return
-        statement = delete(schema.tasks).where(schema.tasks.c.ref == bindparam("_ref"))
-        rows = [{"_ref": ref} for ref in refs]
-        await self._database.run(lambda connection: connection.execute(statement, rows))
-        for ref in refs:
-            task = self._tasks.pop(ref)
-            del self._by_uuid[task.uuid]
-            if (siblings := self._subtasks.get(task.subtask_of)) is not None:
-                del siblings[ref]
-                if not siblings:
-                    del self._subtasks[task.subtask_of]
-            self._unannounced.discard(ref)
-            self._moved.discard(ref)
-            self._events.publish("task", "del", ref)
-
-    def _put(self, task: Task) -> None:
-        self._tasks[task.ref] = task
-        self._by_uuid[task.uuid] = task.ref
-        if task.subtask_of != NULL_REF:
-            self._subtasks.setdefault(task.subtask_of, {})[task.ref] = None
-
-    def _get(self, ref: str) -> Task:
-        task = self._tasks.get(ref)
-        if task is None:
-            raise XenAPIError("HANDLE_INVALID", "task", ref)
-        return task
+        if refs:
+            await self._table.remove(refs)
+            self._unannounced.difference_update(refs)
+            self._moved.difference_update(refs)
 
 
 def _check_actor(task: Task, actor: Actor | None, permission: Permission) -> None:
     if actor is not None and actor.user != task.user:
         permission.check(actor.role)
-
-
-def _check_open(task: Task) -> None:
-    """Raise unless work may go on under this task."""
-    if task.status is TaskStatus.PENDING:
-        return
-    if task.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
-        raise XenAPIError("TASK_CANCELLED", task.ref)
-    if task.error_info:
-        raise XenAPIError(*task.error_info)
-    raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({task.status})")
-
-
-def _row(task: Task) -> dict[str, Any]:
-    return {item.name: getattr(task, item.name) for item in fields(task)}
