@@ -10,7 +10,7 @@ those that it means, and touches nothing that anybody has open; in doubt all sta
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,12 +19,11 @@ from gateway.images.errors import ImageError
 from gateway.images.file_locks import FileInUse, FileUse, lock_file
 from gateway.images.files import FileCalls
 from gateway.images.vhd.check import ProblemKind, check_vhd, repair_vhd
-from gateway.images.vhd.format import DiskType
-from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
 from gateway.images.vhd.relink import restore_header
 from gateway.repository.directory import SRDirectory
 from gateway.repository.journals import (
     JournalKind,
+    child_of,
     journal_name,
     journal_path,
     old_leaf_path,
@@ -34,10 +33,13 @@ from gateway.repository.journals import (
     unfinished_journals,
 )
 from gateway.repository.relink_steps import (
+    children_to_relink,
     ensure_hidden,
     finish_inline_relink,
     kept_header,
     kept_headers,
+    opened,
+    parents_of,
     undo_leaf_relink,
 )
 from gateway.repository.scan import ScannedImage, Scanner, ScanResult
@@ -54,13 +56,13 @@ class Recovery:
     unresolved: dict[str, str] = field(default_factory=dict)
 
 
-def recover_journals(directory: SRDirectory, files: FileCalls) -> Recovery:
+def recover_journals(directory: SRDirectory, files: FileCalls, owned: Container[str] = ()) -> Recovery:
     """Finish or undo everything that was interrupted; what is damaged or in use stays as it is.
 
-    Doing so again after a crash, or for nothing, is safe. Raises OSError only if the directory can't be
-    listed.
+    `owned` are the uuids of children that are being coalesced now: their journals are left alone. Doing so
+    again after a crash, or for nothing, is safe. Raises OSError only if the directory can't be listed.
     """
-    return _Recovery(directory, files).run()
+    return _Recovery(directory, files, owned).run()
 
 
 class _StaysError(Exception):
@@ -68,9 +70,10 @@ class _StaysError(Exception):
 
 
 class _Recovery:
-    def __init__(self, directory: SRDirectory, files: FileCalls) -> None:
+    def __init__(self, directory: SRDirectory, files: FileCalls, owned: Container[str]) -> None:
         self._directory = directory
         self._files = files
+        self._owned = owned
         self._scanner = Scanner(directory)
         self._done: list[str] = []
         self._unresolved: dict[str, str] = {}
@@ -84,11 +87,11 @@ class _Recovery:
             JournalKind.COALESCE: self._coalesce,
         }
         for kind in _ORDER:
-            for name in unfinished_journals(self._directory):
+            for name in self._unowned():
                 journal = parse_journal(name)
                 if journal is not None and journal[0] is kind:
                     self._attempt(name, recoveries[kind], journal[1])
-        for name in unfinished_journals(self._directory):
+        for name in self._unowned():
             if name.endswith(".vhd.new"):
                 self._attempt(name, self._snapshot, name.removesuffix(".vhd.new"))
             elif name.startswith("OLD_"):
@@ -96,6 +99,9 @@ class _Recovery:
             elif parse_journal(name) is None:
                 self._unresolved[name] = "an operation of SM that only SM can finish"
         return Recovery(tuple(self._done), self._unresolved)
+
+    def _unowned(self) -> list[str]:
+        return [name for name in unfinished_journals(self._directory) if child_of(name) not in self._owned]
 
     def _attempt(self, name: str, recover: Callable[[str], str], uuid: str) -> None:
         try:
@@ -123,16 +129,19 @@ class _Recovery:
 
     def _relink(self, uuid: str) -> str:
         found = self._scanner.scan()
-        for problem in found.errors():
-            # It may be a child of the node that is to go.
-            raise _StaysError(f"a file can't be used: {problem}")
         child = found.images.get(uuid)
         if child is None:
+            for problem in found.errors():
+                raise _StaysError(f"its image is gone, but a file can't be used: {problem}")
             remove_journal(self._directory, JournalKind.RELINK, uuid, files=self._files)
             self._files.sync_directory(self._directory.root)
             return "was finished already"
-        parent = self._vhd_parent(found, child)
-        children = self._standing_on(found, child, parent)
+        if child.error is not None:
+            raise _StaysError(f"{child.name}: {child.error}")
+        parent = found.images.get(child.parent or "")
+        if parent is None or parent.format != "vhd":
+            raise _StaysError(f"{child.name} has no VHD as its parent")
+        children = children_to_relink(found, uuid, parent.uuid)
         with self._alone(child.path, *(found.images[standing].path for standing in children)):
             self._require_sound(parent)
             finish_inline_relink(
@@ -140,19 +149,6 @@ class _Recovery:
             )
             self._files.sync_directory(self._directory.root)
         return f"finished: {len(children)} children of {child.name} stand on {parent.name} now"
-
-    def _standing_on(self, found: ScanResult, child: ScannedImage, parent: ScannedImage) -> list[str]:
-        """The children of both that name the child: one that was being relinked may have its new parent,
-        and locators that still lead to the old one, by which other programs go.
-        """
-        standing = []
-        for uuid in (*found.children(child.uuid), *found.children(parent.uuid)):
-            image = found.images[uuid]
-            if image is child:
-                continue
-            if image.parent == child.uuid or child.name in _parents_of(image.path):
-                standing.append(uuid)
-        return standing
 
     def _coalesce(self, uuid: str) -> str:
         found = self._scanner.scan()
@@ -202,7 +198,7 @@ class _Recovery:
         there = [path for path in (leaf_path, parent_path, old_path) if os.path.lexists(path)]
         with self._alone(*there):
             if there == [leaf_path]:
-                if f"{parent}.vhd" in _parents_of(leaf_path):
+                if f"{parent}.vhd" in parents_of(leaf_path):
                     raise _StaysError(f"{leaf}.vhd has lost its parent {parent}.vhd")
                 ensure_hidden(leaf_path, False, self._files)
                 remove_journal(directory, JournalKind.LEAF, leaf, files=self._files)
@@ -263,20 +259,14 @@ class _Recovery:
     def _bases_of_new(self, found: ScanResult, new_path: str) -> list[ScannedImage]:
         """The images that a new leaf names as its parent; none if it was still being made."""
         with suppress(ImageError):
-            with _opened(new_path) as new:
+            with opened(new_path) as new:
                 if new.header is None or new.has_blocks():
                     raise _StaysError("it has blocks of its own")
-            names = _parents_of(new_path)
+            names = parents_of(new_path)
             return [image for image in found.images.values() if image.name in names]
         return []
 
     # What several of them need
-
-    def _vhd_parent(self, found: ScanResult, child: ScannedImage) -> ScannedImage:
-        parent = found.images.get(child.parent or "")
-        if parent is None or parent.format != "vhd":
-            raise _StaysError(f"{child.name} has no VHD as its parent")
-        return parent
 
     def _require_sound(self, parent: ScannedImage) -> None:
         report = check_vhd(parent.path)
@@ -285,7 +275,7 @@ class _Recovery:
                 raise _StaysError(f"{parent.name}: {problem.detail}")
 
     def _require_child(self, child_path: str, parent_path: str) -> None:
-        with _opened(child_path) as child, _opened(parent_path) as parent:
+        with opened(child_path) as child, opened(parent_path) as parent:
             if child.header is None or child.header.parent_id != parent.unique_id:
                 names = os.path.basename(child_path), os.path.basename(parent_path)
                 raise _StaysError(f"{names[0]} doesn't stand on {names[1]}")
@@ -302,18 +292,3 @@ class _Recovery:
         finally:
             for fd in opened:
                 os.close(fd)
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[VhdFile]:
-    fd = os.open(path, _OPEN)
-    try:
-        yield open_vhd(fd, path)
-    finally:
-        os.close(fd)
-
-
-def _parents_of(path: str) -> list[str]:
-    """The names that an image has for its parent; none if it has no parent. Raises ImageError, OSError."""
-    with _opened(path) as image:
-        return parent_names(image) if image.footer.disk_type is DiskType.DIFFERENCING else []

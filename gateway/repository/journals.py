@@ -22,6 +22,7 @@ from gateway.repository.scan import JOURNAL_NAME, UUID_PATTERN
 from gateway.repository.staging import staging_path
 
 _NAME: Final = re.compile(rf"(coalesce|relink|leaf)_({UUID_PATTERN})")
+_ANY_UUID: Final = re.compile(UUID_PATTERN)
 _SIMPLE_CONTENT: Final = "1"
 _MOST_CONTENT: Final = 256
 
@@ -43,6 +44,12 @@ def parse_journal(name: str) -> tuple[JournalKind, str] | None:
     """The kind and the child's uuid of a journal's name, or None for other names."""
     match = _NAME.fullmatch(name)
     return (JournalKind(match[1]), match[2]) if match is not None else None
+
+
+def child_of(name: str) -> str | None:
+    """The uuid in the name of a journal, or of a leaf that was moved aside."""
+    match = _ANY_UUID.search(name)
+    return match[0] if match is not None else None
 
 
 def journal_path(directory: SRDirectory, kind: JournalKind, uuid: str) -> str:

@@ -11,18 +11,25 @@ where each subset can be told from the files that are there may two renames shar
 
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final
 
-from gateway.images.errors import ImageError
+from gateway.images.errors import CorruptImage, ImageError
 from gateway.images.files import FileCalls
 from gateway.images.vhd.create import set_hidden
-from gateway.images.vhd.format import FOOTER_SIZE
-from gateway.images.vhd.image import open_vhd
+from gateway.images.vhd.format import FOOTER_SIZE, DiskType
+from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
 from gateway.images.vhd.relink import set_parent
 from gateway.repository.directory import SRDirectory
-from gateway.repository.journals import JournalKind, create_journal, old_leaf_path, remove_journal
+from gateway.repository.journals import (
+    JournalKind,
+    create_journal,
+    journal_path,
+    old_leaf_path,
+    remove_journal,
+)
+from gateway.repository.scan import Scanner, ScanResult
 
 _KEPT_HEADER: Final = re.compile(r"header-([0-9a-f-]{36})")
 
@@ -32,12 +39,29 @@ def inline_relink(
 ) -> None:
     """Make `children`, which are all that stand on `child`, children of `parent`, and remove `child`.
 
-    Removes the journal of the copy too. Raises ImageError, OSError; then the journal stays, and what is left
-    to do is done by a recovery.
+    Removes the journal of the copy too. One that was interrupted is finished, whatever `children` are now.
+    Raises ImageError, OSError; then the journal stays, and what is left to do is done by a recovery.
     """
-    create_journal(directory, JournalKind.RELINK, child, files=files)
+    if os.path.lexists(journal_path(directory, JournalKind.RELINK, child)):
+        children = children_to_relink(Scanner(directory).scan(), child, parent)
+    else:
+        create_journal(directory, JournalKind.RELINK, child, files=files)
     remove_journal(directory, JournalKind.COALESCE, child, files=files)
     finish_inline_relink(directory, child=child, parent=parent, children=children, files=files)
+
+
+def children_to_relink(found: ScanResult, child: str, parent: str) -> list[str]:
+    """The children of `child`, and those of `parent` that were being relinked when a crash came.
+
+    Those have their new parent, and locators that may lead to the old one still, by which other programs go.
+    Raises CorruptImage if a file can't be read, for it may be one of them, ImageError, OSError.
+    """
+    for image in found.images.values():
+        if image.error is not None:
+            raise CorruptImage(image.path, image.error)
+    on_parent = [uuid for uuid in found.children(parent) if uuid != child]
+    interrupted = [uuid for uuid in on_parent if f"{child}.vhd" in parents_of(found.images[uuid].path)]
+    return [*found.children(child), *interrupted]
 
 
 def finish_inline_relink(
@@ -108,15 +132,27 @@ def undo_leaf_relink(directory: SRDirectory, *, leaf: str, parent: str, files: F
 
 def ensure_hidden(path: str, hidden: bool, files: FileCalls) -> None:
     """Set or clear the flag, in both footers, unless they say so already. Raises ImageError, OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        image = open_vhd(fd, path)
-        copy = os.pread(fd, FOOTER_SIZE, 0) if image.header is not None else None
-    finally:
-        os.close(fd)
+    with opened(path) as image:
+        copy = os.pread(image.fd, FOOTER_SIZE, 0) if image.header is not None else None
     # A crash while the flag was changed leaves two footers that differ; the one at the end counts.
     if image.footer.hidden is not hidden or copy not in (None, image.footer.pack()):
         set_hidden(path, hidden, files=files)
+
+
+def parents_of(path: str) -> list[str]:
+    """The names that an image has for its parent; none if it has no parent. Raises ImageError, OSError."""
+    with opened(path) as image:
+        return parent_names(image) if image.footer.disk_type is DiskType.DIFFERENCING else []
+
+
+@contextmanager
+def opened(path: str) -> Iterator[VhdFile]:
+    """The structures of an image, while its file is open to be read. Raises ImageError, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield open_vhd(fd, path)
+    finally:
+        os.close(fd)
 
 
 def kept_header(directory: SRDirectory, uuid: str) -> str:

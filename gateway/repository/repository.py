@@ -1,19 +1,14 @@
 """One attached SR: the images in one directory, and everything that may be done to them.
 
-All file calls run in worker threads of this SR's own, so that a file server that hangs stops its SR alone.
-What names files (create, destroy, commit) runs under `structure_lock`; a lease is taken before that lock,
-never inside it, since taking a lease waits for it. A scan may take long and holds nobody up. Every step that
-changes the directory first looks whether it is still the one that was attached.
+What names files (create, destroy, commit) runs under the `structure_lock` of survey.py, and first looks
+whether the directory is still the one that was attached.
 
-The trap: an unmounted share leaves an empty directory under the same path, into which everything could be
-written, and from which it would seem that every image had been deleted.
+The trap: a lease is taken before that lock, never inside it, since taking a lease waits for it.
 """
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from typing import TypeVar
 
 import trio
 
@@ -21,7 +16,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode, Leases
 from gateway.core.records import ImageFormat
 from gateway.images.errors import MissingParent
-from gateway.images.files import FILES, FileCalls, FileIdentity
+from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.create import create_dynamic
 from gateway.repository.directory import (
     DirectoryUnavailable,
@@ -30,14 +25,14 @@ from gateway.repository.directory import (
     check_marker,
     make_directory,
     make_service_directory,
-    read_marker,
     remove_service_files,
     require_directory,
     write_marker,
 )
-from gateway.repository.fork import recover_forks, unfinished_forks
+from gateway.repository.fork import recover_forks
+from gateway.repository.journal_recovery import Recovery, recover_journals
 from gateway.repository.records_file import RecordsCopy, read_records, write_records
-from gateway.repository.scan import ScannedImage, Scanner, ScanResult
+from gateway.repository.scan import ScannedImage, Scanner
 from gateway.repository.staging import (
     Filling,
     Staging,
@@ -47,11 +42,10 @@ from gateway.repository.staging import (
     staging_path,
     sweep_staging,
 )
+from gateway.repository.survey import Survey, identity_at
 
-T = TypeVar("T")
 
-
-class Repository:
+class Repository(Survey):
     """An SR between `attach` (or `create`) and `detach`. `uuid` is the SR's; None without a marker."""
 
     def __init__(  # made by `create` and `attach`
@@ -62,23 +56,15 @@ class Repository:
         uuid: str | None,
         owner: OwnerLock | None,
         swept: tuple[str, ...] = (),
+        recovery: Recovery | None = None,
         files: FileCalls = FILES,
     ) -> None:
-        self.directory = directory
-        self.uuid = uuid
-        self.writable = owner is not None
-        self.structure_lock = trio.Lock()
+        super().__init__(directory, uuid=uuid, writable=owner is not None, files=files)
         self.swept = swept
         self._owner = owner
         self._leases = leases
-        self._files = files
-        self._scanner = Scanner(directory)
-        self._root = _identity(directory.root)
-        self._images: dict[str, ScannedImage] = {}
-        self._scanning = trio.Lock()
-        # What was done here since a running scan began, which it may have seen or not; None: destroyed.
-        self._since: dict[str, ScannedImage | None] = {}
-        self._threads = trio.CapacityLimiter(8)
+        if recovery is not None:
+            self._tell(recovery)
 
     @classmethod
     async def create(
@@ -143,8 +129,11 @@ class Repository:
                     found = introduce
                     write_marker(directory, found, files)
                 recover_forks(directory, files)
+                recovery = recover_journals(directory, files)
                 swept = tuple(sweep_staging(directory, files))
-                return cls(directory, leases, uuid=found, owner=owner, swept=swept, files=files)
+                return cls(
+                    directory, leases, uuid=found, owner=owner, swept=swept, recovery=recovery, files=files
+                )
             except BaseException:
                 owner.release()
                 raise
@@ -158,48 +147,6 @@ class Repository:
         if owner is not None:
             with trio.CancelScope(shield=True):
                 await self._in_thread(owner.release)
-
-    @property
-    def images(self) -> Mapping[str, ScannedImage]:
-        """What the last scan saw and what was done here since, by uuid."""
-        return self._images
-
-    async def available(self) -> bool:
-        """Whether the directory is still the one that was attached."""
-        with suppress(DirectoryUnavailable):
-            await self._in_thread(self._require_available)
-            return True
-        return False
-
-    async def space(self) -> tuple[int, int]:
-        """The size of the file system and how much of it is used, in bytes. Raises OSError."""
-        status = await self._in_thread(os.statvfs, self.directory.root)
-        return status.f_blocks * status.f_frsize, (status.f_blocks - status.f_bfree) * status.f_frsize
-
-    async def scan(self) -> ScanResult:
-        """Look at every file. Raises DirectoryUnavailable, OSError; then nothing is concluded."""
-
-        def scan() -> ScanResult:
-            self._require_available()
-            try:
-                return self._scanner.scan()
-            except OSError as error:
-                raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
-
-        if self.writable and len(await self._in_thread(unfinished_forks, self.directory)):
-            # One that is under way has the lock, and leaves nothing to recover.
-            await self.restructure(lambda: recover_forks(self.directory, self._files), ())
-        async with self._scanning:
-            self._since = {}
-            result = await self._in_thread(scan)
-            images = dict(result.images)
-            for uuid, image in self._since.items():
-                if image is None:
-                    images.pop(uuid, None)
-                else:
-                    images[uuid] = image
-            self._images = images
-            return replace(result, images=images)
 
     async def read_records(self) -> RecordsCopy | None:
         """The copy of the records in the SR, see records_file.py. Raises RecordsUnreadable."""
@@ -215,29 +162,61 @@ class Repository:
         with trio.CancelScope(shield=True):
             await self._in_thread(write)
 
-    def image_path(self, uuid: str) -> str:
-        """The file of a VDI. Raises VDI_MISSING if there is none."""
-        image = self._images.get(uuid)
-        if image is None:
-            raise XenAPIError("VDI_MISSING")
-        return image.path
-
     async def lease(self, vdi_uuid: str, mode: LeaseMode, holder: Holder, wait: float | None = None) -> Lease:
         """Lease a VDI's chain; see Leases.acquire.
 
         Raises VDI_MISSING, VDI_IN_USE, VDI_READONLY in a read-only SR, OPERATION_NOT_ALLOWED for changing
         what other images stand on, DirectoryUnavailable, ImageError, OSError.
         """
-        path = self.image_path(vdi_uuid)
+        self.image_path(vdi_uuid)
         if mode is not LeaseMode.READ:
             if not self.writable:
                 raise XenAPIError("VDI_READONLY", holder.vdi)
             self._require_no_children(self._images, vdi_uuid)
+        return await self._acquire(vdi_uuid, mode, holder, wait=wait)
+
+    async def _acquire(
+        self,
+        uuid: str,
+        mode: LeaseMode,
+        holder: Holder,
+        *,
+        parents: Sequence[LeaseMode] = (),
+        wait: float | None = None,
+        until: float | None = None,
+    ) -> Lease:
         try:
-            return await self._leases.acquire(path, mode, holder, wait=wait, resolving=self.structure_lock)
+            return await self._leases.acquire(
+                self.image_path(uuid),
+                mode,
+                holder,
+                parents=parents,
+                wait=wait,
+                until=until,
+                resolving=self.structure_lock,
+            )
         except FileNotFoundError:
             await self._in_thread(self._require_available)
             raise XenAPIError("VDI_MISSING") from None
+
+    async def lease_to_coalesce(
+        self,
+        uuid: str,
+        mode: LeaseMode,
+        holder: Holder,
+        *,
+        parents: Sequence[LeaseMode] = (),
+        wait: float | None = None,
+        until: float | None = None,
+    ) -> Lease:
+        """Lease the chain of any node, hidden or not, with others on it or without; see Leases.acquire.
+
+        Raises VDI_MISSING, VDI_READONLY in a read-only SR, LeaseRefused, DirectoryUnavailable, ImageError,
+        OSError.
+        """
+        if not self.writable:
+            raise XenAPIError("VDI_READONLY", holder.vdi)
+        return await self._acquire(uuid, mode, holder, parents=parents, wait=wait, until=until)
 
     async def create_image(self, uuid: str, virtual_size: int, image_format: ImageFormat) -> ScannedImage:
         """Make an empty image of `virtual_size` bytes: a dynamic VHD or a sparse raw file.
@@ -276,7 +255,7 @@ class Repository:
         return image
 
     async def destroy_image(self, uuid: str, holder: Holder, *, wait: float | None = None) -> None:
-        """Remove a VDI's image, durably.
+        """Remove an image, durably: that of a VDI, or a hidden one that nothing stands on.
 
         Raises OPERATION_NOT_ALLOWED if other images stand on it, or if any file of the SR can't be read or
         lacks its parent: then it is not known what stands on what. Also what `lease` raises.
@@ -288,30 +267,39 @@ class Repository:
         try:
             # With the lease held, nobody here can make a child of the image.
             result = await self.scan()
-            for problem in (*result.errors(), *(f"{name}: an operation of SM" for name in result.journals)):
+            for problem in (*result.errors(), *result.unfinished()):
                 raise XenAPIError(
                     "OPERATION_NOT_ALLOWED",
                     f"nothing is destroyed in this SR until this is resolved: {problem}",
                 )
             self._require_no_children(result.images, uuid)
-
-            def destroy() -> None:
-                self._require_writable()
-                # A symbolic link leads to the file too, but then it is the link that would go.
-                same = _identity(lease.leaf_path) == lease.chain.nodes[0].identity
-                if not same or os.path.islink(lease.leaf_path):
-                    raise XenAPIError("VDI_IN_USE", holder.vdi, "its file was replaced from outside")
-                self._files.unlink(lease.leaf_path)
-                trio.from_thread.run_sync(self._note, uuid, None)
-                self._files.sync_directory(self.directory.root)
-
-            async with self.structure_lock:
-                with trio.CancelScope(shield=True):
-                    await self._in_thread(destroy)
+            await self.collect(lease, uuid)
         finally:
             lease.release()
             with trio.CancelScope(shield=True):
                 await lease.released()
+
+    async def collect(self, lease: Lease, uuid: str) -> None:
+        """Remove the image of `lease` (WRITE), on which nothing stands, durably; the lease stays.
+
+        The caller has scanned, and found no error and no journal. Raises OPERATION_NOT_ALLOWED if something
+        stands on it after all, VDI_IN_USE, DirectoryUnavailable, OSError.
+        """
+        self._require_no_children(self._images, uuid)
+
+        def unlink() -> None:
+            self._require_writable()
+            # A symbolic link leads to the file too, but then it is the link that would go.
+            same = identity_at(lease.leaf_path) == lease.chain.nodes[0].identity
+            if not same or os.path.islink(lease.leaf_path):
+                raise XenAPIError("VDI_IN_USE", lease.holder.vdi, "its file was replaced from outside")
+            self._files.unlink(lease.leaf_path)
+            trio.from_thread.run_sync(self._note, uuid, None)
+            self._files.sync_directory(self.directory.root)
+
+        async with self.structure_lock:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(unlink)
 
     @asynccontextmanager
     async def staging(self, lease: Lease, *, whole: bool, size: int | None = None) -> AsyncIterator[Staging]:
@@ -373,35 +361,6 @@ class Repository:
                 if staging.committed is not None:
                     await self._in_thread(self._look_again, target)
 
-    @property
-    def files(self) -> FileCalls:
-        """How files are changed here."""
-        return self._files
-
-    async def restructure(self, change: Callable[[], object], uuids: Sequence[str]) -> None:
-        """Run `change`, which gives files names in the SR or takes them, and note what `uuids` are then.
-
-        It runs in a worker thread, alone and never cancelled. Raises what it raises, DirectoryUnavailable.
-        """
-
-        def run() -> None:
-            self._require_writable()
-            try:
-                change()
-            finally:
-                for uuid in uuids:
-                    path = self.directory.image(uuid, "vhd")
-                    image = self._scanner.scan_one(path) if os.path.lexists(path) else None
-                    trio.from_thread.run_sync(self._note, uuid, image)
-
-        async with self.structure_lock:
-            with trio.CancelScope(shield=True):
-                await self._in_thread(run)
-
-    async def look_again(self, uuid: str) -> ScannedImage:
-        """Read one image's sizes and stamp anew. Raises VDI_MISSING, ImageError, OSError."""
-        return await self._in_thread(self._look_again, self.image_path(uuid))
-
     async def remove_service_files(self) -> None:
         """Make the directory an ordinary empty one again: the last step of destroying an SR."""
 
@@ -412,18 +371,6 @@ class Repository:
         with trio.CancelScope(shield=True):
             await self._in_thread(remove)
 
-    def _note(self, uuid: str, image: ScannedImage | None) -> None:
-        self._since[uuid] = image
-        if image is None:
-            self._images.pop(uuid, None)
-        else:
-            self._images[uuid] = image
-
-    def _look_again(self, path: str) -> ScannedImage:
-        image = self._scanner.scan_one(path)
-        trio.from_thread.run_sync(self._note, image.uuid, image)
-        return image
-
     def _create_raw(self, path: str, size: int) -> None:
         fd = self._files.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -432,30 +379,8 @@ class Repository:
         finally:
             self._files.close(fd)
 
-    def _require_writable(self) -> None:
-        if not self.writable:
-            raise PermissionError(f"{self.directory.root}: attached read-only")
-        self._require_available()
-
-    def _require_available(self) -> None:
-        require_directory(self.directory)
-        if _identity(self.directory.root) != self._root:
-            raise DirectoryUnavailable(
-                self.directory.root, "another directory than the one that was attached"
-            )
-        if self.writable and read_marker(self.directory) != self.uuid:
-            raise DirectoryUnavailable(self.directory.root, "the marker of the SR is missing; is it mounted?")
-
     @staticmethod
     def _require_no_children(images: Mapping[str, ScannedImage], uuid: str) -> None:
         for image in images.values():
             if image.parent == uuid:
                 raise XenAPIError("OPERATION_NOT_ALLOWED", f"the image {image.name} stands on it")
-
-    async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
-
-
-def _identity(path: str) -> FileIdentity:
-    status = os.stat(path)
-    return FileIdentity(status.st_dev, status.st_ino)

@@ -82,15 +82,13 @@ class ScannedImage:
 class ScanResult:
     """Everything in one SR. `journals` are files that SM leaves while it rearranges a chain.
 
-    A repository adds to them why they could not be recovered from, by name, and says in `recovered` what it
-    did about others, a sentence each.
+    A repository adds why it could not recover from them, by name.
     """
 
     images: Mapping[str, ScannedImage]
     journals: tuple[str, ...] = ()
     strange: tuple[str, ...] = ()
     unresolved: Mapping[str, str] = field(default_factory=dict)
-    recovered: tuple[str, ...] = ()
 
     def children(self, uuid: str) -> tuple[str, ...]:
         """The uuids of the images that stand on this one."""

@@ -11,9 +11,11 @@ from typing import Final
 import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder
 from gateway.core.records import PBD, SR
 from gateway.core.refs import NULL_REF, is_uuid, new_ref, new_uuid
 from gateway.repository.attachments import MARKED_KEY, Attachments, is_writable, read_copy
+from gateway.repository.coalesce_plan import garbage
 from gateway.repository.repository import Repository
 
 # What a wrong path leads to: the caller's mistake, not the storage's.
@@ -83,7 +85,7 @@ class SRLifecycle(Attachments):
                     currently_attached=True,
                 )
             )
-            self._attached[sr.ref] = repository
+            self._enter(sr.ref, repository)
             await self._copies.write(sr.ref)
             await self.refresh_sizes(sr.ref)
         return sr.ref
@@ -159,7 +161,10 @@ class SRLifecycle(Attachments):
             await self._remove_records(sr)
 
     async def sr_destroy(self, sr: str) -> None:
-        """Forget an SR and what we keep in its directory. Raises SR_HAS_PBD, SR_HAS_NO_PBDS, SR_NOT_EMPTY."""
+        """Forget an SR and what we keep in its directory; hidden images that no VDI stands on go with it.
+
+        Raises SR_HAS_PBD, SR_HAS_NO_PBDS, SR_NOT_EMPTY, VDI_IN_USE.
+        """
         record = self.records.srs.get(sr)
         async with self._lock(sr):
             self._require_unplugged(sr)
@@ -172,6 +177,13 @@ class SRLifecycle(Attachments):
             )
             try:
                 found = await repository.scan()
+                holder = Holder(self._who, "destroy", NULL_REF)
+                unneeded = garbage(found)
+                # One image that is needed, or may be, keeps the SR; then the others stay with it.
+                if not (found.images.keys() - set(unneeded) or found.journals or found.strange):
+                    for uuid in unneeded:
+                        await repository.destroy_image(uuid, holder)
+                    found = await repository.scan()
                 if found.images or found.journals or found.strange:
                     raise XenAPIError("SR_NOT_EMPTY", sr)
                 with trio.CancelScope(shield=True):

@@ -181,7 +181,7 @@ async def test_one_unreadable_file_or_journal_keeps_everything_from_being_destro
 ) -> None:
     root = Path(repository.directory.root)
     await repository.create_image(A, 4 * MIB, "vhd")
-    for name in (f"{B}.vhd", f"coalesce_{B}"):
+    for name in (f"{B}.vhd", f"clone_{B}"):
         (root / name).write_text("broken")
         with pytest.raises(XenAPIError, match=name):
             await repository.destroy_image(A, HOLDER)
