@@ -45,7 +45,9 @@ def room_of(module: str) -> str:
     package, _, rest = module.partition(".")
     if package != "gateway":
         return package
-    if rest in {"access.protocol", "access.client"} or rest.startswith("access.client."):
+    if rest in {"access.protocol", "access.client", "access.client_link"} or rest.startswith(
+        "access.client."
+    ):
         return "access.client"  # both halves speak the protocol
     first = rest.partition(".")[0]
     return first if (ROOT / "gateway" / first).is_dir() else "app"

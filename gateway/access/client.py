@@ -11,31 +11,23 @@ be somebody else's file a moment later. So closing, replacing and announcing tak
 import contextlib
 import errno
 import os
-import socket
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from gateway.access.client_link import ANSWER_SECONDS, ClientLink
 from gateway.access.protocol import (
-    ANCILLARY_SPACE,
     Adopted,
     Announce,
-    Closed,
-    Decoder,
     Granted,
-    Message,
     Moved,
     Open,
     ProtocolError,
     Refused,
     Revoke,
     Working,
-    encode,
-    pack_descriptors,
-    unpack_descriptors,
+    close_descriptors,
 )
 from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
 from gateway.images.disk import Disk, Extent, FileRange, Hole
@@ -46,7 +38,6 @@ REPORT_SECONDS: Final = 1.0  # how often the gateway is told of bytes that have 
 FIRST_RETRY_SECONDS: Final = 0.02  # a gateway that restarts is back within a second
 SLOWEST_RETRY_SECONDS: Final = 1.0
 RELEASE_SECONDS: Final = 5.0  # how long `close` waits for the gateway to have let others in
-ANSWER_SECONDS: Final = 30.0  # the gateway waits for others up to its limit lease_wait before it refuses
 
 # Refusals of an announcement that say the right is gone; all others may pass, and the locks are ours still.
 _FINAL: Final = frozenset(
@@ -99,7 +90,7 @@ def open_vdi(
     is told to people who meet the lease. `on_revoke` gets the reason, in a thread of its own, once the files
     are given up. Raises AccessRefused, ImageError, OSError (no gateway there, or it went away).
     """
-    link = _Link.connect(control_socket)
+    link = ClientLink.connect(control_socket)
     try:
         granted = _ask(link, Open(vdi, write, purpose, session))
         chain = _chain(granted, link.take_descriptors(), write=write)
@@ -120,7 +111,7 @@ def open_vdi(
         raise
 
 
-def _ask(link: "_Link", asked: Open) -> Granted:
+def _ask(link: ClientLink, asked: Open) -> Granted:
     link.send(asked)
     answer = link.receive(ANSWER_SECONDS)
     if isinstance(answer, Refused):
@@ -150,7 +141,7 @@ class AccessDisk:
         self,
         disk: Disk,
         fds: list[int],
-        link: "_Link",
+        link: ClientLink,
         hold: _Hold,
         on_revoke: Callable[[str], None] | None,
     ) -> None:
@@ -164,7 +155,7 @@ class AccessDisk:
         self._fds = fds
         self._hold = hold
         self._on_revoke = on_revoke
-        self._link: _Link | None = link
+        self._link: ClientLink | None = link
         self._task: str | None = None
         self._told = (0, 0)
         # Guards the numbers of the descriptors, the link and `_closing`.
@@ -282,7 +273,7 @@ class AccessDisk:
         if self.revoked is not None and self._on_revoke is not None:
             self._on_revoke(self.revoked)
 
-    def _follow(self, link: "_Link") -> None:
+    def _follow(self, link: ClientLink) -> None:
         while True:
             try:
                 message = link.receive(RELEASE_SECONDS if self._closing.is_set() else REPORT_SECONDS)
@@ -303,20 +294,20 @@ class AccessDisk:
                 self._give_up(message.reason)
                 return
 
-    def _tell_moved(self, link: "_Link") -> None:
+    def _tell_moved(self, link: ClientLink) -> None:
         moved = (self.bytes_read, self.bytes_written)
         if moved != self._told:
             with contextlib.suppress(OSError):
                 link.send(Moved(*moved))
                 self._told = moved
 
-    def _come_back(self) -> "_Link | None":
+    def _come_back(self) -> ClientLink | None:
         """Announce the lease to the next gateway, however late it comes; None once there is no need."""
         pause = FIRST_RETRY_SECONDS
         while not self._closing.wait(pause):
             pause = min(pause * 2, SLOWEST_RETRY_SECONDS)
             try:
-                link = _Link.connect(self._hold.control_socket)
+                link = ClientLink.connect(self._hold.control_socket)
             except OSError:
                 continue
             if self._announce(link):
@@ -326,7 +317,7 @@ class AccessDisk:
                 return None
         return None
 
-    def _announce(self, link: "_Link") -> bool:
+    def _announce(self, link: ClientLink) -> bool:
         hold = self._hold
         moved = (self.bytes_read, self.bytes_written)
         announce = Announce(
@@ -368,71 +359,6 @@ class AccessDisk:
                 os.close(dead)
 
 
-class _Link:
-    """One connection to the control socket, blocking."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        self._socket = connected
-        self._decoder = Decoder()
-        self._messages: deque[Message] = deque()
-        self._descriptors: list[int] = []
-
-    @classmethod
-    def connect(cls, path: str) -> "_Link":
-        """Connect to the socket at `path`, which may be of any length. Raises OSError."""
-        directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                # A gateway whose queue is full is as good as none.
-                connected.settimeout(ANSWER_SECONDS)
-                connected.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
-            except BaseException:
-                connected.close()
-                raise
-        finally:
-            os.close(directory)
-        return cls(connected)
-
-    def send(self, message: Message, descriptors: list[int] | None = None) -> None:
-        """Send a message, with descriptors or without. Raises OSError."""
-        data = encode(message)
-        self._socket.settimeout(ANSWER_SECONDS)
-        sent = self._socket.sendmsg([data], pack_descriptors(descriptors) if descriptors else [])
-        if sent < len(data):
-            self._socket.sendall(data[sent:])
-
-    def receive(self, seconds: float) -> Message | None:
-        """The next message, None at the end. Raises TimeoutError after `seconds`, OSError, ProtocolError."""
-        deadline = time.monotonic() + seconds
-        while not self._messages:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            data, ancillary, flags, _ = self._socket.recvmsg(16384, ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
-            self._descriptors += unpack_descriptors(ancillary)
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("not all descriptors came: there are too many open files in this process")
-            if not data:
-                return None
-            self._messages += self._decoder.feed(data)
-        return self._messages.popleft()
-
-    def take_descriptors(self) -> list[int]:
-        """What came along with the messages so far; the caller's to close."""
-        taken, self._descriptors = self._descriptors, []
-        return taken
-
-    def end(self) -> None:
-        """Say that the disk is closed; the gateway closes the connection once the lease has ended."""
-        with contextlib.suppress(OSError):
-            self.send(Closed())
-            self._socket.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        """Close the connection and what came over it."""
-        _close_all(self.take_descriptors())
-        self._socket.close()
-
-
 def _chain(granted: Granted, fds: list[int], *, write: bool) -> ChainFiles:
     """The files as they were granted; closed if they can't be used."""
     chain = ChainFiles([], write)
@@ -441,14 +367,9 @@ def _chain(granted: Granted, fds: list[int], *, write: bool) -> ChainFiles:
         for file, fd in zip(granted.files, fds, strict=True):
             chain.nodes.append(OpenNode(file.path, fd, identity_of(fd), NodeKind(file.kind), file.parent))
     except ValueError as error:
-        _close_all(fds)
+        close_descriptors(fds)
         raise ConnectionError("the gateway sent other files than it said") from error
     except BaseException:
-        _close_all(fds)
+        close_descriptors(fds)
         raise
     return chain
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

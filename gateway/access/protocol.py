@@ -2,13 +2,14 @@
 
 A message is a JSON object after its length in four bytes, big-endian. Descriptors (SCM_RIGHTS) travel with
 the first byte of `Granted` and of `Announce`, one for each file of the chain, leaf first; no other message
-has any. The first message of a connection carries the version. No I/O here; standard library only. The
-invariant: whatever bytes come, they are messages or a ProtocolError, and no unfinished one is longer than
-MAX_MESSAGE.
+has any. The first message of a connection carries the version. Nothing is sent or read here; standard library
+only. The invariant: whatever bytes come, they are messages or a ProtocolError, and no unfinished one is
+longer than MAX_MESSAGE.
 """
 
 import array
 import json
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,6 +176,12 @@ def unpack_descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             found.frombytes(data[: len(data) - len(data) % _DESCRIPTOR])
     return list(found)
+
+
+def close_descriptors(descriptors: Iterable[int]) -> None:
+    """Close what came and nobody takes."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class Decoder:

@@ -9,12 +9,8 @@ are there until then; and a message may bring descriptors, which are closed what
 """
 
 import contextlib
-import fcntl
 import os
 import socket
-import stat
-import struct
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -22,33 +18,27 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from gateway.access.announced import verified_chain
 from gateway.access.protocol import (
-    ANCILLARY_SPACE,
     Adopted,
     Announce,
     Closed,
-    Decoder,
     File,
     Granted,
-    Message,
     Moved,
     Open,
     ProtocolError,
-    Refused,
     Revoke,
     Working,
-    encode,
-    pack_descriptors,
-    unpack_descriptors,
+    close_descriptors,
 )
+from gateway.access.server_link import Link, Peer, printable
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.refs import new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity
-from gateway.images.chain import ChainFiles, NodeKind, OpenNode
 from gateway.images.errors import ImageError
-from gateway.images.files import FileIdentity, identity_of
 
 if TYPE_CHECKING:
     from gateway.core.limits import Limits
@@ -65,81 +55,6 @@ WRITE_PERMISSION: Final = Permission("access/write", Role.VM_ADMIN)
 
 # A client that is asked to give a disk up does so at once; one that doesn't is told of in the log.
 _REVOKE_SECONDS: Final = 5.0
-_SEND_SECONDS: Final = 30.0
-_PIECE: Final = 16384
-_PEER: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, as the kernel says."""
-
-    process: int
-    uid: int
-
-
-class _Link:
-    """One accepted connection. Descriptors that nobody takes are closed with it."""
-
-    def __init__(self, accepted: trio.socket.SocketType) -> None:
-        self._socket = accepted
-        self._decoder = Decoder()
-        self._messages: deque[Message] = deque()
-        self._descriptors: list[int] = []
-        self._sending = trio.Lock()
-        process, uid, _ = _PEER.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        self.peer: Final = Peer(process, uid)
-
-    async def receive(self) -> Message | None:
-        """The next message, None at the end. Raises ProtocolError, OSError."""
-        while not self._messages:
-            data, ancillary, flags, _ = await self._socket.recvmsg(
-                _PIECE, ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC
-            )
-            come = unpack_descriptors(ancillary)
-            if self._descriptors and come:
-                _close_all(come)
-                raise ProtocolError("descriptors came with two messages")
-            self._descriptors += come
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("more descriptors came than a chain has files, or than may be open here")
-            if not data:
-                if self._decoder.is_empty:
-                    return None
-                raise ProtocolError("the connection ended within a message")
-            self._messages += self._decoder.feed(data)
-        message = self._messages.popleft()
-        if self._descriptors and not isinstance(message, Announce):
-            raise ProtocolError("descriptors came with a message that has none")
-        return message
-
-    def take_descriptors(self) -> list[int]:
-        """What came along with an announcement; the caller's to close."""
-        taken, self._descriptors = self._descriptors, []
-        return taken
-
-    async def send(self, message: Message, descriptors: list[int] | None = None) -> None:
-        """Send a message whole. Raises OSError, also when the client takes nothing for half a minute."""
-        data = encode(message)
-        ancillary = pack_descriptors(descriptors) if descriptors else []
-        async with self._sending:
-            with trio.move_on_after(_SEND_SECONDS) as waiting:
-                while data:
-                    sent = await self._socket.sendmsg([data], ancillary)
-                    data, ancillary = data[sent:], []
-            if waiting.cancelled_caught:
-                raise TimeoutError("the client takes no messages")
-
-    async def refuse(self, error: XenAPIError) -> None:
-        """Say why not; who doesn't listen any more need not know."""
-        clean = [_printable(text) for text in (error.code, error.message, *error.params)]
-        with contextlib.suppress(OSError, ProtocolError):
-            await self.send(Refused(clean[0], tuple(clean[2:]), clean[1]))
-
-    def close(self) -> None:
-        """Close the connection and what came over it."""
-        _close_all(self.take_descriptors())
-        self._socket.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -211,7 +126,7 @@ class AccessServer:
 
     async def serve(self, accepted: trio.socket.SocketType) -> None:
         """One connection, from its first message to its end."""
-        link = _Link(accepted)
+        link = Link(accepted)
         self._connections += 1
         try:
             if self._connections > self._limits.connections:
@@ -231,7 +146,7 @@ class AccessServer:
             link.close()
             self._connections -= 1
 
-    async def _first(self, link: _Link) -> Open | Announce | None:
+    async def _first(self, link: Link) -> Open | Announce | None:
         with trio.move_on_after(self._limits.header_seconds):
             first = await link.receive()
             if first is None or isinstance(first, Open | Announce):
@@ -247,7 +162,7 @@ class AccessServer:
 
     # Beginning
 
-    async def _answer(self, link: _Link, first: Open | Announce) -> None:
+    async def _answer(self, link: Link, first: Open | Announce) -> None:
         try:
             identity = await self._identify(link.peer, first)
             with self._using(identity):
@@ -260,7 +175,7 @@ class AccessServer:
             error = as_xenapi_error(failure)
             log.info(
                 "refused",
-                vdi=_printable(first.vdi)[:64],
+                vdi=printable(first.vdi)[:64],
                 write=first.write,
                 purpose=first.purpose,
                 process=link.peer.process,
@@ -287,7 +202,7 @@ class AccessServer:
         reason = "another user than the gateway's own gives the reference of a session"
         raise XenAPIError("SESSION_AUTHENTICATION_FAILED", f"uid {peer.uid}", reason)
 
-    async def _open(self, link: _Link, asked: Open, identity: Identity) -> _Held:
+    async def _open(self, link: Link, asked: Open, identity: Identity) -> _Held:
         vdi = self._inventory.records.vdis.by_uuid(asked.vdi)
         mode = LeaseMode.WRITE if asked.write else LeaseMode.READ
         lease = await self._inventory.lease(vdi, mode, _holder(asked, identity, link.peer, vdi))
@@ -304,14 +219,14 @@ class AccessServer:
             raise
         return _Held(lease, vdi, asked.write, identity)
 
-    async def _adopt(self, link: _Link, told: Announce, identity: Identity) -> _Held:
+    async def _adopt(self, link: Link, told: Announce, identity: Identity) -> _Held:
         fds = link.take_descriptors()
         try:
             vdi = self._inventory.records.vdis.by_uuid(told.vdi)
             path = self._image_path(vdi, told)
-            chain = await trio.to_thread.run_sync(_verified, fds, told, path)
+            chain = await trio.to_thread.run_sync(verified_chain, fds, told, path)
         except BaseException:
-            _close_all(fds)
+            close_descriptors(fds)
             raise
         mode = LeaseMode.WRITE if told.write else LeaseMode.READ
         holder = _holder(told, identity, link.peer, vdi)
@@ -323,7 +238,7 @@ class AccessServer:
         except BaseException:
             lease.release()
             raise
-        log.info("a lease from before the restart is back", lease=_printable(told.lease)[:64], vdi=vdi.uuid)
+        log.info("a lease from before the restart is back", lease=printable(told.lease)[:64], vdi=vdi.uuid)
         return _Held(lease, vdi, told.write, identity, task, told.read, told.written)
 
     def _image_path(self, vdi: "VDI", told: Announce) -> str:
@@ -348,7 +263,7 @@ class AccessServer:
 
     # Holding
 
-    async def _keep(self, link: _Link, held: _Held) -> None:
+    async def _keep(self, link: Link, held: _Held) -> None:
         self._held.add(held)
         try:
             self._check_session(held)
@@ -378,7 +293,7 @@ class AccessServer:
             except XenAPIError:
                 held.revoke("its session has ended")
 
-    async def _listen(self, link: _Link, held: _Held, working: trio.Nursery) -> None:
+    async def _listen(self, link: Link, held: _Held, working: trio.Nursery) -> None:
         """Until the client closes the disk or is gone."""
         began = held.task is not None
         while True:
@@ -402,12 +317,12 @@ class AccessServer:
                 log.warning("a client of the control socket sent what a holder doesn't send")
                 return
 
-    async def _pass_on_revocation(self, link: _Link, held: _Held) -> None:
+    async def _pass_on_revocation(self, link: Link, held: _Held) -> None:
         await held.revoking.wait()
         assert held.revoked is not None
         log.info("revoked", vdi=held.vdi.uuid, holder=str(held.lease.holder), why=held.revoked)
         with contextlib.suppress(OSError):
-            await link.send(Revoke(_printable(held.revoked)))
+            await link.send(Revoke(printable(held.revoked)))
         await trio.sleep(_REVOKE_SECONDS)
         log.warning(
             "a revoked disk is still held; end the process that has it",
@@ -415,7 +330,7 @@ class AccessServer:
             process=link.peer.process,
         )
 
-    async def _work(self, link: _Link, held: _Held) -> None:
+    async def _work(self, link: Link, held: _Held) -> None:
         """The task of a connection that moves data."""
         try:
             task = held.task or await self._new_task(link.peer, held)
@@ -462,44 +377,3 @@ class AccessServer:
 def _holder(message: Open | Announce, identity: Identity, peer: Peer, vdi: "VDI") -> Holder:
     who = f"{identity.user} ({message.purpose}, process {peer.process})"
     return Holder(who, "write" if message.write else "read", vdi.ref)
-
-
-def _verified(fds: list[int], told: Announce, leaf_path: str) -> ChainFiles:
-    """The announced chain, by what the descriptors are. Raises OPERATION_NOT_ALLOWED, OSError.
-
-    A reader may have files that have been replaced under their names since; a writer can't.
-    """
-    if not fds or len(fds) != len(told.files):
-        raise _not_as_told(f"{len(told.files)} files were announced and {len(fds)} descriptors came")
-    leaf = os.stat(leaf_path, follow_symlinks=False)
-    nodes = []
-    for index, (fd, claimed) in enumerate(zip(fds, told.files, strict=True)):
-        status = os.fstat(fd)
-        if identity_of(fd) != claimed:
-            raise _not_as_told("a descriptor is of another file than was announced")
-        if not stat.S_ISREG(status.st_mode) or status.st_dev != leaf.st_dev:
-            raise _not_as_told("a descriptor is not of a file in the SR")
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        wanted = os.O_RDWR if told.write and index == 0 else os.O_RDONLY
-        if flags & os.O_PATH or flags & os.O_ACCMODE != wanted:
-            raise _not_as_told("a descriptor is open in another way than was announced")
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        kind = NodeKind.RAW if ".raw" in os.path.basename(path) else NodeKind.VHD
-        nodes.append(OpenNode(path, fd, claimed, kind, None))
-    if told.write and nodes[0].identity != FileIdentity(leaf.st_dev, leaf.st_ino):
-        raise _not_as_told("the VDI has another file by now")
-    return ChainFiles(nodes, told.write)
-
-
-def _not_as_told(why: str) -> XenAPIError:
-    return XenAPIError("OPERATION_NOT_ALLOWED", why)
-
-
-def _printable(text: str) -> str:
-    """Text that can be sent and logged: a file's name may hold what is no text."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

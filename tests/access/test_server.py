@@ -134,7 +134,7 @@ async def test_a_refusal_says_why_and_ends_the_connection(
 
 async def test_another_user_needs_a_session(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     vdi = await room.vdi()
-    monkeypatch.setattr("gateway.access.server._PEER", Strangers())
+    monkeypatch.setattr("gateway.access.server_link._PEER", Strangers())
     talk = room.connect()
     await talk.send(Open(vdi.uuid, False, "test", None))
     assert refused(await talk.receive()).code == "SESSION_AUTHENTICATION_FAILED"
