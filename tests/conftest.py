@@ -22,6 +22,10 @@ STOP_SECONDS = 30
 MOST_EXPLAINED = 4096
 
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and their child processes with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class RunningGateway:
     """One state directory, and the gateway process on it. `restart` keeps the state but not the ports."""
 
@@ -167,7 +171,12 @@ def program() -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("VDI_GATEWAY_")}
+    """Without what would change the command; Python's buffering of output is as its users have it."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("VDI_GATEWAY_") and name != "PYTHONUNBUFFERED"
+    }
 
 
 @pytest.hookimpl(wrapper=True)
