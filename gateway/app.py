@@ -233,7 +233,9 @@ class _Gateway:
             users.keep_passwords(self._keep_password)
             sessions = await Sessions.load(database, users, limits=self.limits)
             leases = Leases(self.limits, changed=partial(events.publish, "VDI", "mod"))
-            async with Inventory.open(records, leases, events, who=self._who()) as inventory:
+            async with Inventory.open(
+                records, leases, events, who=self._who(), tasks=tasks, limits=self.limits
+            ) as inventory:
                 yield Estate(
                     records=records,
                     tasks=tasks,

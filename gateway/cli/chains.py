@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gateway.cli.connection import Connection, GatewayChoice
-from gateway.cli.output import print_json, size_text
+from gateway.cli.output import print_json, print_note, size_text
 from gateway.cli.sr import find_sr
 from gateway.cli.vdi import Disk, find_vdi
 
@@ -72,7 +72,7 @@ def vdi_chain(
     json: Annotated[bool, Parameter(negative=())] = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
-    """Show which images stand on which: size, stored bytes, depth, and who uses them.
+    """Show which images stand on which: size, stored bytes, depth, who uses them, and what is coalesced.
 
     Parameters
     ----------
@@ -87,16 +87,27 @@ def vdi_chain(
         only = None if sr is None else find_sr(connection, sr)
         wanted = None if disk is None else find_vdi(connection, disk)[1]["uuid"]
         records = _records(connection, only)
+        srs = {record["SR"] for record in records.values()}
+        states: dict[str, str] = {}
+        for each in sorted(srs):
+            states |= connection.call("SR.get_coalesce_state", each)
     nodes = [node for root in _roots(records) for node in _below(root, records, 1)]
+    for node in nodes:
+        node["coalesce"] = states.pop(node["uuid"], None)
     if wanted is not None:
         root = _root_of(wanted, records)
         nodes = [node for node in nodes if _root_of(node["uuid"], records) == root]
+    # What is left is said of a whole SR.
+    for uuid, text in sorted(states.items()):
+        print_note(f"SR {uuid}: {text}")
     if json:
         print_json(nodes)
         return 0
     for node in nodes:
         words = [size_text(node["virtual_size"]), f"{size_text(node['physical_utilisation'])} stored"]
         words += [f"depth {node['depth']}", *node["state"], *node["held_by"]]
+        if node["coalesce"] is not None:
+            words.append(node["coalesce"])
         indent = "  " * (node["depth"] - 1)
         print(f"{indent}{node['uuid']}  {node['name_label'] or '(no name)'}: {', '.join(words)}")
     return 0

@@ -26,6 +26,7 @@ COMMANDS = {
     "sr-create": "gateway.cli.sr:sr_create",
     "sr-attach": "gateway.cli.sr:sr_attach",
     "sr-scan": "gateway.cli.sr:sr_scan",
+    "sr-coalesce": "gateway.cli.coalesce:sr_coalesce",
     "sr-forget": "gateway.cli.sr:sr_forget",
     "vdi-list": "gateway.cli.vdi:vdi_list",
     "vdi-create": "gateway.cli.vdi:vdi_create",

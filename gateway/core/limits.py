@@ -178,6 +178,26 @@ class Limits:
         key="task_progress_interval",
     )
 
+    coalesce_interval: float = _seconds(
+        300.0,
+        (1, DAY),
+        "an SR is looked at so often, beside what destroys and scans set off; what failed waits twice as long"
+        " each time",
+    )
+    coalesce_first_seconds: float = _seconds(
+        300.0,
+        (0, 3600),
+        "in a chain of 25 levels or on an SR 95 % full a coalesce goes before new requests for so long: the"
+        " chain ends at 30",
+        key="coalesce_first_time",
+    )
+    coalesce_first_pause_seconds: float = _seconds(
+        1800.0,
+        (0, DAY),
+        "and then people go first for at least so long",
+        key="coalesce_first_pause",
+    )
+
     session_idle: float = _seconds(DAY, (60, 365 * DAY), "xapi's default")
     session_touch_seconds: float = _seconds(
         60.0,

@@ -7,7 +7,7 @@ The trap: a share that is not mounted looks like an SR that lost every image. So
 missing or unmarked is unavailable, and its records stay as they are until it is back.
 """
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
@@ -22,6 +22,9 @@ from gateway.repository.records_copies import RecordsCopies
 from gateway.repository.records_file import RecordsCopy, RecordsUnreadable
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScanResult
+
+if TYPE_CHECKING:
+    from gateway.repository.coalescers import Coalescers
 
 log = structlog.get_logger("gateway.repository")
 
@@ -48,6 +51,8 @@ class Attachments:
         self._files = files
         self._attached: dict[str, Repository] = {}
         self._copies = RecordsCopies(records, events, self._attached)
+        # None: nothing is coalesced.
+        self._coalescers: Coalescers | None = None
         # One SR is plugged, unplugged or scanned by one task at a time.
         self._locks: dict[str, trio.Lock] = {}
         # VDIs whose file is there before their record.
@@ -92,7 +97,7 @@ class Attachments:
             for name in result.strange:
                 log.info("no image, left alone", sr=sr.uuid, file=name)
             with trio.CancelScope(shield=True):
-                self._attached[sr.ref] = repository
+                self._enter(sr.ref, repository)
                 if writable:
                     sm_config = {**self.records.srs.get(sr.ref).sm_config, MARKED_KEY: "true"}
                     await self.records.srs.change(sr.ref, sm_config=sm_config)
@@ -107,13 +112,18 @@ class Attachments:
             await self.records.pbds.change(ref, currently_attached=False)
             return
         async with self._lock(pbd.sr):
-            for vdi in self.records.vdis_of_sr(pbd.sr):
-                for holder in self.leases.holders_for(vdi.ref):
-                    raise XenAPIError("VDI_IN_USE", vdi.ref, str(holder))
-            with trio.CancelScope(shield=True):
-                await self._detach(pbd.sr)
-                other_config = {key: value for key, value in pbd.other_config.items() if key != PLUG_KEY}
-                await self.records.pbds.change(ref, currently_attached=False, other_config=other_config)
+            if self._coalescers is not None:
+                await self._coalescers.end(pbd.sr)
+            try:
+                self._require_unused(pbd.sr)
+                with trio.CancelScope(shield=True):
+                    await self._detach(pbd.sr)
+                    other_config = {key: value for key, value in pbd.other_config.items() if key != PLUG_KEY}
+                    await self.records.pbds.change(ref, currently_attached=False, other_config=other_config)
+            except BaseException:
+                if pbd.sr in self._attached:
+                    self._enter(pbd.sr, self._attached[pbd.sr])
+                raise
 
     async def sr_scan(self, sr: str) -> ScanResult:
         """Look at every file of an SR and bring the records up to date.
@@ -128,6 +138,7 @@ class Attachments:
             result = await repository.scan()
             problems = await self._apply(sr, repository, result, None)
             await self.refresh_sizes(sr)
+        self.coalesce(sr)
         if problems:
             raise XenAPIError(
                 "SR_BACKEND_FAILURE_40", "", f"The SR scan failed [opterr={'; '.join(problems)}]", ""
@@ -162,6 +173,28 @@ class Attachments:
         with trio.CancelScope(shield=True):
             for sr in list(self._attached):
                 await self._detach(sr)
+
+    def coalesce(self, sr: str) -> None:
+        """There may be something to coalesce in an SR, or remove."""
+        if self._coalescers is not None:
+            self._coalescers.trigger(sr)
+
+    async def sr_coalesce(self, sr: str) -> None:
+        """Coalesce an SR until all that is left to do waits for people, or failed.
+
+        Raises SR_NOT_ATTACHED, OPERATION_NOT_ALLOWED where nothing is coalesced (read-only, paused, switched
+        off), SR_BACKEND_FAILURE_40 with what is wrong with images: then nothing is done.
+        """
+        self.records.srs.get(sr)
+        self.repository(sr)
+        if self._coalescers is None:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "nothing is coalesced here")
+        await self._coalescers.of(sr).coalesce()
+
+    def sr_coalesce_state(self, sr: str) -> dict[str, str]:
+        """What becomes of the nodes of an SR: see Coalescer.state; empty if it isn't coalesced here."""
+        self.records.srs.get(sr)
+        return {} if self._coalescers is None else self._coalescers.state(sr)
 
     async def refresh_sizes(self, sr: str) -> None:
         """Bring the sizes of an attached SR up to date."""
@@ -216,7 +249,19 @@ class Attachments:
             ref_is_free=lambda ref: ref not in self.records.vdis,
         )
 
+    def _require_unused(self, sr: str) -> None:
+        for vdi in self.records.vdis_of_sr(sr):
+            for holder in self.leases.holders_for(vdi.ref):
+                raise XenAPIError("VDI_IN_USE", vdi.ref, str(holder))
+
+    def _enter(self, sr: str, repository: Repository) -> None:
+        self._attached[sr] = repository
+        if self._coalescers is not None:
+            self._coalescers.begin(sr, repository)
+
     async def _detach(self, sr: str) -> None:
+        if self._coalescers is not None:
+            await self._coalescers.end(sr)
         await self._copies.write(sr)
         self._copies.forget(sr)
         repository = self._attached.pop(sr, None)

@@ -18,11 +18,14 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Holder, Lease, LeaseMode, Leases
+from gateway.core.limits import Limits
 from gateway.core.records import VDI, Host, ImageFormat, Records
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.core.tasks import Tasks
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
 from gateway.repository.chain_operations import ChainOperations
+from gateway.repository.coalescers import Coalescers
 from gateway.repository.reconcile import described
 from gateway.repository.repository import Repository
 
@@ -44,14 +47,36 @@ class Inventory(ChainOperations):
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, records: Records, leases: Leases, events: Events, *, who: str, files: FileCalls = FILES
+        cls,
+        records: Records,
+        leases: Leases,
+        events: Events,
+        *,
+        who: str,
+        files: FileCalls = FILES,
+        tasks: Tasks | None = None,
+        limits: Limits | None = None,
     ) -> AsyncIterator["Inventory"]:
-        """Attach what is to be attached, for the time of a block; `who` is told to other gateways."""
+        """Attach what is to be attached, for the time of a block; `who` is told to other gateways.
+
+        With `tasks` the SRs are coalesced, under tasks of their own.
+        """
         inventory = cls(records, leases, events, who=who, files=files)
+        if tasks is not None:
+            inventory._coalescers = Coalescers(
+                records,
+                leases,
+                events,
+                tasks=tasks,
+                limits=limits or Limits(),
+                refresh_sizes=inventory.refresh_sizes,
+            )
         try:
             await inventory.attach_all()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(inventory._copies.run)
+                if inventory._coalescers is not None:
+                    nursery.start_soon(inventory._coalescers.run)
                 yield inventory
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -221,6 +246,7 @@ class Inventory(ChainOperations):
         with trio.CancelScope(shield=True):
             await self._remove_vdi(ref)
             await self.refresh_sizes(vdi.sr)
+        self.coalesce(vdi.sr)
 
     async def vdi_forget(self, ref: str) -> None:
         """Remove a VDI's record; the next scan finds its image again, without a name."""

@@ -197,6 +197,30 @@ async def scan(call: Call, sr: str) -> None:
 
 
 @message(
+    "coalesce",
+    "Coalesce what can be coalesced in the SR, and return when the rest waits for people or has failed. This"
+    " gateway's own: XenServer has no such method. Each merge has a task called coalesce.",
+    _SELF,
+    role=Role.POOL_OPERATOR,
+    errors=("SR_NOT_ATTACHED", "OPERATION_NOT_ALLOWED", "SR_BACKEND_FAILURE_40"),
+)
+async def coalesce(call: Call, sr: str) -> None:
+    await call.estate.inventory.sr_coalesce(sr)
+
+
+@message(
+    "get_coalesce_state",
+    "What will be coalesced in the SR, for whom it waits, and why others are not, in words by the uuids of"
+    " VDIs; under the SR's own uuid why nothing is. This gateway's own.",
+    _SELF,
+    result=STRING_MAP,
+    asynchronous=False,
+)
+async def get_coalesce_state(call: Call, sr: str) -> dict[str, str]:
+    return call.estate.inventory.sr_coalesce_state(sr)
+
+
+@message(
     "update", "Refresh the sizes of the SR.", _SELF, role=Role.POOL_OPERATOR, errors=("SR_NOT_ATTACHED",)
 )
 async def update(call: Call, sr: str) -> None:
@@ -240,6 +264,16 @@ SR = ApiClass(
     name="SR",
     doc="A storage repository: a directory that holds disk images.",
     fields=FIELDS,
-    messages=(create, introduce, scan, update, destroy, forget, get_supported_types),
+    messages=(
+        create,
+        introduce,
+        scan,
+        coalesce,
+        get_coalesce_state,
+        update,
+        destroy,
+        forget,
+        get_supported_types,
+    ),
     objects=lambda estate: estate.records.srs,
 )
