@@ -5,8 +5,10 @@ sub-command is loaded only when it runs, because a command that asks a running g
 the gateway itself.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError
@@ -103,7 +105,22 @@ def _one_line(error: CycloptsError) -> str:
 
 
 def _complain(name: str, text: str, code: int) -> int:
-    sys.stderr.write(f"{name}: {text}\n")
+    with suppress(OSError):  # Nobody reads it any more; the exit code still tells.
+        sys.stderr.write(f"{name}: {text}\n")
+    return code
+
+
+def _written(code: int) -> int:
+    """The exit code once all output is out. Python by itself would end with 120 at a lost reader."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                code = _complain(PROGRAM, f"standard output can't be written: {error.strerror}", code or 1)
     return code
 
 
@@ -112,6 +129,7 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        with suppress(OSError):
+            sys.stderr.write("interrupted\n")
         code = 130
-    sys.exit(code)
+    sys.exit(_written(code))
