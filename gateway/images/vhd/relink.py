@@ -114,8 +114,12 @@ def _write_header(image: VhdFile, new: bytes, keep: str | None, files: FileCalls
     assert image.header is not None
     offset = image.footer.data_offset
     old = image.header.pack()
-    if new[SECTOR:] == old[SECTOR:] and offset % SECTOR == 0:
-        files.pwrite(image.fd, new[:SECTOR], offset)
+    changed = [index for index in range(HEADER_SIZE) if new[index] != old[index]]
+    if not changed:
+        return
+    first, last = changed[0], changed[-1] + 1
+    if (offset + first) // SECTOR == (offset + last - 1) // SECTOR:
+        files.pwrite(image.fd, new[first:last], offset + first)
         files.datasync(image.fd)
         return
     if keep is None:
