@@ -12,8 +12,6 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import trio
-
 from gateway.images.errors import ImageError
 
 # A field {n:detail} is a parameter that may be missing, in parentheses if it is there.
@@ -146,10 +144,6 @@ class XenAPIError(Exception):
         return f"XenAPIError({str(self)!r})"
 
 
-# Nothing went wrong, somebody wants the program to end.
-_STOPPED: Final = (trio.Cancelled, KeyboardInterrupt, SystemExit)
-
-
 def as_xenapi_error(error: BaseException) -> XenAPIError:
     """What a client is told about `error`.
 
@@ -157,7 +151,11 @@ def as_xenapi_error(error: BaseException) -> XenAPIError:
     left (also over quota) is SR_FULL, other I/O errors and broken images are VDI_IO_ERROR, all else is
     INTERNAL_ERROR, but being stopped from outside (trio's cancellation, an interrupt) is TASK_INTERRUPTED.
     """
-    leaves = [leaf for leaf in _leaves(error) if not isinstance(leaf, _STOPPED)]
+    import trio  # noqa: PLC0415  slow to load, and the command line tells errors without it
+
+    # Nothing went wrong, somebody wants the program to end.
+    stopped = (trio.Cancelled, KeyboardInterrupt, SystemExit)
+    leaves = [leaf for leaf in _leaves(error) if not isinstance(leaf, stopped)]
     if not leaves:
         return XenAPIError("TASK_INTERRUPTED")
     for leaf in leaves:

@@ -130,10 +130,11 @@ def test_status_and_hosts_are_told(house: RunningGateway) -> None:
     )
 
 
-def test_client_commands_load_neither_trio_nor_the_database() -> None:
+def test_client_commands_and_their_errors_load_neither_trio_nor_the_database() -> None:
     modules = "connection door sr vdi task host user transfers upload download completion main"
     code = (
         f"import sys\nfrom gateway.cli import {', '.join(modules.split())}\n"
+        "connection.error_text('VDI.destroy', 'HANDLE_INVALID', ['VDI', 'x'])\n"
         "print(*sorted({'trio', 'sqlalchemy', 'h11', 'structlog', 'cryptography', 'rich.progress'}"
         " & set(sys.modules)))\n"
     )
