@@ -113,7 +113,8 @@ class Limits:
     connections_per_address: int = _number(
         256,
         (1, 100_000),
-        "one machine can't take all of them from the others; behind a proxy all clients are one machine",
+        "one machine can't take all of them from the others; an IPv6 network (/64) counts as one machine, and"
+        " so do all clients behind a proxy",
     )
     transfers: int = _number(
         16,

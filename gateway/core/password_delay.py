@@ -6,7 +6,6 @@ nothing. Of one user from everywhere: only the answer to a wrong password waits,
 the right password of another address waiting. The tables are bounded, and nothing is held by whoever sleeps.
 """
 
-import ipaddress
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
+from gateway.core.network import network_of
 
 K = TypeVar("K")
 
@@ -97,7 +97,7 @@ class PasswordDelay:
 
         Raises SESSION_AUTHENTICATION_FAILED if that would take longer than `password_queue_seconds`.
         """
-        network = _network(address)
+        network = network_of(address)
         give_up = trio.current_time() + self._limits.password_queue_seconds
         while True:
             free_at = self._free_at(user, network)
@@ -117,7 +117,7 @@ class PasswordDelay:
 
     def wrong(self, user: str, address: str) -> float:
         """Count a wrong password; how many seconds its answer has to wait, outside of `attempt`."""
-        network = _network(address)
+        network = network_of(address)
         self._pairs.add((network, user))
         self._addresses.add(network)
         self._users.add(user)
@@ -125,7 +125,7 @@ class PasswordDelay:
 
     def right(self, user: str, address: str) -> None:
         """A right password: this user may mistype again from there. Nothing else is forgiven."""
-        self._pairs.forget((_network(address), user))
+        self._pairs.forget((network_of(address), user))
 
     def _free_at(self, user: str, network: str) -> float:
         return max(self._pairs.free_at((network, user)), self._addresses.free_at(network))
@@ -141,16 +141,3 @@ class PasswordDelay:
             turn.people -= 1
             if not turn.people:
                 del self._turns[network]
-
-
-def _network(address: str) -> str:
-    """The address; of IPv6 the /64, since whoever has one has 2^64 addresses."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return str(parsed)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from gateway.core.network import network_of
 from gateway.http.connection import Connection
 from gateway.http.wire import Wire, peer_address
 
@@ -104,7 +105,7 @@ class Server:
         self._routes: Final = routes
         self._limits: Final = limits
         self._connections: set[Connection] = set()
-        self._by_address: Counter[str] = Counter()
+        self._by_network: Counter[str] = Counter()
         self._accepting = trio.CancelScope()
 
     @property
@@ -156,8 +157,9 @@ class Server:
             if not _is_welcome(accepted):
                 accepted.close()
                 continue
+            network = network_of(peer_address(accepted))
             # The administrator on this machine comes in also when the network has taken all there are.
-            if accepted.family != socket.AF_UNIX and not self._has_room_for(peer_address(accepted)):
+            if accepted.family != socket.AF_UNIX and not self._has_room_for(network):
                 _turn_away(accepted, tls=listener.tls is not None)
                 continue
             try:
@@ -168,22 +170,22 @@ class Server:
                 continue
             connection = Connection(wire, self._limits, self._routes.handle)
             self._connections.add(connection)
-            self._by_address[wire.address] += 1
-            connections.start_soon(self._serve, connection)
+            self._by_network[network] += 1
+            connections.start_soon(self._serve, connection, network)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, network: str) -> None:
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
-            self._by_address[connection.wire.address] -= 1
-            if not self._by_address[connection.wire.address]:
-                del self._by_address[connection.wire.address]
+            self._by_network[network] -= 1
+            if not self._by_network[network]:
+                del self._by_network[network]
 
-    def _has_room_for(self, address: str) -> bool:
+    def _has_room_for(self, network: str) -> bool:
         return (
             len(self._connections) < self._limits.connections
-            and self._by_address[address] < self._limits.connections_per_address
+            and self._by_network[network] < self._limits.connections_per_address
         )
 
 

@@ -6,7 +6,8 @@ import pytest
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
-from gateway.core.password_delay import _Counter, _network
+from gateway.core.network import network_of
+from gateway.core.password_delay import _Counter
 from gateway.core.passwords import LANES, LONGEST_PASSWORD, MEMORY_KIB, PASSES, Passwords, Verdict
 from gateway.core.roles import Role
 from gateway.core.users import Users
@@ -139,7 +140,7 @@ async def test_the_memory_of_wrong_passwords_is_bounded() -> None:
     ],
 )
 def test_an_ipv6_client_is_known_by_its_network(address: str, network: str) -> None:
-    assert _network(address) == network
+    assert network_of(address) == network
 
 
 async def test_a_password_counts_only_once_its_keeper_has_it(database: Database) -> None:

@@ -157,8 +157,23 @@ async def test_one_address_cannot_take_all_connections(tmp_path: Path) -> None:
                 await Client(elsewhere).head("GET", "/")
                 assert (await Client(elsewhere).answer()).status == 405
         await until(lambda: not gate.server.connection_count)
-        assert gate.server._by_address == {}
+        assert gate.server._by_network == {}
         assert (await gate.ask("POST", "/", body=b"x")).status == 200
+
+
+async def test_an_ipv6_network_counts_as_one_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a client's address is must be said here: this machine has no such network.
+    comers = iter(["2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1"])
+    monkeypatch.setattr("gateway.http.server.peer_address", lambda _: next(comers))
+    async with open_gate(tmp_path, connections_per_address=1) as gate:
+        async with gate.client() as first:
+            await first.head("GET", "/")
+            await first.answer()
+            async with gate.client() as neighbour:
+                assert (await neighbour.answer()).status == 503
+            async with gate.client() as elsewhere:
+                await elsewhere.head("GET", "/")
+                assert (await elsewhere.answer()).status == 405
 
 
 async def test_a_stopping_server_closes_idle_connections_at_once(tmp_path: Path) -> None:
