@@ -283,7 +283,9 @@ class _Gateway:
         return f"{socket.gethostname()}, process {os.getpid()}, state directory {self.state.path}"
 
     def _routes(self, estate: Estate, nursery: trio.Nursery) -> Routes:
-        services = DiskServices.for_limits(estate.inventory, estate.tasks, estate.sessions, self.limits)
+        services = DiskServices.for_limits(
+            estate.inventory, estate.tasks, estate.sessions, self.limits, estate.publications
+        )
         api = Api(estate, nursery, CLASSES)
 
         async def xmlrpc(body: bytes, request: Request, connection: Connection) -> bytes:

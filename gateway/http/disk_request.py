@@ -70,11 +70,19 @@ class DiskServices:
 
     @classmethod
     def for_limits(
-        cls, inventory: "Inventory", tasks: "Tasks", sessions: "Sessions", limits: "Limits"
+        cls,
+        inventory: "Inventory",
+        tasks: "Tasks",
+        sessions: "Sessions",
+        limits: "Limits",
+        publications: Publications | None = None,
     ) -> "DiskServices":
-        """Services with as many transfers at once as the limits allow."""
+        """Services with as many transfers at once as the limits allow.
+
+        `publications` are those of all who give VDIs new content.
+        """
         slots, threads = trio.CapacityLimiter(limits.transfers), trio.CapacityLimiter(limits.transfers)
-        return cls(inventory, tasks, sessions, limits, slots, threads, Publications())
+        return cls(inventory, tasks, sessions, limits, slots, threads, publications or Publications())
 
     @contextmanager
     def slot(self, identity: "Identity") -> Iterator[None]:

@@ -14,7 +14,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
-from gateway.core.leases import LeaseMode, Leases
+from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.core.records import PBD, VDI, Records
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.reconcile import Reconciled, reconcile
@@ -57,6 +57,8 @@ class Attachments:
         self._locks: dict[str, trio.Lock] = {}
         # VDIs whose file is there before their record.
         self._being_created: set[str] = set()
+        # Those of them that are being filled, by uuid: in which SR, and for whom.
+        self._being_filled: dict[str, tuple[str, Holder]] = {}
 
     async def pbd_plug(self, ref: str) -> None:
         """Attach the SR to the host, and bring its records up to date; nothing if it is attached.
@@ -253,6 +255,9 @@ class Attachments:
         for vdi in self.records.vdis_of_sr(sr):
             for holder in self.leases.holders_for(vdi.ref):
                 raise XenAPIError("VDI_IN_USE", vdi.ref, str(holder))
+        for used, holder in self._being_filled.values():
+            if used == sr:
+                raise XenAPIError("VDI_IN_USE", holder.vdi, str(holder))
 
     def _enter(self, sr: str, repository: Repository) -> None:
         self._attached[sr] = repository

@@ -1,7 +1,8 @@
-"""Snapshots, clones and reverts: the files of fork.py and the records that go with them.
+"""Snapshots, clones and reverts: the files of fork.py and the records that go with them; and new VDIs that
+are filled with a copy.
 
-Both need only that nobody writes to the VDI; who reads it is not disturbed. No data is copied. The bytes of
-the source, the new VDI and the base copy are the same, so all three carry the source's content id.
+The former need only that nobody writes to the VDI; who reads it is not disturbed. No data is copied. The
+bytes of the source, the new VDI and the base copy are the same, so all three carry the source's content id.
 
 The trap: the source's file is another one afterwards, and what isn't said to have the same content gets a new
 content id at the next scan, as after a change from outside.
@@ -11,7 +12,7 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -27,14 +28,52 @@ from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
 from gateway.repository.scan import FileStamp, ScannedImage
 from gateway.repository.sr_lifecycle import SRLifecycle
+from gateway.repository.staging import Staging
 
 # What XenServer calls the hidden parent that a snapshot leaves behind.
 BASE_COPY_NAME: Final = "base copy"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+@dataclass(slots=True)
+class NewVDI:
+    """A VDI that is being filled. Nobody knows of it until `staging` is committed; until then `vdi`, the
+    record that it will have, may be replaced.
+    """
+
+    vdi: VDI
+    staging: Staging
+
+
 class ChainOperations(SRLifecycle):
     """The part of the inventory that makes VDIs of VDIs."""
+
+    @asynccontextmanager
+    async def vdi_new(self, vdi: VDI, holder: Holder) -> AsyncIterator[NewVDI]:
+        """Fill a VDI that has this record and size; it is there once it is committed, whole and durable.
+
+        Raises OPERATION_NOT_ALLOWED in a read-only SR, SR_NOT_ATTACHED, ImageError, OSError (ENOSPC too).
+        """
+        repository = self.repository(vdi.sr)
+        if not repository.writable:
+            raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
+        self._being_created.add(vdi.uuid)
+        self._being_filled[vdi.uuid] = vdi.sr, holder
+        new: NewVDI | None = None
+        try:
+            try:
+                async with repository.staging_new(vdi.uuid, vdi.virtual_size, vdi.image_format) as staging:
+                    new = NewVDI(vdi, staging)
+                    yield new
+            finally:
+                if new is not None and new.staging.committed is not None:
+                    with trio.CancelScope(shield=True):
+                        image = repository.images[vdi.uuid]
+                        await self.records.vdis.add(_with_content(new.vdi, image, new.vdi.content_id))
+                        await self.refresh_sizes(vdi.sr)
+        finally:
+            self._being_created.discard(vdi.uuid)
+            del self._being_filled[vdi.uuid]
 
     async def vdi_snapshot(
         self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
@@ -75,7 +114,7 @@ class ChainOperations(SRLifecycle):
             async with self._leased(
                 repository, ref, Holder(who, "revert", ref, task), wait, LeaseMode.READ
             ) as source:
-                snapshot = await self._seen(ref, source)
+                snapshot = await self.vdi_under(ref, source)
                 revert = Revert(repository.directory, lease, source, repository.files)
                 await self._replace(repository, lease, revert, target.uuid)
                 with trio.CancelScope(shield=True):
@@ -97,7 +136,7 @@ class ChainOperations(SRLifecycle):
         self._being_created.update((uuid, base))
         try:
             async with self._leased(repository, ref, holder, wait) as lease:
-                source = await self._seen(ref, lease)
+                source = await self.vdi_under(ref, lease)
                 fork = Fork(
                     repository.directory,
                     lease,
@@ -146,7 +185,7 @@ class ChainOperations(SRLifecycle):
             with trio.CancelScope(shield=True):
                 await lease.released()
 
-    async def _seen(self, ref: str, lease: Lease) -> VDI:
+    async def vdi_under(self, ref: str, lease: Lease) -> VDI:
         """The record under the lease; with a new content id if the file was changed from outside."""
         status = await trio.to_thread.run_sync(os.fstat, lease.chain.nodes[0].fd)
         vdi = self.records.vdis.get(ref)

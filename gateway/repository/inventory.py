@@ -252,13 +252,16 @@ class Inventory(ChainOperations):
         """Remove a VDI's record; the next scan finds its image again, without a name."""
         await self._remove_vdi(ref)
 
-    async def vdi_changed(self, ref: str) -> None:
-        """The VDI's content is new: a new content id, and the sizes as they are now."""
+    async def vdi_changed(self, ref: str, content_id: str | None = None) -> None:
+        """The VDI's content is new: another content id, and the sizes as they are now.
+
+        `content_id` is that of the VDI that has the same bytes in the same blocks; else it gets its own.
+        """
         vdi = self.records.vdis.get(ref)
         repository = self.repository(vdi.sr)
         with trio.CancelScope(shield=True):
             image = await repository.look_again(vdi.uuid)
-            content_id = new_uuid()
+            content_id = content_id or new_uuid()
 
             def changes(record: VDI) -> dict[str, object]:
                 now = described(record, image, writable=repository.writable, written=False)

@@ -152,8 +152,13 @@ class Api:
         ]
         arguments += [copy(parameter.default) for parameter in called.parameters[len(given) :]]
         call = Call(self._estate, caller, method.name, session_ref, identity)
-        if asynchronous:
-            return await self._start(method, call, arguments)
+        if asynchronous or called.tasked:
+            task = await self._new_task(f"{_ASYNC if asynchronous else ''}{method.name}", call)
+            if not asynchronous:
+                return await self._work(task, method, call, arguments)
+            # It goes on when the session ends.
+            self._nursery.start_soon(self._run, task, method, call, arguments)
+            return task.ref
         result: WireValue = await called.run(call, *arguments)
         return result
 
@@ -165,31 +170,34 @@ class Api:
         credentials = Credentials(address=caller.address, session_ref=session_ref, user=None, password=None)
         return await self._estate.sessions.authorize(credentials, method.permission(given))
 
-    async def _start(self, method: Method, call: Call, arguments: list[Any]) -> str:
-        """Run the method under a new task; its reference. The task goes on when the session ends."""
+    async def _new_task(self, label: str, call: Call) -> Task:
         identity = call.identity
-        task = await self._estate.tasks.create(
-            f"{_ASYNC}{method.name}",
+        return await self._estate.tasks.create(
+            label,
             "",
             user=identity.user,
             session_uuid=identity.session.uuid if identity.session is not None else "",
             client_made=False,
         )
-        call.task = task.ref
-        self._nursery.start_soon(self._run, task, method, call, arguments)
-        return task.ref
 
     async def _run(self, task: Task, method: Method, call: Call, arguments: list[Any]) -> None:
+        try:
+            await self._work(task, method, call, arguments)
+        except XenAPIError:
+            pass  # The task tells it to whoever asks.
+        except Exception as error:  # noqa: BLE001  the task has told it, and logged what nobody expected
+            log.warning("asynchronous method failed", method=method.name, why=str(as_xenapi_error(error)))
+
+    async def _work(self, task: Task, method: Method, call: Call, arguments: list[Any]) -> WireValue:
+        """Run the method as the work of the task; raises what it raises, or TASK_CANCELLED."""
         called = method.message
         with trio.CancelScope() as scope:
-            try:
-                async with self._estate.tasks.operation(task, scope.cancel) as operation:
-                    value = await called.run(call, *arguments)
-                    operation.result = "" if called.result is VOID else dump_value(value)
-            except XenAPIError:
-                pass  # The task tells it to whoever asks.
-            except Exception as error:  # noqa: BLE001  the task has told it, and logged what nobody expected
-                log.warning("asynchronous method failed", method=method.name, why=str(as_xenapi_error(error)))
+            async with self._estate.tasks.operation(task, scope.cancel) as operation:
+                call.operation = operation
+                value: WireValue = await called.run(call, *arguments)
+                operation.result = "" if called.result is VOID else dump_value(value)
+            return value
+        raise XenAPIError("TASK_CANCELLED", task.ref)
 
 
 def _folded(name: str, separator: str) -> str:

@@ -7,6 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import trio
+
+from gateway.transfers.publications import Publications
+
 if TYPE_CHECKING:
     from gateway.core.current_operations import CurrentOperations
     from gateway.core.events import Events
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from gateway.core.tasks import Tasks
     from gateway.core.users import Users
     from gateway.repository.inventory import Inventory
+
+_COPIES: Final = 4
+"""So many VDIs are copied at once: more of them would only make each of them slower."""
 
 _MOST_REGISTRATIONS: Final = 1000
 """Sessions that listen through event.next; those that began first are forgotten, and told so."""
@@ -59,3 +66,5 @@ class Estate:
     events: Events
     operations: CurrentOperations
     registrations: Registrations = field(default_factory=Registrations)
+    publications: Publications = field(default_factory=Publications)
+    copies: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_COPIES))

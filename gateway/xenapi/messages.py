@@ -12,6 +12,7 @@ from gateway.xenapi.types import VOID, WireType
 
 if TYPE_CHECKING:
     from gateway.core.sessions import Identity
+    from gateway.core.task import Operation
     from gateway.xenapi.dispatch import Caller
     from gateway.xenapi.estate import Estate
 
@@ -40,7 +41,8 @@ class Parameter:
 class Call:
     """One call on its way: what a message gets beside its parameters.
 
-    The session reference is a secret. `task` is the task under which an asynchronous call runs.
+    The session reference is a secret. `operation` is the work of the task under which an asynchronous call
+    runs, or one whose message is always `tasked`.
     """
 
     estate: Estate
@@ -48,7 +50,12 @@ class Call:
     method: str
     session_ref: str
     authorized: Identity | None
-    task: str | None = None
+    operation: Operation | None = None
+
+    @property
+    def task(self) -> str | None:
+        """The reference of the task under which the call runs."""
+        return None if self.operation is None else self.operation.task
 
     @property
     def identity(self) -> Identity:
@@ -77,7 +84,8 @@ class Message:
     """One method of a class. `run` gets the Call and the checked parameters, and returns the result.
 
     Without `session` the method takes no session reference and asks for no permission. `asynchronous` methods
-    exist as `Async.` too. What is not `listed` is left out of system.listMethods.
+    exist as `Async.` too. A `tasked` one takes long: it has a task also when it is called without `Async.`,
+    so that it can be followed and cancelled. What is not `listed` is left out of system.listMethods.
     """
 
     name: str
@@ -88,6 +96,7 @@ class Message:
     result: WireType = VOID
     session: bool = True
     asynchronous: bool = True
+    tasked: bool = False
     errors: tuple[str, ...] = ()
     listed: bool = True
     key_roles: tuple[tuple[str, Role], ...] = ()
@@ -107,6 +116,7 @@ def message(
     role: Role = Role.READ_ONLY,
     session: bool = True,
     asynchronous: bool = True,
+    tasked: bool = False,
     errors: tuple[str, ...] = (),
     listed: bool = True,
 ) -> Callable[[Run], Message]:
@@ -122,6 +132,7 @@ def message(
             result=result,
             session=session,
             asynchronous=asynchronous,
+            tasked=tasked,
             errors=errors,
             listed=listed,
         )

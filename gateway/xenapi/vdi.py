@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.refs import NULL_REF
 from gateway.core.roles import Role
+from gateway.transfers.copy_disk import copy_disk
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, given, message, stored
 from gateway.xenapi.types import (
     BOOL,
@@ -52,6 +54,7 @@ ON_BOOT: Final = Choice("on_boot", ("reset", "persist"))
 OPERATIONS: Final = {
     "snapshot": LeaseMode.REPLACE,
     "clone": LeaseMode.REPLACE,
+    "copy": LeaseMode.READ,
     "revert": LeaseMode.REPLACE,
     "destroy": LeaseMode.WRITE,
     "resize": LeaseMode.WRITE,
@@ -80,6 +83,7 @@ def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
         name
         for name, mode in OPERATIONS.items()
         if (forked or name not in _FORKS)
+        and (vdi.managed or name != "copy")
         and (vdi.is_a_snapshot or name != "revert")
         and not any(mode.conflicts_with(other) for other in held)
     )
@@ -226,6 +230,48 @@ async def clone(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
 
 
 @message(
+    "copy",
+    "Copy all bytes of the VDI into a new VDI that shares nothing with it, or over another VDI.",
+    Parameter("vdi", Reference("VDI"), "the VDI, or a snapshot; others may read it meanwhile"),
+    Parameter("sr", Reference("SR"), "where the new VDI is made; null with into_vdi", default=NULL_REF),
+    Parameter("base_vdi", Reference("VDI"), "must be null: whole disks are copied", default=NULL_REF),
+    Parameter(
+        "into_vdi",
+        Reference("VDI"),
+        "a VDI that is not smaller, whose content is replaced; null: a new one",
+        default=NULL_REF,
+    ),
+    result=Reference("VDI"),
+    role=Role.VM_ADMIN,
+    tasked=True,
+    errors=(
+        "VALUE_NOT_SUPPORTED",
+        "OPERATION_NOT_ALLOWED",
+        "VDI_IN_USE",
+        "VDI_TOO_SMALL",
+        "VDI_READONLY",
+        "SR_FULL",
+        "SR_NOT_ATTACHED",
+    ),
+)
+async def copy(call: Call, vdi: str, sr: str, base_vdi: str, into_vdi: str) -> str:
+    if base_vdi != NULL_REF:
+        raise XenAPIError("VALUE_NOT_SUPPORTED", "base_vdi", base_vdi, "only whole disks are copied")
+    if call.operation is None:
+        raise AssertionError("a copy always has a task")
+    return await copy_disk(
+        call.estate.inventory,
+        call.estate.publications,
+        call.operation,
+        vdi=vdi,
+        sr=sr,
+        into=into_vdi,
+        who=call.who,
+        turns=call.estate.copies,
+    )
+
+
+@message(
     "revert",
     "Give the VDI of which this is a snapshot the snapshot's bytes and size. What was written since is gone.",
     Parameter("snapshot", Reference("VDI"), "the snapshot; it stays"),
@@ -268,6 +314,6 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, snapshot, clone, revert, resize, destroy, forget),
+    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget),
     objects=lambda estate: estate.records.vdis,
 )

@@ -128,12 +128,16 @@ async def test_what_a_vdi_needs_to_be_created_is_asked_for_by_name(site: Site) -
     ]
 
 
-EVERYTHING = ("snapshot", "clone", "destroy", "resize")
+EVERYTHING = ("snapshot", "clone", "copy", "destroy", "resize")
 
 
 @pytest.mark.parametrize(
     ("mode", "allowed"),
-    [(LeaseMode.READ, ("snapshot", "clone")), (LeaseMode.REPLACE, ()), (LeaseMode.WRITE, ())],
+    [
+        (LeaseMode.READ, ("snapshot", "clone", "copy")),
+        (LeaseMode.REPLACE, ("copy",)),
+        (LeaseMode.WRITE, ()),
+    ],
 )
 async def test_operations_of_a_vdi_are_those_of_its_leases(
     live: Site, tmp_path: Path, mode: LeaseMode, allowed: tuple[str, ...]
@@ -173,6 +177,7 @@ async def test_snapshots_and_clones_are_vdis_that_know_where_they_come_from(
     assert await live.call("VDI.get_allowed_operations", ADMIN, taken) == (
         "snapshot",
         "clone",
+        "copy",
         "revert",
         "destroy",
         "resize",
