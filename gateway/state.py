@@ -8,26 +8,23 @@
     access.sock        where other processes get the descriptors of leased disks; 0660
     lock               held by the running gateway, names its process
 
-Standard library only: the small commands read from here without loading the gateway. The trap: the lock is
-the kernel's, the process number in the file is only for people. A file that is left over locks nobody out,
-and gateway.json counts only while the lock is held: the port of a dead gateway may be somebody else's by now,
-who must not be sent the password.
+The standard library and `images` only: the small commands read from here without loading the gateway. The
+trap: the lock is the kernel's, the process number in the file is only for people. A file that is left over
+locks nobody out, and gateway.json counts only while the lock is held: the port of a dead gateway may be
+somebody else's by now, who must not be sent the password.
 """
 
-import fcntl
 import json
 import os
 import secrets
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from gateway.images.file_locks import is_locked_wholly, lock_wholly
+
 ADMINISTRATOR = "root"
 STATE_DIR_VARIABLE = "VDI_GATEWAY_STATE_DIR"
-
-# struct flock of Linux with 64-bit offsets: type, whence, start, length (0 = all), pid (0 for these locks).
-_FLOCK = struct.Struct("hhqqi4x")
 
 
 class StateError(Exception):
@@ -100,7 +97,7 @@ class StateDirectory:
             ) from error
         try:
             # A lock of the open file description: it can be asked about without taking it.
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            lock_wholly(fd)
         except (BlockingIOError, PermissionError):
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
@@ -167,10 +164,10 @@ class StateDirectory:
                 f"{self._running} can't be read ({error}); run this as the user of the gateway"
             ) from error
         try:
-            answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            runs = is_locked_wholly(fd)
         finally:
             os.close(fd)
-        if _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK:
+        if not runs:
             raise self._none_runs()
         return RunningGateway(
             pid=known["pid"],

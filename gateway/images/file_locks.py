@@ -20,6 +20,7 @@ from typing import Final
 
 # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 is demanded for OFD locks).
 _FLOCK: Final = struct.Struct("hhqqi0q")
+_TO_THE_END: Final = 0
 
 _USES: Final = 100
 _DENIES: Final = 200
@@ -76,7 +77,7 @@ def lock_file(fd: int, use: FileUse, path: str) -> None:
     """
     for start in (*(_USES + p for p in use.uses), *(_DENIES + p for p in use.denies)):
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, start))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, start, 1))
         except OSError as error:
             # Only a write lock stands in the way of a read lock: not QEMU's way, but somebody's.
             if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -107,13 +108,32 @@ def _ask_about_others(fd: int, use: FileUse, path: str) -> None:
 
 def _ask_about(fd: int, start: int, path: str, meaning: str) -> None:
     """Raise FileInUse if somebody else has locked the byte at `start`, which means `meaning`."""
-    # A write lock collides with every read lock of other descriptions; asking needs no writable descriptor.
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start))
-    lock_type: int = _FLOCK.unpack(answer)[0]
+    lock_type = _lock_of_others(fd, start, 1)
     if lock_type == fcntl.F_UNLCK:
         return
     raise FileInUse(path, f"another program {_EXCLUSIVELY if lock_type == fcntl.F_WRLCK else meaning}")
 
 
-def _flock(lock_type: int, start: int) -> bytes:
-    return _FLOCK.pack(lock_type, os.SEEK_SET, start, 1, 0)
+def lock_wholly(fd: int) -> None:
+    """Lock a file that says whose something is for the open file description of `fd`, which can write it.
+
+    Not for images: these are locked on the bytes that QEMU asks about. Raises BlockingIOError or
+    PermissionError where another has the lock, OSError where the file system has no such locks.
+    """
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, 0, _TO_THE_END))
+
+
+def is_locked_wholly(fd: int) -> bool:
+    """Whether another open file description has that lock; asking takes nothing."""
+    return _lock_of_others(fd, 0, _TO_THE_END) != fcntl.F_UNLCK
+
+
+def _lock_of_others(fd: int, start: int, length: int) -> int:
+    # A write lock collides with every read lock of other descriptions; asking needs no writable descriptor.
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, start, length))
+    lock_type: int = _FLOCK.unpack(answer)[0]
+    return lock_type
+
+
+def _flock(lock_type: int, start: int, length: int) -> bytes:
+    return _FLOCK.pack(lock_type, os.SEEK_SET, start, length, 0)

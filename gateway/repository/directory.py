@@ -10,23 +10,20 @@ a marker, and without it nothing is concluded from files that cannot be seen.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import stat
-import struct
 from dataclasses import dataclass
 from typing import Final
 
 from gateway.core.errors import XenAPIError
 from gateway.core.records import ImageFormat
+from gateway.images.file_locks import lock_wholly
 from gateway.images.files import FILES, FileCalls
 
 SERVICE_NAME: Final = ".vdi-gateway"
 MARKER_FORMAT: Final = 1
 
-# struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 is demanded for OFD locks).
-_FLOCK: Final = struct.Struct("hhqqi0q")
 _MOST_OWNER_TEXT: Final = 4096
 
 
@@ -195,8 +192,7 @@ class OwnerLock:
         # Never truncated by opening: until the lock is ours, the text belongs to the one who has it.
         self._fd = files.open(directory.owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            flock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, flock)
+            lock_wholly(self._fd)
             files.truncate(self._fd, 0)
             files.pwrite(self._fd, who.encode(), 0)
         except OSError as error:

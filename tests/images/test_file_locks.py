@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.images.file_locks import FileInUse, FileUse, lock_file, lock_files
+from gateway.images.file_locks import FileInUse, FileUse, lock_file, lock_files, lock_wholly
 
 Opener = Callable[[int], int]
 
@@ -201,11 +201,7 @@ socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"x"], [fd])
 
 
 def test_an_exclusive_lock_of_another_kind_is_respected(image: Path, open_image: Opener) -> None:
-    import fcntl
-
-    from gateway.images.file_locks import _flock
-
-    fcntl.fcntl(open_image(os.O_RDWR), fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, 100))
+    lock_wholly(open_image(os.O_RDWR))
     with pytest.raises(FileInUse, match="exclusively"):
         lock_file(open_image(os.O_RDONLY), FileUse.READ, str(image))
 
