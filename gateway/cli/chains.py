@@ -4,17 +4,20 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.output import print_json, print_note, size_text
 from gateway.cli.sr import find_sr
 from gateway.cli.vdi import Disk, find_vdi
 
+NewName = Annotated[str | None, Parameter(name=["--new-name-label", "--name"])]
+
 
 def vdi_snapshot(
     disk: Disk,
     *,
-    name: Annotated[str | None, Parameter(name=["--new-name-label", "--name"])] = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    name: NewName = None,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Keep a virtual disk as it is now, and print the snapshot's uuid. Nobody may be writing to it.
@@ -34,8 +37,8 @@ def vdi_snapshot(
 def vdi_clone(
     disk: Disk,
     *,
-    name: Annotated[str | None, Parameter(name=["--new-name-label", "--name"])] = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    name: NewName = None,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Make a writable disk with the bytes of a disk or snapshot, and print its uuid.
@@ -69,7 +72,7 @@ def vdi_chain(
     disk: Annotated[str | None, Parameter(name=["--uuid", "--vdi"])] = None,
     *,
     sr: str | None = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Show which images stand on which: size, stored bytes, depth, who uses them, and what is coalesced.

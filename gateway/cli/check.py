@@ -1,11 +1,9 @@
 """`vdi-gateway vhd-check`: looks whether VHD files are sound, and repairs what can be. Needs no gateway."""
 
 import os
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag
 from gateway.cli.output import CommandError, print_json
 from gateway.images.errors import ImageError
 from gateway.images.vhd.check import CheckReport, check_directory, check_vhd, repair_vhd
@@ -15,8 +13,8 @@ def vhd_check(
     path: FileName,
     /,
     *,
-    repair: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    repair: Flag = False,
+    json: Flag = False,
 ) -> int:
     """Check a VHD file, or all files of an SR's directory and their chains. Exit code 1 when errors remain.
 

@@ -6,10 +6,9 @@ It ends when all else is done, and says for whom the rest waits.
 
 import sys
 import time
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-from cyclopts import Parameter
-
+from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice, error_text
 from gateway.cli.output import CommandError, UsageError, print_json, print_note
 from gateway.cli.progress import Display, ProgressForm, Transfer
@@ -29,9 +28,9 @@ _TASKS: Final = 'field "name__label" = "coalesce"'
 def sr_coalesce(
     sr: Repository,
     *,
-    pause: Annotated[bool, Parameter(negative=())] = False,
-    resume: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    pause: Flag = False,
+    resume: Flag = False,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Merge what destroyed snapshots have left into what stands on it, now instead of some time.

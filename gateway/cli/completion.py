@@ -6,17 +6,7 @@ file, so the function must have that name, and must run already the first time, 
 
 import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from cyclopts import Parameter
-
-# The type of a parameter that names a file: the shells complete file names where a Path stands. The commands
-# get what was typed, as str: a Path would have lost "./".
-if TYPE_CHECKING:
-    FileName = str
-else:
-    FileName = Annotated[Path, Parameter(converter=lambda _, tokens: tokens[0].value)]
+from typing import Literal
 
 _BASH_FILES = 'COMPREPLY=( $(compgen -f -- "${cur}") )'
 # An argument of which nothing is known. zsh only shows a message where it is due, and completes no options.

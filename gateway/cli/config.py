@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag, Texts
 from gateway.cli.serve import read
 from gateway.config import Config, Origins, Source
 from gateway.options import OPTIONS
@@ -22,9 +22,9 @@ def config_show(
     *,
     state_dir: Annotated[FileName, Parameter(env_var=STATE_DIR_VARIABLE)] = "./state",
     config: FileName | None = None,
-    http: Annotated[list[str] | None, Parameter(negative=())] = None,
-    https: Annotated[list[str] | None, Parameter(negative=())] = None,
-    insecure: Annotated[bool, Parameter(negative=())] = False,
+    http: Texts = None,
+    https: Texts = None,
+    insecure: Flag = False,
     tls_cert: FileName | None = None,
     tls_key: FileName | None = None,
     log_level: str | None = None,

@@ -19,8 +19,8 @@ from typing import Annotated, Any, Final, Self
 
 from cyclopts import Parameter
 
+from gateway.cli.arguments import FileName
 from gateway.cli.client_config import ClientConfig, load_client_config
-from gateway.cli.completion import FileName
 from gateway.cli.door import CONNECT_SECONDS, Door, DoorClosedError
 from gateway.cli.output import CommandError, UsageError
 from gateway.state import ADMINISTRATOR, STATE_DIR_VARIABLE, StateDirectory, StateError, read_password_file

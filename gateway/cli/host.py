@@ -1,10 +1,9 @@
 """`vdi-gateway host-list` and `status`: the gateways themselves."""
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
+from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.listing import Column, Shape, print_list
 from gateway.cli.output import print_json, print_table, size_text
@@ -42,9 +41,7 @@ def host_list(*filters: str, shape: Shape | None = None, gateway: GatewayChoice 
     return 0
 
 
-def status(
-    *, json: Annotated[bool, Parameter(negative=())] = False, gateway: GatewayChoice | None = None
-) -> int:
+def status(*, json: Flag = False, gateway: GatewayChoice | None = None) -> int:
     """Tell whether the gateway answers, what it serves, and what it is doing.
 
     Parameters

@@ -7,10 +7,11 @@ of columns divided by tabs, with --json a document, with --minimal the values of
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from cyclopts import Parameter
 
+from gateway.cli.arguments import Flag
 from gateway.cli.output import UsageError, print_json, print_table
 
 Row = Mapping[str, Any]
@@ -33,10 +34,10 @@ class Shape:
     params: str | None = None
     """Fields to print, divided by commas, as they are kept; `all` for every one."""
 
-    minimal: Annotated[bool, Parameter(negative=())] = False
+    minimal: Flag = False
     """Print the values of one field alone, divided by commas: the uuid, or the field in --params."""
 
-    json: Annotated[bool, Parameter(negative=())] = False
+    json: Flag = False
     """Print a JSON document."""
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag, Texts
 from gateway.cli.output import CommandError, UsageError
 from gateway.config import Config, ConfigError, Origins
 from gateway.state import STATE_DIR_VARIABLE
@@ -14,9 +14,9 @@ from gateway.state import STATE_DIR_VARIABLE
 def serve(
     *,
     state_dir: Annotated[FileName, Parameter(env_var=STATE_DIR_VARIABLE)],
-    http: Annotated[list[str] | None, Parameter(negative=())] = None,
-    https: Annotated[list[str] | None, Parameter(negative=())] = None,
-    insecure: Annotated[bool, Parameter(negative=())] = False,
+    http: Texts = None,
+    https: Texts = None,
+    insecure: Flag = False,
     tls_cert: FileName | None = None,
     tls_key: FileName | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,

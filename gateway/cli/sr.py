@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag, Texts
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.listing import Column, Row, Shape, print_list
 from gateway.cli.output import CommandError, UsageError, print_json, print_note, size_text
 
 Name = Annotated[str | None, Parameter(name=["--name", "--name-label"])]
 Location = Annotated[FileName | None, Parameter(name=["--path", "--location"])]
-DeviceConfig = Annotated[list[str] | None, Parameter(negative=())]
+DeviceConfig = Texts
 Repository = Annotated[str, Parameter(name=["--uuid", "--sr"])]
 
 
@@ -25,7 +25,7 @@ def sr_create(
     description: Annotated[str, Parameter(name=["--description", "--name-description"])] = "",
     type: Literal["file"] = "file",  # noqa: A002 - xe's key
     device_config: DeviceConfig = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Make a new SR in an empty or new directory, attach it, and print its uuid.
@@ -65,11 +65,11 @@ def sr_create(
 def sr_attach(
     path: Location = None,
     *,
-    writable: Annotated[bool, Parameter(negative=())] = False,
+    writable: Flag = False,
     name: Name = None,
     uuid: str | None = None,
     device_config: DeviceConfig = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Attach a directory that is an SR already, and print its uuid. Read-only unless --writable is given.

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice, error_text
 from gateway.cli.listing import Column, Shape, print_list
 from gateway.cli.output import CommandError, print_json, print_table
@@ -38,7 +39,7 @@ COLUMNS = (
 
 def task_list(
     *filters: str,
-    watch: Annotated[bool, Parameter(negative=())] = False,
+    watch: Flag = False,
     shape: Shape | None = None,
     gateway: GatewayChoice | None = None,
 ) -> int:
@@ -63,7 +64,7 @@ def task_list(
 def task_watch(
     task: Annotated[str | None, Parameter(name=["--uuid", "--task"])] = None,
     *,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Wait until a task has ended, and show how far it is; without a task, print all changes until Ctrl-C.

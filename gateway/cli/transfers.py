@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag
 from gateway.cli.connection import GatewayChoice
 from gateway.cli.download import download
 from gateway.cli.export_target import open_target
@@ -25,7 +25,7 @@ def vdi_import(
     size: str | None = None,
     format: Literal["raw"] | None = None,  # noqa: A002 - xe's key
     progress: Progress = "auto",
-    quiet: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Replace the content of a virtual disk by a raw disk: all of it at once, or nothing.
@@ -78,10 +78,10 @@ def vdi_export(
     disk: Disk,
     file: File,
     *,
-    force: Annotated[bool, Parameter(negative=())] = False,
+    force: Flag = False,
     format: Literal["raw"] = "raw",  # noqa: A002 - xe's key
     progress: Progress = "auto",
-    quiet: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Fetch a virtual disk as a raw file, sparse where the disk has zeroes.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from gateway.cli.completion import FileName
+from gateway.cli.arguments import FileName, Flag
 from gateway.cli.connection import Connection, GatewayChoice, read_password
 from gateway.cli.listing import Column, Shape, print_list
 from gateway.cli.output import CommandError, UsageError
@@ -104,7 +104,7 @@ def user_passwd(
 def user_disable(
     name: Name,
     *,
-    enable: Annotated[bool, Parameter(negative=())] = False,
+    enable: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Let a user in no more; open sessions are refused too.

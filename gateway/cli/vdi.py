@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from gateway.cli.arguments import Flag, Texts
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.listing import Column, Row, Shape, print_list
 from gateway.cli.output import CommandError, UsageError, parse_size, print_json, print_note, size_text
@@ -21,8 +22,8 @@ def vdi_create(
     sr: Annotated[str | None, Parameter(name=["--sr", "--sr-uuid"])] = None,
     description: Annotated[str, Parameter(name=["--description", "--name-description"])] = "",
     type: str = "user",  # noqa: A002 - xe's key
-    sm_config: Annotated[list[str] | None, Parameter(negative=())] = None,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    sm_config: Texts = None,
+    json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Create an empty virtual disk, and print its uuid.
@@ -211,9 +212,9 @@ def vdi_param_set(
     read_only: bool | None = None,
     sharable: bool | None = None,
     tags: str | None = None,
-    other_config: Annotated[list[str] | None, Parameter(negative=())] = None,
-    sm_config: Annotated[list[str] | None, Parameter(negative=())] = None,
-    xenstore_data: Annotated[list[str] | None, Parameter(negative=())] = None,
+    other_config: Texts = None,
+    sm_config: Texts = None,
+    xenstore_data: Texts = None,
     gateway: GatewayChoice | None = None,
 ) -> int:
     """Change what is known about a virtual disk.

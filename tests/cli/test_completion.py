@@ -120,7 +120,7 @@ def test_zsh_takes_the_script_by_source_too(
     ("line", "offered"),
     [
         ("vdi-im", {"vdi-import"}),
-        ("sr-", {"sr-list", "sr-create", "sr-attach", "sr-scan", "sr-forget"}),
+        ("sr-", {name for name in COMMANDS if name.startswith("sr-")}),
         ("vdi-import --pro", {"--progress"}),
         ("vdi-import --progress ", {"auto", "bar", "json", "none"}),
         ("vdi-import --progress=j", {"--progress=json"}),
