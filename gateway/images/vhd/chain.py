@@ -41,6 +41,8 @@ _MIXED: Final = -2
 _LEVEL: Final = 511
 _OFFSET: Final = ~511
 
+_WORTH_SKIPPING: Final = 8  # granules; a shorter rest of a range is looked up one by one
+
 _CACHED_RUNS: Final = 1 << 20  # of mixed granules: 12 bytes each
 _ZEROES: Final = bytes(1 << 20)
 
@@ -83,7 +85,6 @@ class VhdChain:
             if image.footer.disk_type is DiskType.FIXED:
                 self._add_flat(visible)
             else:
-                _ = image.bat  # its errors belong to opening the disk
                 self._levels.append(SparseLevel(image, visible))
         if self._writer is not None:
             self._levels[0] = WrittenLeaf(self._writer, leaf)
@@ -95,6 +96,7 @@ class VhdChain:
         self._sectors = self._granule // SECTOR
         self._shift = self._granule.bit_length() - 1
         self._within = self._granule - 1
+        self._skippable = _WORTH_SKIPPING * self._granule
         # Anonymous memory: pages that were never touched cost nothing, whatever the size of the disk.
         self._map = memoryview(mmap.mmap(-1, 8 * max(1, -(-self.size // self._granule)))).cast("q")
         self._mixed: dict[int, tuple[array[int], array[int]]] = {}
@@ -208,19 +210,42 @@ class VhdChain:
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Yield (level or 0 for zeroes, file offset, length) for a range."""
+        ahead = [0] * len(self._levels)
         while length > 0:
             granule = offset >> self._shift
             within = offset & self._within
             size = min(length, self._granule - within)
             place = self._map[granule] or self._find(granule)
             if place > 0:
-                yield place & _LEVEL, (place & _OFFSET) + within, size
+                level = place & _LEVEL
+                if level == self._flat_level and length - size > self._skippable:
+                    size += self._bare(offset + size, min(length, self._flat_size - offset) - size, ahead)
+                yield level, (place & _OFFSET) + within, size
             elif place == _HOLE:
+                if length - size > self._skippable:
+                    size += self._bare(offset + size, length - size, ahead)
                 yield 0, 0, size
             else:
                 yield from self._mixed_pieces(granule, within, size)
             offset += size
             length -= size
+
+    def _bare(self, start: int, length: int, ahead: list[int]) -> int:
+        """Return for how many of `length` bytes no VHD with blocks has one: what is below shows.
+
+        `start` is the first byte of a granule, and so is the end unless it is that of the range. `ahead`
+        keeps how far each level is known to have nothing.
+        """
+        stop = start + length
+        for number, level in enumerate(self._levels):
+            if number + 1 == self._flat_level:
+                continue
+            if ahead[number] <= start:
+                ahead[number] = level.next_stored(start)
+            stop = min(stop, ahead[number])
+            if stop <= start:
+                break
+        return max(0, stop - start)
 
     def _mixed_pieces(self, granule: int, within: int, length: int) -> Iterator[tuple[int, int, int]]:
         cached = self._mixed.get(granule)

@@ -1,9 +1,10 @@
 """One opened VHD file: its structures, checked, and where its blocks lie.
 
-Opening reads two kilobytes; the BAT is read on first use, and its size is held against the virtual size and
-the file's length before a byte is allocated for it. A BAT entry is checked when its block is looked up: one
-that points into the metadata or beyond the file is CorruptImage then, so that the rest stays readable. The
-trap: the footer's copy at the start serves readers only; a file that lost its end is not written to.
+Opening reads two kilobytes; the BAT is read on first use, whole or in pieces, and its size is held against
+the virtual size and the file's length before a byte is allocated for it. A BAT entry is checked when its
+block is looked up: one that points into the metadata or beyond the file is CorruptImage then, so that the
+rest stays readable. The trap: the footer's copy at the start serves readers only; a file that lost its end
+is not written to.
 """
 
 import os
@@ -34,6 +35,7 @@ from gateway.images.vhd.format import (
     check_virtual_size,
     round_up_to_sector,
 )
+from gateway.images.vhd.table import BlockTable
 
 MAX_BLOCKS: Final = 1 << 24  # 2040 GiB in blocks of 128 KiB: a BAT of 64 MiB
 _TABLE_PIECE: Final = 64 << 10  # bytes
@@ -111,6 +113,11 @@ class VhdFile:
         return table
 
     @cached_property
+    def table(self) -> BlockTable:
+        """Return the same entries for looking up some of them: only those pieces are read."""
+        return BlockTable(self.fd, self.path, self._header.table_offset, self.blocks)
+
+    @cached_property
     def batmap(self) -> BatmapHeader | None:
         """Return blktap's batmap header if there is a sane one. Readers don't need the batmap."""
         if not self.footer.made_by_tap or self.footer.creator_version <= TAP_LITTLE_ENDIAN_BITMAPS:
@@ -149,7 +156,7 @@ class VhdFile:
 
         Raises CorruptImage when the BAT points where no block can be.
         """
-        entry = self.bat[block]
+        entry = self.table[block]
         if entry == UNUSED:
             return None
         start = entry * SECTOR

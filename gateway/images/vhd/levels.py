@@ -13,6 +13,7 @@ from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.writer import LeafWriter
 
+NOWHERE: Final = 1 << 62
 _BYTES_WITH_BITS: Final = re.compile(rb"\xff+|[^\x00\xff]", re.DOTALL)
 
 
@@ -23,6 +24,13 @@ class Level(Protocol):
         """Return (file offset of the byte at `start`, mask of the sectors this level has), or None.
 
         The first sector is the highest of the mask's `sectors` bits.
+        """
+        ...
+
+    def next_stored(self, start: int) -> int:
+        """Return the first offset from `start` on where this level may have anything, or NOWHERE.
+
+        Both are whole blocks of the smallest block size of the chain.
         """
         ...
 
@@ -47,6 +55,15 @@ class SparseLevel:
         mask = sectors_present(image.read_bitmap(offset), within, sectors)
         return offset + image.bitmap_size + within, clip(mask, start, sectors, self._visible)
 
+    def next_stored(self, start: int) -> int:
+        """Return where the next block is, or NOWHERE."""
+        image = self._image
+        block = start // image.block_size
+        found = image.table.next_used(block)
+        if found >= image.blocks or found * image.block_size >= self._visible:
+            return NOWHERE
+        return max(start, found * image.block_size)
+
 
 class FlatLevel:
     """A raw parent, or a fixed VHD: everything up to its size lies there."""
@@ -59,6 +76,10 @@ class FlatLevel:
         if start >= self._size:
             return None
         return start, clip((1 << sectors) - 1, start, sectors, self._size)
+
+    def next_stored(self, start: int) -> int:
+        """Return `start`, or NOWHERE at the end."""
+        return start if start < self._size else NOWHERE
 
 
 class WrittenLeaf:
@@ -78,6 +99,12 @@ class WrittenLeaf:
         within = start % image.block_size
         mask = sectors_present(self._writer.bitmap(block), within, sectors)
         return offset + within, clip(mask, start, sectors, image.size)
+
+    def next_stored(self, start: int) -> int:
+        """Return where the next block is, or NOWHERE."""
+        image = self._image
+        found = self._writer.next_used(start // image.block_size)
+        return max(start, found * image.block_size) if found < image.blocks else NOWHERE
 
 
 def sectors_present(bitmap: Buffer, within: int, sectors: int) -> int:

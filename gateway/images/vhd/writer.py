@@ -28,6 +28,7 @@ from gateway.images.vhd.format import (
     round_up_to_sector,
 )
 from gateway.images.vhd.image import VhdFile
+from gateway.images.vhd.table import next_used
 
 _ALIGNMENT: Final = 4096  # of a block's data, as blktap has it: copies by reflink need it
 _GROWTH: Final = 64 << 20
@@ -94,6 +95,10 @@ class LeafWriter:
     def is_full(self, block: int) -> bool:
         """Return whether every sector of a block is known to be in the leaf."""
         return bool(self._full[block])
+
+    def next_used(self, block: int) -> int:
+        """Return the first allocated block from `block` on, written to disk or not; or their number."""
+        return next_used(self._bat, block)
 
     # What a merge does
 

@@ -1,0 +1,194 @@
+"""Extents and segments of thin disks: stretches without blocks are passed over, with the same answers."""
+
+import itertools
+import os
+import tempfile
+from array import array
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.images.disk import Extent, ExtentKind, Hole
+from gateway.images.errors import CorruptImage
+from gateway.images.vhd import chain as chain_module
+from gateway.images.vhd import table as table_module
+from gateway.images.vhd.chain import VhdChain
+from gateway.images.vhd.create import create_dynamic, create_fixed
+from gateway.images.vhd.image import open_vhd
+from tests.images.disks import make_child, open_leaf, pattern, read_all
+
+SECTOR = 512
+TIB = 1 << 40
+LARGEST = 2040 << 30
+NOISE = pattern(1 << 15)
+WRITES = st.lists(
+    st.tuples(st.sampled_from(["write", "write", "trim"]), st.integers(0, 1023), st.integers(1, 24)),
+    max_size=5,
+)
+LEVELS = st.tuples(st.integers(1, 1500), st.sampled_from([4096, 4096, 8192, 32768]), WRITES)
+
+
+def walk(path: Path, ranges: list[tuple[int, int]], *, writable: bool) -> list[object]:
+    disk = open_leaf(path, writable=writable)
+    try:
+        names = {int(entry.name): _target(entry.path) for entry in os.scandir("/proc/self/fd")}
+        answers: list[object] = []
+        for offset, length in ranges:
+            answers.append(list(disk.extents(offset, length)))
+            segments = disk.segments(offset, length)
+            answers.append(
+                [s if isinstance(s, Hole) else (names[s.fd], s.offset, s.length) for s in segments]
+            )
+        answers.append(read_all(disk))
+        return answers
+    finally:
+        disk.close()
+
+
+def _target(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except FileNotFoundError:
+        return ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    root=st.sampled_from(["dynamic", "fixed", "raw"]),
+    levels=st.lists(LEVELS, min_size=2, max_size=4),
+    odd=st.sampled_from([0, 0, 1, 300]),
+    cuts=st.lists(st.tuples(st.integers(0, 1024), st.integers(0, 1024)), max_size=4),
+    opening=st.tuples(st.booleans(), st.sampled_from([4, 14])),
+)
+def test_passing_over_what_nobody_has_changes_no_answer(
+    root: str,
+    levels: list[tuple[int, int, list[tuple[str, int, int]]]],
+    odd: int,
+    cuts: list[tuple[int, int]],
+    opening: tuple[bool, int],
+) -> None:
+    writable, piece = opening
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, small_pieces(piece):
+        paths: list[Path] = []
+        for number, (sectors, block_size, writes) in enumerate(levels):
+            path = Path(directory) / f"{number}.{'raw' if root == 'raw' and not number else 'vhd'}"
+            size = sectors * SECTOR
+            if number:
+                make_child(path, paths[-1], size=size, block_size=block_size)
+            elif root == "dynamic":
+                create_dynamic(str(path), size, block_size=block_size)
+            elif root == "fixed":
+                create_fixed(str(path), size)
+            else:
+                size += odd
+                path.touch()
+                os.truncate(path, size)
+            paths.append(path)
+            disk = open_leaf(path, writable=True)
+            for what, where, count in writes:
+                offset = size // SECTOR * where // 1024 * SECTOR
+                length = min(count * SECTOR, size - offset)
+                if what == "write":
+                    disk.pwrite(NOISE[:length], offset)
+                else:
+                    disk.zero(offset, length, trim=True)
+            disk.close()
+        size = levels[-1][0] * SECTOR
+        places = [tuple(sorted((size * a // 1024, size * b // 1024))) for a, b in cuts]
+        ranges = [(0, size), *((first, last - first) for first, last in places)]
+        with mock.patch.object(chain_module, "_WORTH_SKIPPING", 1 << 40):
+            one_by_one = walk(paths[-1], ranges, writable=writable)
+        with mock.patch.object(chain_module, "_WORTH_SKIPPING", 0):
+            assert walk(paths[-1], ranges, writable=writable) == one_by_one
+        assert walk(paths[-1], ranges, writable=writable) == one_by_one
+
+
+def small_pieces(shift: int) -> AbstractContextManager[object]:
+    """Tables are read in pieces of this many bits of a block number, so that small ones have several."""
+    entries = 1 << shift
+    empty = b"\xff" * (4 * entries)
+    return mock.patch.multiple(
+        table_module,
+        _SHIFT=shift,
+        _PIECE=entries,
+        _EMPTY_BYTES=empty,
+        _EMPTY=array("I", empty),
+    )
+
+
+def look_ups(disk: VhdChain) -> int:
+    """How many granules were looked up in the files."""
+    return sum(place != 0 for place in disk._map)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_an_empty_disk_of_2_tib_is_one_hole_found_by_one_look_up(tmp_path: Path, writable: bool) -> None:
+    paths = [tmp_path / f"{level}.vhd" for level in range(3)]
+    create_dynamic(str(paths[0]), LARGEST)
+    for parent, child in itertools.pairwise(paths):
+        make_child(child, parent)
+    disk = open_leaf(paths[-1], writable=writable)
+    assert isinstance(disk, VhdChain)
+    assert list(disk.extents(0, LARGEST)) == [Extent(0, LARGEST, ExtentKind.HOLE)]
+    assert list(disk.segments(0, LARGEST)) == [Hole(LARGEST)]
+    assert look_ups(disk) == 1
+    if writable:
+        disk.pwrite(b"x" * SECTOR, TIB)
+        assert [extent.kind for extent in disk.extents(0, LARGEST)] == [
+            ExtentKind.HOLE,
+            ExtentKind.DATA,
+            ExtentKind.HOLE,
+        ]
+        assert look_ups(disk) < 8
+    disk.close()
+
+
+def test_a_large_raw_parent_is_one_stretch(tmp_path: Path) -> None:
+    raw, child = tmp_path / "r.raw", tmp_path / "c.vhd"
+    raw.touch()
+    os.truncate(raw, TIB)
+    with raw.open("r+b") as out:
+        out.seek(TIB // 2)
+        out.write(b"x" * 4096)
+    make_child(child, raw)
+    disk = open_leaf(child)
+    assert isinstance(disk, VhdChain)
+    assert [(extent.offset, extent.kind) for extent in disk.extents(0, TIB)] == [
+        (0, ExtentKind.HOLE),
+        (TIB // 2, ExtentKind.DATA),
+        (TIB // 2 + 4096, ExtentKind.HOLE),
+    ]
+    assert look_ups(disk) == 1
+    disk.close()
+
+
+def test_a_table_that_was_cut_while_the_file_was_open_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    parent, child = tmp_path / "p.vhd", tmp_path / "c.vhd"
+    create_dynamic(str(parent), 64 << 30)
+    make_child(child, parent)
+    disk = open_leaf(child)
+    os.truncate(parent, 4096)
+    with pytest.raises(CorruptImage, match="ends within its block allocation table"):
+        list(disk.extents(0, disk.size))
+    disk.close()
+
+
+def test_the_whole_table_and_its_pieces_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    create_dynamic(str(path), 200 * 4096 + SECTOR, block_size=4096)
+    disk = open_leaf(path, writable=True)
+    for block in (0, 1, 15, 16, 100, 200):
+        disk.pwrite(NOISE[:SECTOR], block * 4096)
+    disk.close()
+    with small_pieces(4), path.open("rb") as file:
+        image = open_vhd(file.fileno(), str(path))
+        assert [image.table[block] for block in range(image.blocks)] == list(image.bat)
+        used = [block for block in range(image.blocks) if image.bat[block] != 0xFFFFFFFF]
+        for block in range(image.blocks + 1):
+            expected = min((number for number in used if number >= block), default=image.blocks)
+            assert image.table.next_used(block) == expected
+            assert table_module.next_used(image.bat, block) == expected
