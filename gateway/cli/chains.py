@@ -1,4 +1,4 @@
-"""The commands of chains: vdi-snapshot, vdi-clone, and vdi-chain, which shows what stands on what."""
+"""The commands of chains: snapshots, clones, reverts, and vdi-chain, which shows what stands on what."""
 
 from typing import Annotated, Any
 
@@ -53,6 +53,25 @@ def vdi_clone(
         Print a JSON document.
     """
     return _fork("VDI.clone", disk, name, json, gateway)
+
+
+def vdi_revert(
+    snapshot: Annotated[str, Parameter(name=["--uuid", "--snapshot-uuid", "--snapshot"])],
+    *,
+    gateway: GatewayChoice | None = None,
+) -> int:
+    """Give a virtual disk the bytes and the size of its snapshot. What was written since is gone.
+
+    The snapshot stays. Nobody may be writing to the disk; whoever reads it goes on with what it was.
+
+    Parameters
+    ----------
+    snapshot
+        Uuid or name of the snapshot; it knows of which disk it is.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        connection.call("VDI.revert", find_vdi(connection, snapshot)[0], {})
+    return 0
 
 
 def _fork(method: str, disk: str, name: str | None, json: bool, gateway: GatewayChoice | None) -> int:

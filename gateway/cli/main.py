@@ -36,6 +36,8 @@ COMMANDS = {
     "vdi-export": "gateway.cli.transfers:vdi_export",
     "vdi-snapshot": "gateway.cli.chains:vdi_snapshot",
     "vdi-clone": "gateway.cli.chains:vdi_clone",
+    "vdi-copy": "gateway.cli.copy:vdi_copy",
+    "vdi-revert": "gateway.cli.chains:vdi_revert",
     "vdi-chain": "gateway.cli.chains:vdi_chain",
     "vdi-resize": "gateway.cli.vdi:vdi_resize",
     "vdi-param-set": "gateway.cli.vdi:vdi_param_set",

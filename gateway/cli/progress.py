@@ -199,8 +199,8 @@ class _Bar:
         self._progress.stop()
 
 
-def figures_text(transfer: Transfer) -> str:
-    """What stands beside a bar: logical of total, physical, rate, time left."""
+def figures_text(transfer: Transfer, *, physical: bool = True) -> str:
+    """What stands beside a bar: logical of total, physical (where that is known), rate, time left."""
     done = transfer.logical >= transfer.total
     rate = transfer.rate()
     if done and transfer.elapsed > 0:
@@ -208,9 +208,10 @@ def figures_text(transfer: Transfer) -> str:
     left = clock_text(transfer.elapsed) if done else "-:--"
     if not done and rate:
         left = clock_text((transfer.total - transfer.logical) / rate)
+    data = f" data {size_text(transfer.physical)}," if physical else ""
     return (
         f"{size_text(transfer.logical)} of {size_text(transfer.total)},"
-        f" data {size_text(transfer.physical)}, {size_text(int(rate))}/s {'in' if done else 'ETA'} {left}"
+        f"{data} {size_text(int(rate))}/s {'in' if done else 'ETA'} {left}"
     )
 
 
