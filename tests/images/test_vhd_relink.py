@@ -179,7 +179,9 @@ class TestCrashes:
         tmp_path: Path,
         make_foreign: Callable[[Path], None] | None,
         names: tuple[str, str],
+        *,
         per_point: int,
+        look_closer_every: int = 1,
     ) -> set[bool]:
         """Return for which states a header had to be put back: for some, for none, or for both kinds."""
         root = tmp_path / "sr"
@@ -197,7 +199,7 @@ class TestCrashes:
             files.kill_states(tmp_path / "kill"),
             files.power_states(tmp_path / "power", rng, per_point),
         ]
-        for state in (state for kind in states for state in kind):
+        for number, state in enumerate(state for kind in states for state in kind):
             crashed, upper, lower = (state.directory / path.name for path in (leaf, child, parent))
             keep = state.directory / "keep"
             torn = not whole_header(crashed)
@@ -207,6 +209,8 @@ class TestCrashes:
             assert content(crashed) == before, state
             assert header_of(crashed).parent_id in (inspect(upper).unique_id, inspect(lower).unique_id), state
             assert check_vhd(str(crashed)).errors == () or "done" not in state.marks, state
+            if number % look_closer_every and "done" not in state.marks:
+                continue
             if "done" not in state.marks:
                 set_parent(str(crashed), str(lower), keep=str(keep))
             upper.unlink()
@@ -215,15 +219,18 @@ class TestCrashes:
         return restored
 
     def test_a_child_of_ours_never_needs_its_header_restored(self, tmp_path: Path) -> None:
-        assert self.sweep(tmp_path, None, (CHILD, PARENT), 8) == {False}
+        assert self.sweep(tmp_path, None, (CHILD, PARENT), per_point=8, look_closer_every=4) == {False}
 
     @pytest.mark.parametrize("names", [(CHILD, "p.vhd"), ("p.vhd", CHILD)])
     def test_names_of_other_lengths(self, tmp_path: Path, names: tuple[str, str]) -> None:
-        assert self.sweep(tmp_path, None, names, 6) == {False, True}
+        assert self.sweep(tmp_path, None, names, per_point=6, look_closer_every=4) == {False, True}
 
     @pytest.mark.parametrize("make_foreign", FOREIGN)
     def test_foreign_children(self, tmp_path: Path, make_foreign: Callable[[Path], None]) -> None:
-        assert self.sweep(tmp_path, make_foreign, (CHILD, PARENT), 6) == {False, True}
+        assert self.sweep(tmp_path, make_foreign, (CHILD, PARENT), per_point=6, look_closer_every=4) == {
+            False,
+            True,
+        }
 
     @pytest.mark.long
     @pytest.mark.timeout(1800)
@@ -241,7 +248,7 @@ class TestCrashes:
     def test_many_states(
         self, tmp_path: Path, make_foreign: Callable[[Path], None] | None, names: tuple[str, str]
     ) -> None:
-        restored = self.sweep(tmp_path, make_foreign, names, 40)
+        restored = self.sweep(tmp_path, make_foreign, names, per_point=40)
         assert restored == ({False} if make_foreign is None and names == (CHILD, PARENT) else {False, True})
 
 

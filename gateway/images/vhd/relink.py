@@ -116,6 +116,7 @@ def _write_header(image: VhdFile, new: bytes, keep: str | None, files: FileCalls
     old = image.header.pack()
     changed = [index for index in range(HEADER_SIZE) if new[index] != old[index]]
     if not changed:
+        files.datasync(image.fd)  # a killed predecessor may not have come to that
         return
     first, last = changed[0], changed[-1] + 1
     if (offset + first) // SECTOR == (offset + last - 1) // SECTOR:
