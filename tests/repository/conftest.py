@@ -2,6 +2,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,10 @@ from gateway.core.records import Records
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from tests.repository.chains import Chains
+    from tests.repository.coalesce_house import House, OpenHouse
 
 SR_UUID = "5a3c1f5e-6c2b-4e1a-9f0d-0123456789ab"
 
@@ -27,6 +32,13 @@ def no_descriptor_stays_open(tmp_path: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             targets.append(os.readlink(f"/proc/self/fd/{entry}"))
     assert not [target for target in targets if target.startswith(str(tmp_path))]
+
+
+@pytest.fixture(scope="session")
+def chains(tmp_path_factory: pytest.TempPathFactory) -> "Chains":
+    from tests.repository.chains import Chains
+
+    return Chains(tmp_path_factory.mktemp("chains"))
 
 
 @pytest.fixture
@@ -64,6 +76,20 @@ def open_inventory(tmp_path: Path) -> OpenInventory:
 @pytest.fixture
 async def inventory(open_inventory: OpenInventory) -> AsyncIterator[Inventory]:
     async with open_inventory() as made:
+        yield made
+
+
+@pytest.fixture
+def open_house(tmp_path: Path) -> "OpenHouse":
+    # Its module imports tests that import this one.
+    from tests.repository.coalesce_house import house_in
+
+    return house_in(tmp_path)
+
+
+@pytest.fixture
+async def house(open_house: "OpenHouse") -> "AsyncIterator[House]":
+    async with open_house() as made:
         yield made
 
 
