@@ -33,7 +33,10 @@ from tests.repository.test_inventory import replace as import_into
 from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
 from tests.repository.test_snapshots import make, write
+from tests.system.test_faults import small_file_system
 from tests.transfers.test_import_raw import Memory
+
+__all__ = ["small_file_system"]
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -510,6 +513,23 @@ async def test_on_a_full_sr_nothing_is_left_behind_whenever_the_space_ends(
         assert number > 5
         if after == records:
             assert foreign_reads(inventory, made) == foreign_reads(inventory, ref)
+
+
+async def test_a_file_system_that_fills_up_is_as_free_as_before(
+    small_file_system: Path, inventory: Inventory, tmp_path: Path
+) -> None:
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+    small = await inventory.sr_create("small", str(small_file_system / "sr"))
+    ref = await inventory.vdi_create(sr=sr, virtual_size=64 * MIB)
+    await import_into(inventory, ref, b"\x5a" * 60 * MIB)
+    await inventory._copies.write(small)
+    before = await inventory.repository(small).space()
+    with pytest.raises(XenAPIError) as refused:
+        await copy(inventory, ref, small)
+    assert refused.value.error_info[:2] == ["SR_FULL", str(64 * MIB)]
+    assert names(root_of(inventory, small)) == set()
+    assert await inventory.repository(small).space() == before
+    assert [vdi.ref for vdi in inventory.records.vdis.all()] == [ref]
 
 
 @given(
