@@ -19,7 +19,9 @@ from typing import Final, TypeAlias, TypeVar
 
 import trio
 
-from gateway.core.leases import Holder, Lease, LeaseMode, LeaseRefused
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.images.errors import ImageError
 from gateway.images.files import FileIdentity, identity_of
 from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
@@ -33,6 +35,8 @@ from gateway.repository.scan import FileStamp
 T = TypeVar("T")
 
 _FileState: TypeAlias = tuple[FileIdentity, int, int, int]
+# So often is looked whether somebody wants what is being made durable.
+_WANTED_SECONDS: Final = 0.01
 _OPEN: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -127,37 +131,33 @@ class CoalesceRun:
                 await self._records.look_again(parent)
 
     async def copy(self, lease: Lease, holder: Holder) -> bool:
-        """Copy under `lease`, which ends here, until somebody wants the chain; whether all is copied.
+        """Copy under `lease` until somebody wants the chain; whether all is copied.
 
-        What was copied is durable on return. Cancelled, the copy stops at the next block. Raises ImageError,
-        OSError; then parent and child together have the bytes that they had.
+        What was copied is durable on return. The lease has ended, unless all is copied and nobody has wanted
+        it. Cancelled, the copy stops at the next block. Raises ImageError, OSError; then parent and child
+        together have the bytes that they had.
         """
         began = time.monotonic()
         self._repository.coalescing.add(self.candidate.child)
+        complete = durable = False
         try:
+            with trio.CancelScope(shield=True):
+                content_id = self._records.content_id(self.candidate.child)
+                merge = await self._in_thread(self._begin, lease, content_id)
+                self.total, self._merge = merge.total, merge
             try:
-                with trio.CancelScope(shield=True):
-                    content_id = self._records.content_id(self.candidate.child)
-                    merge = await self._in_thread(self._begin, lease, content_id)
-                    self.total, self._merge = merge.total, merge
-            except BaseException:
-                lease.release()
-                raise
-            complete = False
-            try:
-                try:
-                    complete = await self._in_thread(merge.copy_some, _until_wanted(lease))
-                finally:
-                    content_id = self._records.content_id(self.candidate.child)
-                    lease.release()
+                complete = await self._in_thread(merge.copy_some, _until_wanted(lease))
             finally:
                 self.copy_seconds += time.monotonic() - began
                 with trio.CancelScope(shield=True):
-                    await self._flush(merge, complete, content_id, holder)
-            return complete
+                    await self._flush(merge, lease, complete, holder)
+            durable = complete
         finally:
+            if not durable:
+                lease.release()
             # A journal that could not be removed is the next scan's business.
             self._repository.coalescing.discard(self.candidate.child)
+        return complete
 
     async def relink(self, lease: Lease) -> bool:
         """Take the child out of the chain under `lease`, which ends here; False if it has to be copied anew.
@@ -245,31 +245,58 @@ class CoalesceRun:
             and content_id == left.content_id
         )
 
-    async def _flush(self, merge: Merge, complete: bool, content_id: str, holder: Holder) -> None:
-        """Make the copy durable with people let in. Not cancelled."""
+    async def _flush(self, merge: Merge, lease: Lease, complete: bool, holder: Holder) -> None:
+        """Make the copy durable; people are let in if they want to, or if it isn't complete."""
         began = time.monotonic()
-        lease = await self._lease_parent(holder)
+        # The child's, before anybody can write to it.
+        child, content_id = _state(self._opened[0]), self._records.content_id(self.candidate.child)
+        finished: _FileState | OSError
         try:
-            self._left = await self._in_thread(self._finish, merge, complete, content_id)
+            async with trio.open_nursery() as beside:
+                await beside.start(self._let_in, lease, complete, holder)
+                try:
+                    finished = await self._in_thread(self._finish, merge)
+                except OSError as error:
+                    # Raised in here it would become a group.
+                    finished = error
+                beside.cancel_scope.cancel()
+            if isinstance(finished, OSError):
+                raise finished
+            self._left = _Left(merge.position, complete, child, finished, content_id)
         finally:
             self.flush_seconds += time.monotonic() - began
             self._done = merge.done
             self._merge = None
             for fd in self._opened:
                 self._repository.files.close(fd)
-            if lease is not None:
-                lease.release()
-                await lease.released()
 
-    async def _lease_parent(self, holder: Holder) -> Lease | None:
-        """A lease that keeps other programs from writing to the parent while it is made durable."""
-        with suppress(LeaseRefused):
-            return await self._repository.lease_to_coalesce(
+    async def _let_in(
+        self,
+        lease: Lease,
+        complete: bool,
+        holder: Holder,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """End `lease` as soon as it is wanted, or at once; then other programs are kept from the parent."""
+        if complete:
+            task_status.started()
+            while not lease.wanted:  # noqa: ASYNC110 - the table tells nobody of it
+                await trio.sleep(_WANTED_SECONDS)
+        lease.release()
+        kept: Lease | None = None
+        with suppress(XenAPIError, ImageError, OSError):
+            kept = await self._repository.lease_to_coalesce(
                 self.candidate.parent, LeaseMode.READ, holder, wait=0
             )
-        return None
+        if not complete:
+            task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            if kept is not None:
+                kept.release()
 
-    def _finish(self, merge: Merge, complete: bool, content_id: str) -> _Left:
+    def _finish(self, merge: Merge) -> _FileState:
         merge.finish()
         if self.candidate.kind is CoalesceKind.INLINE:
             remove_journal(
@@ -278,8 +305,7 @@ class CoalesceRun:
                 self.candidate.child,
                 files=self._repository.files,
             )
-        child, parent = (_state(fd) for fd in self._opened)
-        return _Left(merge.position, complete, child, parent, content_id)
+        return _state(self._opened[1])
 
     # The relink
 

@@ -40,8 +40,8 @@ class Work:
         self._cancelled = cancelled
         self._told: tuple[str, datetime] | None = None
         self._over = trio.Event()
+        self._ended = trio.Event()
         self._error: XenAPIError | None = None
-        self._result = ""
 
     @classmethod
     async def begin(
@@ -64,11 +64,16 @@ class Work:
         await nursery.start(work._hold)
         return work
 
-    def end(self, error: XenAPIError | None = None, result: str = "") -> None:
-        """The task ends with `error`, or as a success."""
+    def end_soon(self, error: XenAPIError | None = None) -> None:
+        """Let the task end with `error`, or as a success."""
         self._error = error
-        self._result = result
         self._over.set()
+
+    async def end(self, error: XenAPIError | None = None) -> None:
+        """End the task, which says so on return."""
+        self.end_soon(error)
+        with trio.CancelScope(shield=True):
+            await self._ended.wait()
 
     async def tell(self) -> None:
         """Bring the task up to date with who is waited for."""
@@ -102,7 +107,6 @@ class Work:
                 # Who ends the work ends it whatever is cancelled; then the task says what became of it.
                 with trio.CancelScope(shield=True):
                     await self._over.wait()
-                operation.result = self._result
                 if self._error is not None:
                     raise self._error
         except XenAPIError as error:
@@ -111,6 +115,8 @@ class Work:
                 self._request_cancel()
                 task_status.started()
             log.debug("a task of coalescing ended", task=self.task, why=error.error_info)
+        finally:
+            self._ended.set()
 
     def _progress(self) -> float:
         return self.run.done / self.run.total if self.run.total else 0.0

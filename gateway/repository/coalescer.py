@@ -26,7 +26,7 @@ from gateway.core.records import SR, Records
 from gateway.core.tasks import Tasks
 from gateway.images.errors import ImageError
 from gateway.images.vhd.merge import extra_space
-from gateway.repository.coalesce_plan import Candidate, Plan, Switches, child_size, make_plan
+from gateway.repository.coalesce_plan import Candidate, Plan, Refusal, Switches, child_size, make_plan
 from gateway.repository.coalesce_records import CoalesceRecords
 from gateway.repository.coalesce_run import CandidateGone, CoalesceRun
 from gateway.repository.coalesce_work import LONGEST_RELINK_MS, REASON, RELINK_MS, Work
@@ -50,8 +50,8 @@ _ASK_AGAIN_SECONDS: Final = 1.0
 _SOON_SECONDS: Final = 0.02
 _LONGEST_BACK_OFF_SECONDS: Final = 24 * 3600.0
 _TELL_SECONDS: Final = 1.0
-# So often may the files be others than they were left before that is an error.
-_MOST_RESTARTS: Final = 3
+# A leaf that was written to before it could be relinked has been copied in vain: it rests for a while.
+_FIRST_REST_SECONDS: Final = 1.0
 
 _Key = tuple[str, str, str]
 
@@ -105,6 +105,7 @@ class Coalescer:
         self._works: dict[_Key, Work] = {}
         self._blocked: dict[_Key, LeaseRefused] = {}
         self._skipped: dict[_Key, _Skipped] = {}
+        self._resting: dict[_Key, _Skipped] = {}
         self._current: tuple[_Key, trio.CancelScope] | None = None
         # Requests are counted, so that each is answered by a plan that was made after it.
         self._asked = 0
@@ -196,6 +197,8 @@ class Coalescer:
             return f"{text}, waits for {by} since {since.astimezone():%Y-%m-%d %H:%M:%S}"
         if refused is not None:
             return f"{text}, waits for {_blocker_of(refused)}"
+        if self._rests(candidate):
+            return f"{text}, {self._resting[key].reason}"
         return text
 
     def _read_switches(self) -> tuple[str | None, ...]:
@@ -207,45 +210,53 @@ class Coalescer:
     # The loops
 
     async def run(self) -> None:
-        """Coalesce until `stop` or cancellation."""
+        """Coalesce until `stop` or cancellation. What goes wrong here is logged, and tried again later."""
         self._runs_now = True
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._tell)
+                while True:
                     try:
-                        await self._run_passes(nursery)
-                    finally:
-                        self._end_works(self._ending)
+                        await self._run_passes()
+                    except Exception as error:
+                        # Nobody else may suffer from it; the next request begins anew.
+                        log.exception("coalescing failed unexpectedly", sr=self._uuid)
+                        self._problem = as_xenapi_error(error)
+                        self._answer(self._asked)
+                        await self._rest()
         finally:
             self._runs_now = False
             self._ended.set()
             self._waiting_for_answers.unpark_all()
 
-    async def _run_passes(self, nursery: trio.Nursery) -> None:
-        while True:
-            asked = self._asked
+    async def _run_passes(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell)
             try:
-                await self._pass(nursery)
-            except (XenAPIError, ImageError, OSError) as error:
-                self._problem = as_xenapi_error(error)
-                log.warning("the SR cannot be coalesced", sr=self._uuid, why=str(error))
-                self._end_works(as_xenapi_error(error))
-            except Exception as error:
-                # Nobody else may suffer from it; the next request begins anew.
-                self._problem = as_xenapi_error(error)
-                log.exception("coalescing failed unexpectedly", sr=self._uuid)
-                self._end_works(as_xenapi_error(error))
-            self._answer(asked)
-            with trio.move_on_after(self._limits.coalesce_interval):
-                await self._something.wait()
+                while True:
+                    await self._pass(nursery)
+                    await self._rest()
+            finally:
+                for work in self._works.values():
+                    work.end_soon(self._ending)
+                self._works.clear()
+                self._blocked.clear()
+
+    async def _rest(self) -> None:
+        with trio.move_on_after(self._limits.coalesce_interval):
+            await self._something.wait()
 
     async def _pass(self, nursery: trio.Nursery) -> None:
         """Until nothing is left to do."""
         while True:
             self._something = trio.Event()
             asked = self._asked
-            self._plan = await self._make_plan()
+            try:
+                self._plan = await self._make_plan()
+                self._problem = None
+            except (XenAPIError, OSError) as error:
+                # The directory is not there, for instance.
+                self._plan, self._problem = Plan(), as_xenapi_error(error)
+                log.warning("the SR cannot be coalesced", sr=self._uuid, why=str(error))
             await self._forget_what_is_gone()
             if await self._collect_garbage():
                 continue
@@ -260,13 +271,15 @@ class Coalescer:
             releases = self._leases.releases
             waiting: list[Candidate] = []
             for candidate in self._plan.candidates:
-                if await self._attempt(candidate, nursery) or self._something.is_set():
+                if not self._rests(candidate) and (
+                    await self._attempt(candidate, nursery) or self._something.is_set()
+                ):
                     return False
                 waiting.append(candidate)
             if not waiting:
                 return True
             await self._show_blocked(waiting, nursery)
-            if all(_key(candidate) in self._blocked for candidate in waiting):
+            if all(_key(each) in self._blocked or self._rests(each) for each in waiting):
                 self._answer(asked)
             left = planned + self._limits.coalesce_interval - trio.current_time()
             if left <= 0:
@@ -293,7 +306,9 @@ class Coalescer:
         pause = math.inf
         for candidate in waiting:
             refused = self._blocked.get(_key(candidate))
-            if refused is None or not refused.blockers:
+            if self._rests(candidate):
+                pause = min(pause, self._resting[_key(candidate)].again - trio.current_time())
+            elif refused is None or not refused.blockers:
                 pause = min(pause, _SOON_SECONDS)
             elif any(blocker.holder is None for blocker in refused.blockers):
                 pause = min(pause, _ASK_AGAIN_SECONDS)
@@ -320,7 +335,6 @@ class Coalescer:
             return make_plan(found, switches, total - used, skip=skip, extra_bytes=_extra_bytes)
 
         made = await trio.to_thread.run_sync(plan, limiter=self._limiter)
-        self._problem = None
         if made.problems and made.problems != before:
             log.warning("nothing is coalesced in this SR", sr=self._uuid, problems=list(made.problems))
         return made
@@ -333,9 +347,10 @@ class Coalescer:
         wanted = {_key(candidate) for candidate in self._plan.candidates}
         for key, work in list(self._works.items()):
             if work.cancel_requested:
-                self._skipped[key] = _Skipped(math.inf, 0, "its task was cancelled")
-                self._plan = _without(self._plan, key)
-                await self._end_gone(key, "cancelled")
+                reason = "its task was cancelled"
+                self._skipped[key] = _Skipped(math.inf, 0, reason)
+                self._plan = _refusing(self._plan, key, reason)
+                await self._end_gone(key, reason)
             elif key not in wanted:
                 await self._end_gone(key, self._why_gone(key))
         for key in self._blocked.keys() - wanted:
@@ -343,6 +358,8 @@ class Coalescer:
         if not is_paused(self._srs.get(self.sr)):
             for key in self._runs.keys() - wanted:
                 del self._runs[key]
+            for key in self._resting.keys() - wanted:
+                del self._resting[key]
 
     def _why_gone(self, key: _Key) -> str:
         if is_paused(self._srs.get(self.sr)):
@@ -350,6 +367,10 @@ class Coalescer:
         for refusal in self._plan.refused:
             if refusal.uuid == key[1]:
                 return refusal.reason
+        if self._problem is not None:
+            return self._problem.message
+        if key[1] not in self._repository.images:
+            return "the image was destroyed"
         return "; ".join(self._plan.problems) or "the chain has become another"
 
     async def _collect_garbage(self) -> bool:
@@ -414,36 +435,36 @@ class Coalescer:
 
     async def _turn(self, key: _Key, run: CoalesceRun, nursery: trio.Nursery) -> None:
         """Copy and relink until it is finished or somebody wants the chain."""
-        restarts = 0
         while not run.finished:
             work = self._works.get(key)
             holder = Holder(_WHO, _OPERATION, self._records.ref(key[1]), None if work is None else work.task)
             until = self._goes_first_until(run.candidate) if key in self._blocked else None
             lease = await run.take(holder, until=until)
-            self._unblock(key)
             try:
+                self._unblock(key)
                 if work is None:
                     work = await self._begin(key, run, nursery)
                     holder = replace(holder, task=work.task)
                     lease.work_under(work.task)
-            except BaseException:
-                lease.release()
-                raise
-            if run.copied:
+                if run.must_grow:
+                    lease.release()
+                    await lease.released()
+                    await run.grow_parent(holder)
+                    continue
+                if not run.copied:
+                    if not await run.copy(lease, holder):
+                        return
+                    # Whatever else was put here meanwhile: nothing may stand on a node that goes.
+                    for problem in (await self._repository.scan()).errors():
+                        raise CandidateGone(problem)
+                    if lease.is_released:
+                        continue
                 if not await run.relink(lease):
-                    restarts += 1
-                    if restarts > _MOST_RESTARTS:
-                        raise XenAPIError("VDI_IO_ERROR", "the files change though nobody uses them")
-            elif run.must_grow:
+                    # A writer came while people were let in.
+                    self._restarted(key)
+                    return
+            finally:
                 lease.release()
-                await lease.released()
-                await run.grow_parent(holder)
-            elif not await run.copy(lease, holder):
-                return
-            else:
-                # Whatever else was put here meanwhile: nothing may stand on a node that goes.
-                for problem in (await self._repository.scan()).errors():
-                    raise CandidateGone(problem)
 
     async def _begin(self, key: _Key, run: CoalesceRun, nursery: trio.Nursery) -> Work:
         def cancelled() -> None:
@@ -456,9 +477,21 @@ class Coalescer:
         log.info("coalescing", **self._about(key), task=work.task)
         return work
 
+    def _rests(self, candidate: Candidate) -> bool:
+        rest = self._resting.get(_key(candidate))
+        return rest is not None and rest.again > trio.current_time()
+
+    def _restarted(self, key: _Key) -> None:
+        times = self._resting[key].failures + 1 if key in self._resting else 0
+        seconds = min(_FIRST_REST_SECONDS * 2 ** min(times, 20), self._limits.coalesce_interval)
+        reason = "was written to meanwhile and is copied again"
+        self._resting[key] = _Skipped(trio.current_time() + seconds, times, reason)
+        log.info("to be copied again", **self._about(key), why="it was written to meanwhile", rest=seconds)
+
     async def _succeeded(self, key: _Key, run: CoalesceRun) -> None:
         self._runs.pop(key)
         self._skipped.pop(key, None)
+        self._resting.pop(key, None)
         relink_ms = run.relink_seconds * 1000
         self._longest_relink_ms = max(self._longest_relink_ms, relink_ms)
         log.info(
@@ -474,7 +507,7 @@ class Coalescer:
         work.blocked = None
         await work.tell()
         await work.note({RELINK_MS: f"{relink_ms:.1f}", LONGEST_RELINK_MS: f"{self._longest_relink_ms:.1f}"})
-        work.end()
+        await work.end()
 
     async def _failed(self, key: _Key, error: Exception) -> None:
         told = as_xenapi_error(error)
@@ -491,7 +524,7 @@ class Coalescer:
         if work is not None:
             work.blocked = None
             await work.tell()
-            work.end(told)
+            await work.end(told)
 
     async def _end_gone(self, key: _Key, reason: str) -> None:
         """There is nothing left to do for this candidate, or nothing that may be done."""
@@ -502,12 +535,7 @@ class Coalescer:
             work.blocked = None
             await work.tell()
             await work.note({REASON: reason})
-            work.end(XenAPIError("TASK_CANCELLED", work.task))
-
-    def _end_works(self, error: XenAPIError) -> None:
-        while self._works:
-            self._works.popitem()[1].end(error)
-        self._blocked.clear()
+            await work.end(XenAPIError("TASK_CANCELLED", work.task))
 
     # People first
 
@@ -579,9 +607,10 @@ def _key(candidate: Candidate) -> _Key:
     return candidate.kind.value, candidate.child, candidate.parent
 
 
-def _without(plan: Plan, key: _Key) -> Plan:
+def _refusing(plan: Plan, key: _Key, reason: str) -> Plan:
+    """The plan without this candidate."""
     kept = tuple(candidate for candidate in plan.candidates if _key(candidate) != key)
-    return replace(plan, candidates=kept)
+    return replace(plan, candidates=kept, refused=(*plan.refused, Refusal(key[1], reason)))
 
 
 def _blocker_of(refused: LeaseRefused) -> str:

@@ -1,90 +1,31 @@
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import errno
+import os
 from pathlib import Path
 
 import pytest
+import trio
 
-from gateway.core.database import Database
-from gateway.core.events import Events
-from gateway.core.leases import Leases
-from gateway.core.limits import Limits
-from gateway.core.records import VDI, Records
-from gateway.core.task import Task, TaskStatus
-from gateway.core.tasks import Tasks
-from gateway.images.files import FILES, FileCalls
-from gateway.repository.coalescer import Coalescer
-from gateway.repository.inventory import Inventory
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import LeaseMode
+from gateway.core.task import TaskStatus
+from gateway.images.vhd.create import create_dynamic, set_hidden
+from gateway.repository.coalescer import PAUSED_KEY
+from tests.repository.coalesce_house import (
+    BLOCKS,
+    MIB,
+    PATTERN,
+    Gate,
+    House,
+    OpenHouse,
+    leased,
+    make_copyable,
+    told,
+    until,
+)
 from tests.repository.test_inventory import root_of
 from tests.repository.test_snapshots import content, hidden, make, write
 
-MIB = 1 << 20
-
-
-class House:
-    """An inventory that coalesces, and its tasks."""
-
-    def __init__(self, inventory: Inventory, tasks: Tasks, events: Events) -> None:
-        self.inventory = inventory
-        self.tasks = tasks
-        self.events = events
-
-    def coalescer(self, sr: str) -> Coalescer:
-        assert self.inventory._coalescers is not None
-        return self.inventory._coalescers.of(sr)
-
-    async def settled(self, sr: str) -> None:
-        """All that can be done is done."""
-        coalescer = self.coalescer(sr)
-        coalescer.trigger()
-        await coalescer.answered()
-
-    def coalesced(self) -> list[Task]:
-        return [task for task in self.tasks.all() if task.name_label == "coalesce"]
-
-    def chain(self, ref: str) -> list[str]:
-        """The uuids of a VDI and of what it stands on, as the records say."""
-        vdi: VDI | None = self.inventory.records.vdis.get(ref)
-        uuids = []
-        while vdi is not None:
-            uuids.append(vdi.uuid)
-            parent = vdi.sm_config.get("vhd-parent")
-            vdi = None if parent is None else self.inventory.records.vdis.by_uuid(parent)
-        return uuids
-
-    async def assert_records_are_true(self, sr: str) -> None:
-        """A scan finds nothing to change."""
-        before = self.inventory.records.vdis_of_sr(sr)
-        await self.inventory.sr_scan(sr)
-        assert self.inventory.records.vdis_of_sr(sr) == before
-
-
-OpenHouse = Callable[..., AbstractAsyncContextManager[House]]
-
-
-@pytest.fixture
-def open_house(tmp_path: Path) -> OpenHouse:
-    @asynccontextmanager
-    async def opened(*, files: FileCalls = FILES, limits: Limits | None = None) -> AsyncIterator[House]:
-        events = Events()
-        store = await Database.open(str(tmp_path / "gateway.sqlite3"))
-        limits = limits or Limits(lease_wait=0)
-        try:
-            records = await Records.load(store, events)
-            tasks = await Tasks.load(store, events, limits=limits)
-            async with Inventory.open(
-                records, Leases(limits), events, who="the test", files=files, tasks=tasks, limits=limits
-            ) as inventory:
-                yield House(inventory, tasks, events)
-        finally:
-            await store.aclose()
-
-    return opened
-
-
-@pytest.fixture
-async def house(open_house: OpenHouse) -> AsyncIterator[House]:
-    async with open_house() as made:
-        yield made
+UUID, OTHER = (f"0000000{number}-0000-4000-8000-000000000000" for number in (7, 8))
 
 
 async def test_what_a_destroyed_snapshot_leaves_goes_into_its_leaf(house: House, tmp_path: Path) -> None:
@@ -133,3 +74,175 @@ async def test_a_node_in_the_middle_goes_into_its_parent_and_all_its_children_st
     (task,) = house.coalesced()
     assert (task.status, task.other_config["kind"]) == (TaskStatus.SUCCESS, "inline")
     await house.assert_records_are_true(sr)
+
+
+async def test_a_leaf_that_was_made_larger_makes_its_parent_larger_first(
+    house: House, tmp_path: Path
+) -> None:
+    inventory = house.inventory
+    sr, ref = await make(inventory, tmp_path)
+    taken = await inventory.vdi_snapshot(ref)
+    await inventory.vdi_resize(ref, 12 * MIB)
+    await write(inventory, ref, b"\x22" * 4096, 11 * MIB)
+    await inventory.vdi_destroy(taken)
+    await house.coalescer(sr).answered()
+    assert len(house.chain(ref)) == 1
+    found = content(inventory, ref)
+    assert (len(found), found[:4096], found[11 * MIB :][:4096]) == (12 * MIB, b"\x11" * 4096, b"\x22" * 4096)
+    assert inventory.records.vdis.get(ref).virtual_size == 12 * MIB
+    await house.assert_records_are_true(sr)
+
+
+async def test_hidden_images_that_nothing_stands_on_are_removed(house: House, tmp_path: Path) -> None:
+    sr, ref = await make(house.inventory, tmp_path)
+    root = root_of(house.inventory, sr)
+    for uuid in (UUID, OTHER):
+        create_dynamic(str(root / f"{uuid}.vhd"), 4 * MIB)
+        set_hidden(str(root / f"{uuid}.vhd"), True)
+    await house.settled(sr)
+    vdi = house.inventory.records.vdis.get(ref)
+    assert [path.name for path in root.glob("*.vhd")] == [f"{vdi.uuid}.vhd"]
+    assert house.coalesced() == []
+
+
+async def test_while_a_file_cannot_be_read_nothing_is_merged_and_all_say_why(
+    house: House, tmp_path: Path
+) -> None:
+    inventory = house.inventory
+    sr, ref = await make(inventory, tmp_path)
+    taken = await inventory.vdi_snapshot(ref)
+    await inventory.vdi_destroy(taken, wait=5)
+    await house.settled(sr)
+    taken = await inventory.vdi_snapshot(ref)
+    async with leased(house, ref, LeaseMode.READ):
+        await inventory.vdi_destroy(taken)
+        strange = root_of(inventory, sr) / f"{UUID}.vhd"
+        strange.write_bytes(b"no image")
+        await house.settled(sr)
+    await house.settled(sr)
+    assert len(house.chain(ref)) == 2
+    uuid = inventory.records.srs.get(sr).uuid
+    assert f"{UUID}.vhd" in inventory.sr_coalesce_state(sr)[uuid]
+    with pytest.raises(XenAPIError, match=f"{UUID}.vhd"):
+        await inventory.sr_coalesce(sr)
+    strange.unlink()
+    await inventory.sr_coalesce(sr)
+    assert len(house.chain(ref)) == 1
+    assert inventory.sr_coalesce_state(sr) == {}
+
+
+@pytest.mark.parametrize("key", ["gc", "coalesce", "leaf-coalesce", PAUSED_KEY])
+async def test_what_the_sr_says_is_obeyed_at_once(house: House, tmp_path: Path, key: str) -> None:
+    inventory = house.inventory
+    sr, ref = await make(inventory, tmp_path)
+    value = "true" if key == PAUSED_KEY else "false"
+    await inventory.records.srs.change(sr, other_config={key: value})
+    taken = await inventory.vdi_snapshot(ref)
+    await inventory.vdi_destroy(taken)
+    await house.settled(sr)
+    assert len(house.chain(ref)) == 2
+    (state,) = inventory.sr_coalesce_state(sr).values()
+    assert ("paused" if key == PAUSED_KEY else f"other_config {key} is false") in state
+    assert house.coalesced() == []
+    if key in ("gc", PAUSED_KEY):
+        with pytest.raises(XenAPIError, match="OPERATION_NOT_ALLOWED"):
+            await inventory.sr_coalesce(sr)
+    await inventory.records.srs.change(sr, other_config={})
+    await told(house, lambda: bool(house.coalesced()) and house.coalesced()[0].status.is_final)
+    assert len(house.chain(ref)) == 1
+
+
+async def test_a_pause_stops_a_copy_lasts_over_a_restart_and_ends_where_it_began(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate) as house:
+        gate.closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        await gate.arrived()
+        await house.inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+        await house.interrupted(sr)
+        gate.stay_open()
+        await house.settled(sr)
+        assert 0 < len(gate.offsets) < BLOCKS
+        assert [task.status for task in house.coalesced()] == [TaskStatus.CANCELLED]
+        assert house.coalesced()[0].other_config["reason"] == "coalescing was paused"
+    async with open_house() as house:
+        await house.settled(sr)
+        assert len(house.chain(ref)) == 2
+        await house.inventory.records.srs.change(sr, other_config={})
+        await told(house, lambda: len(house.coalesced()) == 2 and house.coalesced()[1].status.is_final)
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+        assert len(house.chain(ref)) == 1
+
+
+async def test_a_copy_that_fails_is_told_and_left_alone_until_somebody_asks(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate) as house:
+        gate.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sr, ref = await make_copyable(house, tmp_path)
+        await house.coalescer(sr).answered()
+        (task,) = house.coalesced()
+        assert (task.status, task.error_info[0]) == (TaskStatus.FAILURE, "SR_FULL")
+        (state,) = house.inventory.sr_coalesce_state(sr).values()
+        assert "it failed" in state
+        assert "no space left" in state
+        tried = len(gate.offsets)
+        house.coalescer(sr).switches_may_have_changed()
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+        assert [path.name for path in root_of(house.inventory, sr).glob("*_*")] == []
+        assert len(gate.offsets) == tried
+        gate.failure = None
+        await house.inventory.sr_coalesce(sr)
+        assert [task.status for task in house.coalesced()] == [TaskStatus.FAILURE, TaskStatus.SUCCESS]
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+
+
+async def test_a_cancelled_merge_stops_at_the_next_block_and_is_not_begun_again_unasked(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate) as house:
+        gate.closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        await gate.arrived()
+        await house.tasks.cancel(house.coalesced()[0].ref)
+        gate.stay_open()
+        await told(house, lambda: house.coalesced()[0].status is TaskStatus.CANCELLED)
+        assert len(gate.offsets) == 1
+        (state,) = house.inventory.sr_coalesce_state(sr).values()
+        assert "its task was cancelled" in state
+        await house.settled(sr)
+        assert len(gate.offsets) == BLOCKS
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+
+
+@pytest.mark.parametrize("how", ["unplug", "stop"])
+async def test_an_sr_is_let_go_of_at_the_next_block_and_merged_later(
+    open_house: OpenHouse, tmp_path: Path, how: str
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate) as house:
+        gate.closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        (pbd,) = house.inventory.records.pbds_of_sr(sr)
+        await gate.arrived()
+        root = root_of(house.inventory, sr)
+        if how == "stop":
+            house.when_cancelled(gate.stay_open)
+        else:
+            coalescer = house.coalescer(sr)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(house.inventory.pbd_unplug, pbd.ref)
+                await until(lambda: coalescer._scope.cancel_called)
+                gate.stay_open()
+    assert len(gate.offsets) < BLOCKS
+    assert [path.name for path in root.glob("*_*")] == []
+    async with open_house() as house:
+        assert house.coalesced()[0].status is TaskStatus.FAILURE
+        await house.inventory.pbd_plug(pbd.ref)
+        await house.settled(sr)
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+        assert len(house.chain(ref)) == 1
