@@ -30,6 +30,18 @@ def test_parameters_fill_the_message() -> None:
     assert re.search(r"more data than the VDI OpaqueRef:x of 2097152 bytes holds", message)
 
 
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        (("task", "OpaqueRef:t"), "using the task OpaqueRef:t; wait"),
+        (("VDI", "OpaqueRef:v", "7 seconds"), "using the VDI OpaqueRef:v (7 seconds); wait"),
+        ((), "using the unknown unknown; wait"),
+    ],
+)
+def test_a_detail_is_told_if_there_is_one(params: tuple[str, ...], text: str) -> None:
+    assert text in XenAPIError("OTHER_OPERATION_IN_PROGRESS", *params).message
+
+
 def test_the_reference_of_a_session_is_in_the_answer_but_not_in_the_text() -> None:
     error = XenAPIError("SESSION_INVALID", "OpaqueRef:secret")
     assert error.error_info == ["SESSION_INVALID", "OpaqueRef:secret"]

@@ -18,9 +18,17 @@ def holder(who: str = "somebody") -> Holder:
     return Holder(who, "test", "OpaqueRef:vdi")
 
 
-async def take(table: LeaseTable, who: str = "somebody", **modes: LeaseMode) -> Grant:
+async def take(
+    table: LeaseTable,
+    who: str = "somebody",
+    *,
+    wait: float = 5,
+    until: float | None = None,
+    **modes: LeaseMode,
+) -> Grant:
     files = {{"a": A, "b": B, "c": C}[name]: mode for name, mode in modes.items()}
-    return await table.acquire(files, holder(who), ticket=table.ticket(), deadline=trio.current_time() + 5)
+    deadline = trio.current_time() + wait
+    return await table.acquire(files, holder(who), ticket=table.ticket(), deadline=deadline, until=until)
 
 
 @pytest.mark.parametrize(
@@ -136,31 +144,151 @@ async def test_an_extended_grant_holds_and_releases_the_new_file_too() -> None:
     await take(table, b=REPLACE)
 
 
+async def test_who_would_not_wait_holds_up_nobody_and_is_wanted_by_nobody_even_for_an_instant(
+    nursery: trio.Nursery,
+) -> None:
+    class Watch(trio.abc.Instrument):
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            seen.append((table.waiting, reading.wanted))
+
+    table = LeaseTable()
+    reading = await take(table, "reader", a=READ)
+    seen: list[tuple[int, bool]] = []
+    watch = Watch()
+    trio.lowlevel.add_instrument(watch)
+    nursery.start_soon(lambda: take(table, "late reader", a=READ, wait=0))
+    with pytest.raises(TableBusy) as refused:
+        await take(table, "writer", a=WRITE, b=WRITE, wait=0)
+    await take(table, "stranger", b=WRITE, wait=0)
+    trio.lowlevel.remove_instrument(watch)
+    assert refused.value.in_the_way[0] is reading
+    assert set(seen) == {(0, False)}
+    assert table.releases == 0, "a refusal is no reason to try again"
+
+
+async def test_a_grant_is_wanted_from_the_request_on_until_that_is_given_up(nursery: trio.Nursery) -> None:
+    table = LeaseTable()
+    reading, stranger = await take(table, a=READ), await take(table, b=READ)
+    scope = trio.CancelScope()
+
+    async def write() -> None:
+        with scope:
+            await take(table, a=WRITE)
+
+    nursery.start_soon(write)
+    nursery.start_soon(lambda: take(table, b=READ))
+    await wait_all_tasks_blocked()
+    assert (reading.wanted, stranger.wanted) == (True, False)
+    scope.cancel()
+    await wait_all_tasks_blocked()
+    assert (reading.wanted, stranger.wanted) == (False, False)
+
+
+async def test_who_goes_first_is_named_first_as_long_as_it_does(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    table = LeaseTable()
+    reading = await take(table, "reader", a=READ)
+    until = trio.current_time() + 10
+    nursery.start_soon(lambda: take(table, "coalescer", a=WRITE, b=WRITE, wait=30, until=until))
+    await wait_all_tasks_blocked()
+    for wait, names in ((0, ["coalescer", "reader"]), (11, ["reader", "coalescer"])):
+        with pytest.raises(TableBusy) as refused:
+            await take(table, a=WRITE, wait=wait)
+        assert [grant.holder.who for grant in refused.value.in_the_way] == names
+    table.release(reading)
+    assert [who.who for who in table.holders_of(B)] == ["coalescer"]
+
+
+async def test_who_waits_for_some_release_misses_none_that_came_before_the_wait(
+    nursery: trio.Nursery,
+) -> None:
+    table = LeaseTable()
+    first, second = await take(table, a=WRITE), await take(table, b=WRITE)
+    before = table.releases
+    table.release(first, announce=False)
+    assert table.releases == before
+    table.release(second)
+    table.release(second)
+    assert await table.some_release(before) == table.releases == before + 1
+    woken: list[int] = []
+
+    async def wait() -> None:
+        woken.append(await table.some_release())
+
+    nursery.start_soon(wait)
+    await wait_all_tasks_blocked()
+    assert woken == []
+    table.release(await take(table, c=READ))
+    await wait_all_tasks_blocked()
+    assert woken == [before + 2]
+
+
+async def test_who_is_adopted_is_wanted_by_those_who_wait_already(nursery: trio.Nursery) -> None:
+    table = LeaseTable()
+    await take(table, a=READ)
+    nursery.start_soon(lambda: take(table, a=WRITE))
+    await wait_all_tasks_blocked()
+    assert table.adopt({A: READ}, holder()).wanted
+
+
 requests = st.dictionaries(st.sampled_from([A, B, C]), st.sampled_from(list(LeaseMode)), min_size=1)
 
 
 class Request:
-    def __init__(self, table: LeaseTable, files: dict[FileIdentity, LeaseMode], wait: float) -> None:
+    def __init__(
+        self,
+        table: LeaseTable,
+        files: dict[FileIdentity, LeaseMode],
+        wait: float,
+        first_for: float | None,
+    ) -> None:
         self.table = table
         self.files = files
         self.wait = wait
+        self.first_for = first_for
         self.ticket = table.ticket()
         self.scope = trio.CancelScope()
         self.grant: Grant | None = None
         self.outcome = "waits"
 
     async def run(self) -> None:
-        self.deadline = trio.current_time() + self.wait
+        now = trio.current_time()
+        self.deadline = now + self.wait
+        until = None if self.first_for is None else now + self.first_for
         with self.scope:
             try:
                 self.grant = await self.table.acquire(
-                    self.files, holder(str(self.ticket)), ticket=self.ticket, deadline=self.deadline
+                    self.files,
+                    holder(str(self.ticket)),
+                    ticket=self.ticket,
+                    deadline=self.deadline,
+                    until=until,
                 )
                 self.outcome = "holds"
-            except TableBusy:
+            except TableBusy as busy:
                 self.outcome = "refused"
+                self.check_refusal(busy.in_the_way)
         if self.outcome == "waits":
             self.outcome = "cancelled"
+
+    def check_refusal(self, in_the_way: tuple[Grant, ...]) -> None:
+        def conflicts(grant: Grant) -> bool:
+            return any(
+                mode.conflicts_with(grant.files[file])
+                for file, mode in self.files.items()
+                if file in grant.files
+            )
+
+        assert all(conflicts(grant) for grant in in_the_way)
+        assert all(grant.granted or grant.ticket < self.ticket for grant in in_the_way)
+        # Later ones may have been granted the files in the same instant, once this one had given up.
+        earlier = {grant for grant in self.table.grants() if grant.ticket < self.ticket}
+        assert {grant for grant in earlier if conflicts(grant)} <= set(in_the_way)
+        now = trio.current_time()
+        first = [grant.until is not None and now < grant.until for grant in in_the_way]
+        assert first == sorted(first, reverse=True)
+        assert first
 
     def conflicts_with(self, other: "Request") -> bool:
         return any(
@@ -177,10 +305,16 @@ class LeaseTableMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = MockClock()
         self.requests: list[Request] = []
+        self.releases_seen = 0
         self._guest = _TrioGuest(self.clock, self._begin)
+        self._guest.do(lambda: self._guest.nursery.start_soon(self._watch_releases))
 
     def _begin(self) -> None:
         self.table = LeaseTable()
+
+    async def _watch_releases(self) -> None:
+        while True:
+            self.releases_seen = await self.table.some_release(self.releases_seen)
 
     def teardown(self) -> None:
         def end() -> None:
@@ -194,10 +328,14 @@ class LeaseTableMachine(RuleBasedStateMachine):
     def _among(self, outcome: str) -> list[Request]:
         return [request for request in self.requests if request.outcome == outcome]
 
-    @rule(files=requests, wait=st.sampled_from([0.0, 1.0, 5.0]))
-    def ask(self, files: dict[FileIdentity, LeaseMode], wait: float) -> None:
+    @rule(
+        files=requests,
+        wait=st.sampled_from([0.0, 1.0, 5.0]),
+        first_for=st.sampled_from([None, None, 2.0, 10.0]),
+    )
+    def ask(self, files: dict[FileIdentity, LeaseMode], wait: float, first_for: float | None) -> None:
         def begin() -> None:
-            request = Request(self.table, files, wait)
+            request = Request(self.table, files, wait, first_for)
             self.requests.append(request)
             self._guest.nursery.start_soon(request.run)
 
@@ -268,6 +406,22 @@ class LeaseTableMachine(RuleBasedStateMachine):
             assert {who.who for who in self.table.holders_of(file)} == expected
         assert self.table.waiting == len(self._among("waits"))
 
+    @invariant()
+    def who_is_in_the_way_of_one_that_waits_is_wanted_and_nobody_else(self) -> None:
+        waiting = self._among("waits")
+        for request in self._among("holds"):
+            assert request.grant is not None
+            assert request.grant.wanted == any(request.conflicts_with(other) for other in waiting)
+
+    @invariant()
+    def every_end_is_announced_but_not_the_refusal_of_one_who_would_not_wait(self) -> None:
+        ended = sum(
+            request.outcome in ("released", "cancelled")
+            or (request.outcome == "refused" and request.wait > 0)
+            for request in self.requests
+        )
+        assert self.releases_seen == self.table.releases == ended
+
 
 class _TrioGuest:
     """A trio run whose host is the test: it goes on only inside `do`, until all its tasks are blocked."""
@@ -275,6 +429,7 @@ class _TrioGuest:
     def __init__(self, clock: MockClock, begin: Callable[[], None]) -> None:
         self._ready: list[Callable[[], object]] = []
         self._ended = False
+        self._over = False
         self._quiet = False
         self._sleeping: trio.Event | None = None
         self._work: list[Callable[[], None]] = []
@@ -304,7 +459,7 @@ class _TrioGuest:
         self.do(end)
 
     def _turn(self) -> None:
-        self._quiet = False
+        self._quiet = self._over
         while not self._quiet:
             if self._ready:
                 self._ready.pop(0)()
@@ -324,7 +479,7 @@ class _TrioGuest:
 
     def _done(self, outcome: object) -> None:
         self._failure = getattr(outcome, "error", None)
-        self._quiet = True
+        self._over = self._quiet = True
 
 
 TestLeaseTableMachine = LeaseTableMachine.TestCase

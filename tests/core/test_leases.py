@@ -1,16 +1,19 @@
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from gateway.core.errors import XenAPIError
-from gateway.core.leases import Holder, LeaseMode, Leases, Step
+from gateway.core.leases import Blocker, Holder, Lease, LeaseMode, LeaseRefused, Leases, Step
 from gateway.core.limits import Limits
 from gateway.images.chain import ChainFiles, open_chain_files
 from gateway.images.files import identity_of
@@ -20,6 +23,7 @@ from gateway.images.vhd.image import open_vhd
 READ, REPLACE, WRITE = LeaseMode.READ, LeaseMode.REPLACE, LeaseMode.WRITE
 STEPS: tuple[Step, ...] = ("resolved", "granted", "locked", "checked")
 HOLDER = Holder("root", "export_raw_vdi", "OpaqueRef:vdi")
+COALESCE = Holder("the gateway", "coalesce", "OpaqueRef:other")
 
 
 @pytest.fixture
@@ -214,6 +218,140 @@ async def test_a_waiting_request_gets_the_lease_when_it_ends(image: str, nursery
     await got.wait()
 
 
+async def test_a_refusal_says_who_are_all_in_the_way_and_since_when(tmp_path: Path) -> None:
+    parent, child = make_chain(tmp_path)
+    leases = Leases()
+    began = datetime.now(UTC)
+    other = replace(HOLDER, who="somebody else")
+    async with leases.hold(child, READ, HOLDER), leases.hold(parent, READ, other):
+        held = datetime.now(UTC)
+        with pytest.raises(LeaseRefused) as refused:
+            await leases.acquire(parent, WRITE, COALESCE, wait=0)
+    blockers = refused.value.blockers
+    assert [blocker.holder for blocker in blockers] == [HOLDER, other]
+    assert refused.value.params[1] == str(blockers[0]) == str(HOLDER)
+    assert began <= blockers[0].since <= blockers[1].since <= held
+
+
+async def test_a_file_renamed_over_while_its_lease_is_waited_for_leads_to_the_new_one(
+    image: str, tmp_path: Path
+) -> None:
+    new = make_image(tmp_path / "new", b"new")
+    leases = Leases()
+    first = await leases.acquire(image, WRITE, HOLDER)
+    got: list[bytes] = []
+
+    async def wait() -> None:
+        async with leases.hold(image, WRITE, HOLDER) as lease:
+            got.append(content_of(lease.chain.nodes[0].fd))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await until_wanted(first)
+        rename_in_another_process(new, image)
+        first.release()
+    assert got == [b"new"]
+
+
+async def until_wanted(lease: Lease) -> None:
+    # It is told to threads, which cannot wait for events of trio.
+    while not lease.wanted:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_lease_is_wanted_while_somebody_waits_for_its_files(image: str) -> None:
+    leases = Leases()
+    async with leases.hold(image, READ, HOLDER) as lease:
+        async with leases.hold(image, READ, HOLDER):
+            assert not lease.wanted
+        with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+            await leases.acquire(image, WRITE, HOLDER, wait=0)
+        assert not lease.wanted
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(leases.acquire, image, WRITE, HOLDER)
+            await until_wanted(lease)
+            assert await trio.to_thread.run_sync(lambda: lease.wanted)
+            nursery.cancel_scope.cancel()
+        assert not lease.wanted
+
+
+async def test_a_lease_that_goes_first_is_not_wanted_before_its_time_is_over(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    parent, child = make_chain(tmp_path)
+    leases = Leases()
+    until = trio.current_time() + 10
+    async with (
+        leases.hold(child, READ, HOLDER) as ordinary,
+        leases.hold(parent, READ, COALESCE, until=until) as first,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(lambda: leases.acquire(parent, WRITE, HOLDER, wait=60))
+        await until_wanted(ordinary)
+        assert not await trio.to_thread.run_sync(lambda: first.wanted)
+        mock_clock.jump(10)
+        assert await trio.to_thread.run_sync(lambda: first.wanted)
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_is_refused_because_of_one_that_goes_first_is_told_how_long_at_most(
+    image: str, mock_clock: MockClock
+) -> None:
+    leases = Leases()
+    async with leases.hold(image, WRITE, COALESCE, until=trio.current_time() + 30.5):
+        mock_clock.jump(10)
+        with pytest.raises(LeaseRefused) as refused:
+            await leases.acquire(image, READ, HOLDER, wait=0)
+        assert refused.value.error_info == [
+            "OTHER_OPERATION_IN_PROGRESS",
+            "VDI",
+            HOLDER.vdi,
+            "coalesce by the gateway, at most 21 seconds more",
+        ]
+        assert "(coalesce by the gateway, at most 21 seconds more)" in refused.value.message
+        assert [blocker.holder for blocker in refused.value.blockers] == [COALESCE]
+        mock_clock.jump(21)
+        with pytest.raises(LeaseRefused, match="VDI_IN_USE"):
+            await leases.acquire(image, READ, HOLDER, wait=0)
+
+
+async def test_one_that_goes_first_and_still_waits_is_the_reason_for_those_behind_it(
+    image: str,
+) -> None:
+    leases = Leases()
+    async with leases.hold(image, READ, HOLDER) as reading, trio.open_nursery() as nursery:
+        until = trio.current_time() + 300
+        nursery.start_soon(lambda: leases.acquire(image, WRITE, COALESCE, wait=300, until=until))
+        await until_wanted(reading)
+        for mode, names in ((READ, [COALESCE]), (WRITE, [COALESCE, HOLDER])):
+            with pytest.raises(LeaseRefused, match="OTHER_OPERATION_IN_PROGRESS") as refused:
+                await leases.acquire(image, mode, HOLDER, wait=0)
+            assert [blocker.holder for blocker in refused.value.blockers] == names
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_was_refused_without_a_wait_is_told_when_to_try_again_but_not_of_itself(
+    image: str,
+) -> None:
+    leases = Leases()
+    foreign = ForeignUser(image, "READ")
+    before = leases.releases
+    with pytest.raises(LeaseRefused) as refused:
+        await leases.acquire(image, WRITE, COALESCE, wait=0)
+    foreign.end()
+    assert refused.value.blockers == (
+        Blocker(None, refused.value.blockers[0].since, refused.value.params[1]),
+    )
+    assert leases.releases == before
+    async with leases.hold(image, READ, HOLDER):
+        with pytest.raises(LeaseRefused):
+            await leases.acquire(image, WRITE, COALESCE, wait=0)
+        assert leases.releases == before
+    assert await leases.some_release(before) == before + 1
+    async with leases.hold(image, WRITE, COALESCE, wait=0):
+        pass
+
+
 async def test_readers_stay_while_a_replacement_is_prepared(image: str) -> None:
     leases = Leases()
     async with leases.hold(image, READ, HOLDER), leases.hold(image, REPLACE, HOLDER, wait=0):
@@ -316,10 +454,14 @@ async def test_the_lock_of_the_repository_is_held_only_while_resolving(image: st
 def make_chain(directory: Path) -> tuple[str, str]:
     parent, child = str(directory / "parent.vhd"), str(directory / "child.vhd")
     create_dynamic(parent, 2 << 20)
+    make_child(child, parent)
+    return parent, child
+
+
+def make_child(child: str, parent: str) -> None:
     fd = os.open(parent, os.O_RDONLY)
     create_differencing(child, parent, open_vhd(fd, parent))
     os.close(fd)
-    return parent, child
 
 
 async def test_a_lease_covers_the_parents_too(tmp_path: Path) -> None:
@@ -333,6 +475,31 @@ async def test_a_lease_covers_the_parents_too(tmp_path: Path) -> None:
     async with leases.hold(child, WRITE, HOLDER, parents=(WRITE,)):
         with pytest.raises(XenAPIError, match="VDI_IN_USE"):
             await leases.acquire(parent, READ, HOLDER, wait=0)
+
+
+@pytest.mark.parametrize("step", [None, "resolved"])
+async def test_the_first_parents_have_the_modes_asked_for_and_the_rest_is_read(
+    tmp_path: Path, step: Step | None
+) -> None:
+    parent, child = make_chain(tmp_path)
+    leaf = str(tmp_path / "leaf.vhd")
+    make_child(leaf, child)
+    leases = Leases() if step is None else Leases(step=calling_at(step, lambda: None))
+    async with leases.hold(leaf, WRITE, HOLDER, parents=(WRITE,)) as lease:
+        opened = [fcntl.fcntl(node.fd, fcntl.F_GETFL) & os.O_ACCMODE for node in lease.chain.nodes]
+        assert opened == [os.O_RDWR, os.O_RDWR, os.O_RDONLY]
+        with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+            await leases.acquire(child, READ, HOLDER, wait=0)
+        async with leases.hold(parent, READ, HOLDER, wait=0):
+            pass
+        # Another gateway knows nothing of the table: the locks have to say the same.
+        for file in (leaf, child):
+            with pytest.raises(XenAPIError, match="VDI_IN_USE"):
+                await Leases().acquire(file, READ, HOLDER, wait=0)
+        async with Leases().hold(parent, READ, HOLDER, wait=0):
+            pass
+    async with leases.hold(parent, READ, HOLDER, parents=(WRITE, WRITE)) as lease:
+        assert lease.chain.depth == 1
 
 
 @pytest.mark.parametrize("step", STEPS[:3])
