@@ -224,6 +224,18 @@ async def test_who_waits_for_some_release_misses_none_that_came_before_the_wait(
     assert woken == [before + 2]
 
 
+async def test_who_kept_an_early_place_and_waits_no_more_is_wanted_by_those_behind_it(
+    nursery: trio.Nursery,
+) -> None:
+    table = LeaseTable()
+    early = table.ticket()
+    await take(table, a=READ)
+    nursery.start_soon(lambda: take(table, a=WRITE))
+    await wait_all_tasks_blocked()
+    grant = await table.acquire({A: READ}, holder(), ticket=early, deadline=trio.current_time())
+    assert grant.wanted
+
+
 async def test_who_is_adopted_is_wanted_by_those_who_wait_already(nursery: trio.Nursery) -> None:
     table = LeaseTable()
     await take(table, a=READ)
