@@ -194,7 +194,7 @@ class CoalesceRun:
         if child.parent != parent.uuid or not parent.hidden or child.hidden is not inline:
             raise CandidateGone("the image stands on another one by now")
         children = self._children(child.uuid)
-        if bool(children) is not inline:
+        if bool(children) is not inline and not self.candidate.relink_only:
             raise CandidateGone("the images that stand on it have become others")
         if not self.candidate.relink_only and self._children(parent.uuid) != [child.uuid]:
             raise CandidateGone("another image stands on its parent too")
