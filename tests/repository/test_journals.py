@@ -9,6 +9,7 @@ import pytest
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Leases
+from gateway.images.errors import CorruptImage
 from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.files import FILES
 from gateway.images.vhd.check import check_vhd
@@ -19,6 +20,7 @@ from gateway.images.vhd.relink import set_parent
 from gateway.repository.directory import SRDirectory
 from gateway.repository.journal_recovery import recover_journals
 from gateway.repository.journals import JournalKind, create_journal, unfinished_journals
+from gateway.repository.relink_steps import inline_relink
 from gateway.repository.repository import Repository
 from tests.images.disks import inspect
 from tests.images.test_vhd_merge import merge, noise, opened, stop_after
@@ -351,6 +353,29 @@ async def test_a_copy_that_readers_are_beside_needs_no_repair(
     found = await attach_and_scan(root, leases)
     os.close(fd)
     assert_sound(root, found, expected, "", libvhdi=False)
+
+
+@pytest.mark.parametrize("relinks", [(), (relinked_but_for_its_locators,), (relinked(K1), relinked(K2))])
+async def test_a_coalesce_finishes_a_relink_that_a_recovery_had_to_leave(
+    tmp_path: Path, leases: Leases, chains: Chains, relinks: tuple[Step, ...]
+) -> None:
+    root = tmp_path / "sr"
+    expected = chains.place(root)
+    for step in (*RELINK, *relinks):
+        step(root)
+    directory = SRDirectory(str(root))
+    content = image(root, L).read_bytes()
+    unreadable(L)(root)
+    before = listing(root)
+    with pytest.raises(CorruptImage):
+        inline_relink(directory, child=C, parent=P, children=(), files=FILES)
+    assert listing(root) == before
+    image(root, L).write_bytes(content)
+    inline_relink(directory, child=C, parent=P, children=(), files=FILES)
+    assert unfinished_journals(directory) == ()
+    found = await attach_and_scan(root, leases)
+    assert_sound(root, found, expected, "", libvhdi=True)
+    assert {found.images[uuid].parent for uuid in (K1, K2)} == {P}
 
 
 async def test_attaching_read_only_recovers_nothing(tmp_path: Path, leases: Leases, chains: Chains) -> None:
