@@ -21,8 +21,9 @@ from gateway.core.clock import utc_now
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
-from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.core.refs import new_ref, new_uuid
 from gateway.repository.fork import Fork, Revert
+from gateway.repository.intended import forget_intended, write_intended
 from gateway.repository.reconcile import described
 from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
@@ -60,9 +61,11 @@ class ChainOperations(SRLifecycle):
         self._being_created.add(vdi.uuid)
         self._being_filled[vdi.uuid] = vdi.sr, holder
         new: NewVDI | None = None
+        intended = (repository.directory, vdi.uuid)
         try:
             try:
                 async with repository.staging_new(vdi.uuid, vdi.virtual_size, vdi.image_format) as staging:
+                    await trio.to_thread.run_sync(write_intended, *intended, (vdi,), repository.files)
                     new = NewVDI(vdi, staging)
                     yield new
             finally:
@@ -71,6 +74,8 @@ class ChainOperations(SRLifecycle):
                         image = repository.images[vdi.uuid]
                         await self.records.vdis.add(_with_content(new.vdi, image, new.vdi.content_id))
                         await self.refresh_sizes(vdi.sr)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(forget_intended, *intended, repository.files)
         finally:
             self._being_created.discard(vdi.uuid)
             del self._being_filled[vdi.uuid]
@@ -137,22 +142,25 @@ class ChainOperations(SRLifecycle):
         try:
             async with self._leased(repository, ref, holder, wait) as lease:
                 source = await self.vdi_under(ref, lease)
+                base_copy = _base_copy(source, base)
+                made = _made(source, uuid, holder.operation == "snapshot") if child else source
                 fork = Fork(
                     repository.directory,
                     lease,
                     base=base,
                     child=uuid if child else None,
+                    records=(made, base_copy) if child else (),
                     files=repository.files,
                 )
                 await self._run(repository, lease, fork, (source.uuid, uuid, base))
                 with trio.CancelScope(shield=True):
-                    made, new = source, []
-                    if child:
-                        made = self._made(source, repository.images[uuid], holder.operation == "snapshot")
-                        new.append(made)
+                    new = [made] if child else []
                     if fork.has_base:
-                        new.append(self._base_copy(source, repository.images[base]))
+                        new.append(base_copy)
+                    images = repository.images
+                    new = [_with_content(vdi, images[vdi.uuid], source.content_id) for vdi in new]
                     await self.records.vdis.add_all(new)
+                    await trio.to_thread.run_sync(fork.settle)
                     await self._same_content(source.ref, repository.images[source.uuid], source.content_id)
                     await self.refresh_sizes(source.sr)
         finally:
@@ -209,35 +217,6 @@ class ChainOperations(SRLifecycle):
                 raise XenAPIError("SR_FULL", "unknown", str(total - used)) from error
             raise
 
-    def _made(self, source: VDI, image: ScannedImage, snapshot: bool) -> VDI:
-        made = VDI(
-            ref=new_ref(),
-            uuid=image.uuid,
-            sr=source.sr,
-            name_label=source.name_label,
-            name_description=source.name_description,
-            type=source.type,
-            sharable=source.sharable,
-            other_config=source.other_config,
-            xenstore_data=source.xenstore_data,
-            tags=source.tags,
-            content_id=source.content_id,
-        )
-        if snapshot:
-            made = replace(made, is_a_snapshot=True, snapshot_of=source.ref, snapshot_time=utc_now())
-        return _with_content(made, image, source.content_id)
-
-    def _base_copy(self, source: VDI, image: ScannedImage) -> VDI:
-        base = VDI(
-            ref=new_ref(),
-            uuid=image.uuid,
-            sr=source.sr,
-            name_label=BASE_COPY_NAME,
-            type=source.type,
-            snapshot_of=NULL_REF,
-        )
-        return _with_content(base, image, source.content_id)
-
     async def _same_content(self, ref: str, image: ScannedImage, content_id: str) -> None:
         """The VDI has another file, and perhaps another parent, with this content."""
 
@@ -259,3 +238,26 @@ def _with_content(vdi: VDI, image: ScannedImage, content_id: str) -> VDI:
     return described(
         replace(vdi, content_id=content_id, sm_config=known), image, writable=True, written=False
     )
+
+
+def _made(source: VDI, uuid: str, snapshot: bool) -> VDI:
+    """The record of a snapshot or clone; what its image says is still missing."""
+    made = VDI(
+        ref=new_ref(),
+        uuid=uuid,
+        sr=source.sr,
+        name_label=source.name_label,
+        name_description=source.name_description,
+        type=source.type,
+        sharable=source.sharable,
+        other_config=source.other_config,
+        xenstore_data=source.xenstore_data,
+        tags=source.tags,
+    )
+    if snapshot:
+        made = replace(made, is_a_snapshot=True, snapshot_of=source.ref, snapshot_time=utc_now())
+    return made
+
+
+def _base_copy(source: VDI, uuid: str) -> VDI:
+    return VDI(ref=new_ref(), uuid=uuid, sr=source.sr, name_label=BASE_COPY_NAME, type=source.type)

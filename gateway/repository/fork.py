@@ -10,18 +10,22 @@ The trap: after a crash, the base copy and the leaf may be one file under two na
 the marker (SM fails the scan of an SR over names it doesn't know) from before the first step until after the
 last. The rename over the leaf decides: before it all is undone, after it the base copy is hidden. The second
 child goes in both cases, for nobody has been told of it.
+
+When all files are there, the journal becomes what intended.py keeps until the records are durable.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Lease
+from gateway.core.records import VDI
 from gateway.core.refs import is_uuid
 from gateway.images.chain import NodeKind
 from gateway.images.errors import ImageError
@@ -30,22 +34,26 @@ from gateway.images.vhd.create import create_differencing, set_hidden
 from gateway.images.vhd.format import DiskType
 from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
 from gateway.repository.directory import DirectoryUnavailable, SRDirectory, replace_file
+from gateway.repository.intended import INTENDED_FORMAT, forget_intended, intended_path, write_intended
 from gateway.repository.staging import staging_path
 
 MAX_CHAIN_LENGTH: Final = 30
 """The most levels of a chain that XenServer makes (vhdutil.MAX_CHAIN_SIZE)."""
 
-_JOURNAL_FORMAT: Final = 1
+_JOURNAL_FORMAT: Final = INTENDED_FORMAT  # as which it is read once all files are there
 _JOURNAL: Final = re.compile(r"fork-[0-9a-f-]{36}\.json")
+_LONGEST_JOURNAL: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Journal:
-    """The three uuids of one fork; no `child` is an empty text."""
+    """The three uuids of one fork; no `child` is an empty text. `records` are those of what is new."""
 
     leaf: str
     base: str
     child: str
+    records: tuple[VDI, ...] = ()
+    format: int = _JOURNAL_FORMAT
 
     def path(self, directory: SRDirectory) -> str:
         return os.path.join(directory.service, f"fork-{self.leaf}.json")
@@ -54,21 +62,30 @@ class _Journal:
 class Fork:
     """One fork of the leaf of `lease`, which keeps writers out. `base` and `child` are new uuids.
 
-    Without a `child` the leaf alone becomes an empty child of a base copy, if it isn't one already.
+    Without a `child` the leaf alone becomes an empty child of a base copy, if it isn't one already. With
+    `records` for the child and the base copy their names survive a crash before these are durable; `settle`
+    has to be called then.
 
     After `prepare`, `has_base` says whether there will be a base copy, and `new_leaf` which file the leaf's
     name will then lead to.
     """
 
     def __init__(
-        self, directory: SRDirectory, lease: Lease, *, base: str, child: str | None, files: FileCalls
+        self,
+        directory: SRDirectory,
+        lease: Lease,
+        *,
+        base: str,
+        child: str | None,
+        records: Sequence[VDI] = (),
+        files: FileCalls,
     ) -> None:
         leaf = os.path.basename(lease.leaf_path).rpartition(".")[0]
         self.has_base = True
         self.new_leaf: FileIdentity | None = None
         self._directory = directory
         self._lease = lease
-        self._journal = _Journal(leaf, base, child or "")
+        self._journal = _Journal(leaf, base, child or "", tuple(records))
         self._files = files
         self._staged_leaf = staging_path(directory, leaf)
         self._staged_child = staging_path(directory, child) if child else None
@@ -107,17 +124,31 @@ class Fork:
                 # What can't be recovered now, will be at the next scan.
                 with suppress(OSError, ImageError):
                     recover_forks(self._directory, self._files)
+                    if os.path.lexists(intended_path(self._directory, self._journal.child)):
+                        self._take_back(child)
                 raise
             return
         if self._staged_child is None:
             return
-        self._files.rename(self._staged_child, child)
         try:
+            if self._journal.records:
+                write_intended(self._directory, self._journal.child, self._journal.records, self._files)
+            self._files.rename(self._staged_child, child)
             self._files.sync_directory(self._directory.root)
         except BaseException:
             with suppress(OSError):
-                self._files.unlink(child)
+                self._take_back(child)
             raise
+
+    def settle(self) -> None:
+        """The records are durable, or there is no child: the journal may go."""
+        forget_intended(self._directory, self._journal.child, self._files)
+
+    def _take_back(self, child: str) -> None:
+        with suppress(FileNotFoundError):
+            self._files.unlink(child)
+        self._files.sync_directory(self._directory.root)
+        self.settle()
 
     def discard(self) -> None:
         """Remove what was made and got no name."""
@@ -129,8 +160,7 @@ class Fork:
         directory, files = self._directory, self._files
         journal = self._journal.path(directory)
         base = directory.image(self._journal.base, "vhd")
-        content = {"format": _JOURNAL_FORMAT, **asdict(self._journal)}
-        replace_file(journal, json.dumps(content).encode() + b"\n", files)
+        replace_file(journal, msgspec.json.encode(self._journal) + b"\n", files)
         files.link(self._lease.leaf_path, base)
         files.sync_directory(directory.root)
         if self._staged_child is not None:
@@ -138,7 +168,10 @@ class Fork:
         files.rename(self._staged_leaf, self._lease.leaf_path)
         files.sync_directory(directory.root)
         set_hidden(base, True, files=files)
-        files.unlink(journal)
+        if not self._journal.records:
+            files.unlink(journal)
+        else:
+            files.rename(journal, intended_path(directory, self._journal.child))
         files.sync_directory(directory.service)
 
 
@@ -197,7 +230,7 @@ def require_same_leaf(lease: Lease) -> None:
 
 
 def unfinished_forks(directory: SRDirectory) -> list[str]:
-    """The names of the journals in a directory."""
+    """The names of the journals of forks whose files aren't all there yet."""
     with suppress(FileNotFoundError):
         return sorted(name for name in os.listdir(directory.service) if _JOURNAL.fullmatch(name))
     return []
@@ -231,14 +264,13 @@ def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> Non
 
 def _read_journal(path: str) -> _Journal:
     with open(path, "rb") as file:
-        text = file.read(4096)
+        text = file.read(_LONGEST_JOURNAL)
     try:
-        content = json.loads(text)
-        if content.pop("format") != _JOURNAL_FORMAT:
-            raise DirectoryUnavailable(path, "the journal was made by another version of the gateway")
-        journal = _Journal(**content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        journal = msgspec.json.decode(text, type=_Journal)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot") from error
+    if journal.format != _JOURNAL_FORMAT:
+        raise DirectoryUnavailable(path, "the journal was made by another version of the gateway")
     if not all(is_uuid(uuid) for uuid in (journal.leaf, journal.base, journal.child or journal.leaf)):
         raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot")
     return journal

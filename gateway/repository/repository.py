@@ -30,6 +30,7 @@ from gateway.repository.directory import (
     write_marker,
 )
 from gateway.repository.fork import recover_forks
+from gateway.repository.intended import remember_intended
 from gateway.repository.journal_recovery import Recovery, recover_journals
 from gateway.repository.records_file import RecordsCopy, read_records, write_records
 from gateway.repository.scan import ScannedImage, Scanner
@@ -129,6 +130,7 @@ class Repository(Survey):
                     found = introduce
                     write_marker(directory, found, files)
                 recover_forks(directory, files)
+                remember_intended(directory, files)
                 recovery = recover_journals(directory, files)
                 swept = tuple(sweep_staging(directory, files))
                 return cls(
