@@ -134,18 +134,25 @@ class Attachments:
         them one whose VDI is in another SR. Strange names are no error. Raises SR_NOT_ATTACHED,
         SR_BACKEND_FAILURE_47 when the directory is not there: then no record changes.
         """
+        try:
+            result, problems = await self.reconcile(sr)
+        finally:
+            self.coalesce(sr)
+        if problems:
+            raise XenAPIError(
+                "SR_BACKEND_FAILURE_40", "", f"The SR scan failed [opterr={'; '.join(problems)}]", ""
+            )
+        return result
+
+    async def reconcile(self, sr: str) -> tuple[ScanResult, list[str]]:
+        """What a scan finds is written to the records; also what is wrong, a sentence each."""
         self.records.srs.get(sr)
         async with self._lock(sr):
             repository = self.repository(sr)
             result = await repository.scan()
             problems = await self._apply(sr, repository, result, None)
             await self.refresh_sizes(sr)
-        self.coalesce(sr)
-        if problems:
-            raise XenAPIError(
-                "SR_BACKEND_FAILURE_40", "", f"The SR scan failed [opterr={'; '.join(problems)}]", ""
-            )
-        return result
+        return result, problems
 
     def repository(self, sr: str) -> Repository:
         """The attached SR. Raises SR_NOT_ATTACHED."""

@@ -11,7 +11,7 @@ from typing import Final
 from gateway.core.errors import XenAPIError
 from gateway.core.records import VDI, Records
 from gateway.core.refs import NULL_REF, new_uuid
-from gateway.repository.reconcile import described
+from gateway.repository.reconcile import PARENT_KEY, described
 from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
 from gateway.repository.scan import FileStamp, ScannedImage
@@ -59,6 +59,25 @@ class CoalesceRecords:
                 unchanged = vdi.sm_config.get(STAMP_KEY) == str(stamp)
                 ids[uuid] = vdi.content_id if unchanged else new_uuid()
         return ids
+
+    def are_behind(self) -> bool:
+        """Whether images came or went, or stand on others than the records say, as recoveries leave it."""
+        images = self._repository.images
+        children = {image.parent for image in images.values()}
+        seen = {
+            uuid: image.parent
+            for uuid, image in images.items()
+            if image.error is None and (not image.hidden or uuid in children)
+        }
+        known = {
+            vdi.uuid: vdi.sm_config.get(PARENT_KEY)
+            for vdi in self._records.vdis_of_sr(self.sr)
+            if not vdi.missing
+        }
+        for uuid, image in images.items():
+            if uuid not in seen and (image.error is not None or image.hidden):
+                known.pop(uuid, None)
+        return seen != known
 
     async def chain_changed(self, gone: str, content_ids: Mapping[str, str]) -> None:
         """Write down which images stand on what now, with these contents, and that one is gone, if it is."""

@@ -89,14 +89,15 @@ class CoalesceRun:
         """Whether all is in the parent, durably, as far as is known without looking at the files."""
         return self.candidate.relink_only or (self._left is not None and self._left.complete)
 
-    async def take(self, holder: Holder, *, until: float | None = None) -> Lease:
-        """Lease the child and the parent to write into them, at once or not at all.
+    async def take(self, holder: Holder, *, wait: float = 0.0, until: float | None = None) -> Lease:
+        """Lease the child and the parent to write into them; `wait` as for any lease.
 
         With `until` (trio's clock) it is waited for up to then, and goes before those who come later. Raises
         LeaseRefused, CandidateGone, ImageError, OSError.
         """
         self._require_candidate()
-        wait = 0.0 if until is None else max(0.0, until - trio.current_time())
+        if until is not None:
+            wait = max(wait, until - trio.current_time())
         lease = await self._repository.lease_to_coalesce(
             self.candidate.child, LeaseMode.WRITE, holder, parents=(LeaseMode.WRITE,), wait=wait, until=until
         )

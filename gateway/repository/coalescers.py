@@ -22,7 +22,10 @@ _NOT_HERE: Final = "the SR is not attached writable here"
 
 
 class Coalescers:
-    """By reference of their SRs. `run` must be running; `refresh_sizes` brings an SR's record up to date."""
+    """By reference of their SRs. `run` must be running.
+
+    `refresh_sizes` brings an SR's record up to date, `reconcile` those of its VDIs.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Coalescers:
         tasks: Tasks,
         limits: Limits,
         refresh_sizes: Callable[[str], Awaitable[None]],
+        reconcile: Callable[[str], Awaitable[object]],
     ) -> None:
         self._records = records
         self._leases = leases
@@ -40,6 +44,7 @@ class Coalescers:
         self._tasks = tasks
         self._limits = limits
         self._refresh_sizes = refresh_sizes
+        self._reconcile = reconcile
         self._coalescers: dict[str, Coalescer] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -66,6 +71,7 @@ class Coalescers:
             tasks=self._tasks,
             limits=self._limits,
             refresh_sizes=self._refresh_sizes,
+            reconcile=self._reconcile,
         )
         if self._nursery is not None:
             self._nursery.start_soon(coalescer.run)

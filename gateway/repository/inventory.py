@@ -70,6 +70,7 @@ class Inventory(ChainOperations):
                 tasks=tasks,
                 limits=limits or Limits(),
                 refresh_sizes=inventory.refresh_sizes,
+                reconcile=inventory.reconcile,
             )
         try:
             await inventory.attach_all()

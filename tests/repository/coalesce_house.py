@@ -45,7 +45,7 @@ class House:
         """Until what runs has been told to stop."""
 
         def is_told() -> bool:
-            current = self.coalescer(sr)._current
+            current = self.coalescer(sr)._turns._current
             return current is None or current[1].cancel_called
 
         await until(is_told)
