@@ -20,7 +20,7 @@ from gateway.core.refs import NULL_REF
 from gateway.core.task import Operation
 from gateway.images.chain import open_chain_files
 from gateway.images.disk import Extent, ExtentKind
-from gateway.images.files import Buffer, FileCalls
+from gateway.images.files import Buffer, FileCalls, FileIdentity
 from gateway.images.vhd.check import check_vhd
 from gateway.images.vhd.format import UNUSED
 from gateway.repository.inventory import Inventory
@@ -47,11 +47,13 @@ async def copy(
     vdi: str,
     sr: str = NULL_REF,
     into: str = NULL_REF,
+    *,
     operation: Operation | None = None,
+    publications: Publications | None = None,
 ) -> VDI:
     made = await copy_disk(
         inventory,
-        Publications(),
+        publications or Publications(),
         operation or Operation("OpaqueRef:task", None),
         vdi=vdi,
         sr=sr,
@@ -217,6 +219,44 @@ async def test_a_snapshot_copied_into_its_vdi_makes_that_stand_alone(
     assert foreign_reads(inventory, ref) == foreign_reads(inventory, taken) == expected
 
 
+async def test_who_opens_a_copied_disk_waits_for_its_content_id(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sr, ref = await make(inventory, tmp_path)
+    into = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB)
+    publications = Publications()
+    changed = inventory.vdi_changed
+    waited: list[bool] = []
+
+    async def changed_late(vdi: str, content_id: str | None = None) -> None:
+        opened = await trio.to_thread.run_sync(os.stat, path_of(inventory, into))
+        with trio.move_on_after(0):
+            await publications.settled(into, FileIdentity(opened.st_dev, opened.st_ino))
+            waited.append(False)
+        await changed(vdi, content_id)
+
+    monkeypatch.setattr(inventory, "vdi_changed", changed_late)
+    await copy(inventory, ref, NULL_REF, into, publications=publications)
+    assert waited == []
+    with trio.fail_after(5):
+        await publications.settled(into, FileIdentity(0, 0))
+
+
+async def test_a_disk_of_a_read_only_sr_can_be_copied(inventory: Inventory, tmp_path: Path) -> None:
+    sr, ref = await make(inventory, tmp_path)
+    target = await other_sr(inventory, tmp_path)
+    (pbd,) = inventory.records.pbds_of_sr(sr)
+    await inventory.pbd_unplug(pbd.ref)
+    await inventory.records.pbds.change(pbd.ref, device_config={**pbd.device_config, "writable": "false"})
+    await inventory.pbd_plug(pbd.ref)
+    assert inventory.records.vdis.get(ref).read_only
+    before = listing(root_of(inventory, sr))
+    made = await copy(inventory, ref, target)
+    assert listing(root_of(inventory, sr)) == before
+    assert not made.read_only
+    assert foreign_reads(inventory, made) == foreign_reads(inventory, ref)
+
+
 @pytest.mark.parametrize("place", ["new", "into"])
 async def test_the_content_id_is_the_sources_if_bytes_and_blocks_are_the_same(
     inventory: Inventory, tmp_path: Path, place: str
@@ -353,7 +393,7 @@ async def test_a_cancelled_copy_stops_at_the_next_piece_and_leaves_nothing(
                 operation = Operation("OpaqueRef:task", None)
                 files.number, files.writes = 3, 0
             try:
-                await copy(inventory, ref, sr, into, operation)
+                await copy(inventory, ref, sr, into, operation=operation)
             finally:
                 with trio.CancelScope(shield=True):
                     assert files.writes == 3
