@@ -68,7 +68,7 @@ def home(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def shell_command(shell: str) -> str:
     path = shutil.which(shell)
     if path is None:
-        pytest.skip(f"{shell} is not installed; scripts/setup brings it")
+        pytest.skip(f"{shell} is not installed; scripts/setup --tests brings it")
     return path
 
 

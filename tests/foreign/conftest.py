@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def xen_api() -> NodeProgram:
     """Runs a program of this directory with Node's xen-api."""
     if not (HERE / "node_modules" / "xen-api").is_dir():
-        pytest.fail("Node's xen-api isn't installed; run ./scripts/setup", pytrace=False)
+        pytest.fail("Node's xen-api isn't installed; run ./scripts/setup --tests", pytrace=False)
     return NodeProgram(HERE)
 
 
@@ -24,5 +24,5 @@ def xen_api() -> NodeProgram:
 def openstack_python() -> Path:
     """The interpreter of the environment that has OpenStack's os-xenapi."""
     if not OPENSTACK_PYTHON.exists():
-        pytest.fail("OpenStack's os-xenapi isn't installed; run ./scripts/setup", pytrace=False)
+        pytest.fail("OpenStack's os-xenapi isn't installed; run ./scripts/setup --tests", pytrace=False)
     return OPENSTACK_PYTHON
