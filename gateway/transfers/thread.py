@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 # Shares are proportional: where all processors are busy, such a thread gets two fifths of what an ordinary
 # one gets, so a transfer becomes slower beside others (downloads by 7-10 % were measured) and never starves;
-# where they aren't, it gets all it wants. More of it helps no further: a transfer that loses its processor while it holds the interpreter's
-# lock keeps everybody waiting, and the nicer it is the longer.
+# where they aren't, it gets all it wants. More of it helps no further: a transfer that loses its processor
+# while it holds the interpreter's lock keeps everybody waiting, and the nicer it is the longer.
 NICENESS: Final = 4
 _NICEST: Final = 19
 
