@@ -1,4 +1,4 @@
-"""Random snapshots, clones, reverts, writes, imports, destroys against plain bytes."""
+"""Random snapshots, clones, copies, reverts, writes, imports, destroys against plain bytes."""
 
 import tempfile
 from pathlib import Path
@@ -17,6 +17,7 @@ from gateway.core.records import Records
 from gateway.repository.inventory import Inventory
 from tests.repository.test_inventory import replace
 from tests.repository.test_snapshots import content, write
+from tests.transfers.test_copy_disk import copy
 
 SIZE = 4 << 20
 # Whole bytes of the sector bitmap: libvhdi takes clear bits behind a set one for set.
@@ -25,7 +26,9 @@ PLACES = (0, PIECE, 3 * PIECE, (2 << 20) - PIECE, 2 << 20, SIZE - PIECE)
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(("write", "write", "snapshot", "clone", "revert", "import", "destroy", "scan")),
+        st.sampled_from(
+            ("write", "write", "snapshot", "clone", "copy", "over", "revert", "import", "destroy", "scan")
+        ),
         st.integers(0, 100),
         st.sampled_from(PLACES),
         st.integers(1, 255),
@@ -73,6 +76,16 @@ async def do(
         plain[await inventory.vdi_snapshot(ref)] = plain[ref]
     elif step == "clone":
         plain[await inventory.vdi_clone(ref)] = plain[ref]
+    elif step == "copy":
+        plain[(await copy(inventory, ref, record.sr)).ref] = plain[ref]
+    elif step == "over":
+        target = list(plain)[data[0] % len(plain)]
+        if target == ref or inventory.records.vdis.get(target).is_a_snapshot:
+            with pytest.raises(XenAPIError, match=r"VALUE_NOT_SUPPORTED|VDI_READONLY"):
+                await copy(inventory, ref, into=target)
+        else:
+            await copy(inventory, ref, into=target)
+            plain[target] = plain[ref]
     elif step == "revert" and record.is_a_snapshot and record.snapshot_of in plain:
         await inventory.vdi_revert(ref)
         plain[record.snapshot_of] = plain[ref]
