@@ -33,7 +33,7 @@ def sr_coalesce(
     json: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
-    """Merge what destroyed snapshots have left into what stands on it, now instead of some time.
+    """Merge what destroyed snapshots have left behind into what it stands on, now.
 
     A gateway does so by itself, whenever nobody uses a chain. Exit code 0 when nothing is left to merge, 3
     when the rest waits for people who use the disks (vdi-chain shows for whom), 1 when something failed.
