@@ -181,6 +181,7 @@ async def create(call: Call, args: dict[str, Any]) -> str:
         "VALUE_NOT_SUPPORTED",
         "VDI_TOO_LARGE",
         "VDI_IN_USE",
+        "OTHER_OPERATION_IN_PROGRESS",
         "VDI_READONLY",
         "OPERATION_NOT_ALLOWED",
         "SR_FULL",
@@ -194,6 +195,7 @@ async def resize(call: Call, vdi: str, size: int) -> None:
 _FORK_ERRORS: Final = (
     "SR_BACKEND_FAILURE_109",
     "VDI_IN_USE",
+    "OTHER_OPERATION_IN_PROGRESS",
     "OPERATION_NOT_ALLOWED",
     "SR_FULL",
     "SR_NOT_ATTACHED",
@@ -248,6 +250,7 @@ async def clone(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
         "VALUE_NOT_SUPPORTED",
         "OPERATION_NOT_ALLOWED",
         "VDI_IN_USE",
+        "OTHER_OPERATION_IN_PROGRESS",
         "VDI_TOO_SMALL",
         "VDI_READONLY",
         "SR_FULL",
@@ -288,7 +291,13 @@ async def revert(call: Call, vdi: str, _driver_params: dict[str, str]) -> None:
     "Destroy the VDI and its image.",
     _SELF,
     role=Role.VM_ADMIN,
-    errors=("VDI_IN_USE", "OPERATION_NOT_ALLOWED", "VDI_READONLY", "SR_NOT_ATTACHED"),
+    errors=(
+        "VDI_IN_USE",
+        "OTHER_OPERATION_IN_PROGRESS",
+        "OPERATION_NOT_ALLOWED",
+        "VDI_READONLY",
+        "SR_NOT_ATTACHED",
+    ),
 )
 async def destroy(call: Call, vdi: str) -> None:
     with call.operating(_sr_of(call, vdi), "vdi_destroy"):
