@@ -97,6 +97,15 @@ class CoalesceRecords:
             await self._records.vdis.change(snapshot.ref, snapshot_of=NULL_REF)
         await self._records.vdis.remove(vdi.ref)
 
+    async def remove_lost_nodes(self) -> None:
+        """Remove the records of hidden images that are gone; nobody but a coalesce has to do with those.
+
+        The caller has scanned and found every image with its parent, so nothing stands on them.
+        """
+        for vdi in self._records.vdis_of_sr(self.sr):
+            if vdi.missing and not vdi.managed:
+                await self.remove(vdi.uuid)
+
     async def look_again(self, uuid: str) -> None:
         """Write down what a node is now that was made larger; who reads it does so through its child."""
         image = await self._repository.look_again(uuid)

@@ -165,11 +165,12 @@ class Turns:
                 del self._runs[key]
 
     def end(self, error: XenAPIError) -> None:
-        """All tasks end with this soon."""
+        """All tasks end with this soon, and all is begun anew."""
         for work in self._works.values():
             work.end_soon(error)
         self._works.clear()
         self._blocked.clear()
+        self._runs.clear()
 
     def text(self, candidate: Candidate) -> str:
         """What becomes of it, in words."""

@@ -116,7 +116,7 @@ class Coalescer:
         if self._ended.is_set():
             raise XenAPIError("SR_NOT_ATTACHED", self.sr)
         if self._problem is not None:
-            raise self._problem
+            raise XenAPIError(*self._problem.error_info)
         if self._plan.problems:
             problems = "; ".join(self._plan.problems)
             raise XenAPIError("SR_BACKEND_FAILURE_40", "", f"The SR scan failed [opterr={problems}]", "")
@@ -187,6 +187,9 @@ class Coalescer:
                 while True:
                     await self._pass(nursery)
                     await self._rest()
+            except Exception as error:
+                self._turns.end(as_xenapi_error(error))
+                raise
             finally:
                 self._turns.end(self._ending)
 
@@ -264,6 +267,8 @@ class Coalescer:
         if self._records.are_behind():
             # What a crash or a failure had left was recovered from.
             await self._reconcile(self.sr)
+            if not any(found.errors()):
+                await self._records.remove_lost_nodes()
         total, used = await self._repository.space()
         self._turns.sr_is_full = used > _FULL * total
         skip = {**self._turns.postponed.failures(), **self._turns.cancelled()}

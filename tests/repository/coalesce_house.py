@@ -116,7 +116,7 @@ class Gate(FileCalls):
     def __init__(self) -> None:
         self.closed = False
         self.offsets: list[int] = []
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.flushes_closed = False
         self._arrived = threading.Semaphore(0)
         self._permits = threading.Semaphore(0)

@@ -8,7 +8,10 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.task import TaskStatus
+from gateway.images.files import FileCalls
 from gateway.images.vhd.create import create_dynamic, set_hidden
+from gateway.images.vhd.image import open_vhd
+from gateway.images.vhd.merge import Merge
 from gateway.repository.coalescer import PAUSED_KEY
 from tests.repository.coalesce_house import (
     BLOCKS,
@@ -246,3 +249,93 @@ async def test_an_sr_is_let_go_of_at_the_next_block_and_merged_later(
         await house.settled(sr)
         assert content(house.inventory, ref)[::MIB] == PATTERN
         assert len(house.chain(ref)) == 1
+
+
+async def test_an_error_that_nobody_foresaw_ends_one_attempt_and_not_the_gateway(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate) as house:
+        gate.failure = RuntimeError("nobody foresaw it")
+        sr, ref = await make_copyable(house, tmp_path)
+        await house.coalescer(sr).answered()
+        with pytest.raises(XenAPIError, match="nobody foresaw it"):
+            await house.inventory.sr_coalesce(sr)
+        uuid = house.inventory.records.srs.get(sr).uuid
+        assert "nobody foresaw it" in house.inventory.sr_coalesce_state(sr)[uuid]
+        assert {task.error_info[0] for task in house.coalesced()} == {"INTERNAL_ERROR"}
+        gate.failure = None
+        await house.inventory.sr_coalesce(sr)
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+        assert len(house.chain(ref)) == 1
+
+
+class FailingRelink(FileCalls):
+    """Fails where the child of an inline coalesce would go."""
+
+    failing = True
+
+    def unlink(self, path: str) -> None:
+        if self.failing and path.endswith(".vhd") and ".vdi-gateway" not in path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().unlink(path)
+
+
+async def test_a_relink_that_fails_half_way_is_finished_and_the_records_follow(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    files = FailingRelink()
+    files.failing = False
+    async with open_house(files=files) as house:
+        inventory = house.inventory
+        sr, ref = await make(inventory, tmp_path)
+        first = await inventory.vdi_snapshot(ref)
+        await write(inventory, ref, b"\x22" * 8192, 4096)
+        second = await inventory.vdi_snapshot(ref)
+        expected = {leaf: content(inventory, leaf) for leaf in (ref, second)}
+        ids = {leaf: inventory.records.vdis.get(leaf).content_id for leaf in expected}
+        async with leased(house, ref, LeaseMode.READ):
+            await inventory.vdi_destroy(first)
+            files.failing = True
+        await told(house, lambda: bool(house.coalesced()) and house.coalesced()[0].status.is_final)
+        assert house.coalesced()[0].status is TaskStatus.FAILURE
+        files.failing = False
+        await house.settled(sr)
+        assert len(hidden(inventory, sr)) == 1
+        for leaf, before in expected.items():
+            assert content(inventory, leaf) == before
+            assert inventory.records.vdis.get(leaf).content_id == ids[leaf]
+        await house.assert_records_are_true(sr)
+
+
+async def test_a_second_gateway_that_finds_a_coalesce_of_a_crashed_one_finishes_it_and_its_records(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    async with open_house() as house:
+        inventory = house.inventory
+        sr, ref = await make(inventory, tmp_path)
+        await inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+        first = await inventory.vdi_snapshot(ref)
+        await write(inventory, ref, b"\x22" * 8192, 4096)
+        await inventory.vdi_snapshot(ref)
+        expected = content(inventory, ref)
+        await inventory.vdi_destroy(first)
+        (middle,) = [vdi for vdi in hidden(inventory, sr) if "vhd-parent" in vdi.sm_config]
+        # What a crash leaves between the copy and the first child.
+        root = root_of(inventory, sr)
+        bottom = root / f"{middle.sm_config['vhd-parent']}.vhd"
+        merge(root / f"{middle.uuid}.vhd", bottom)
+        (root / f"relink_{middle.uuid}").write_text("1")
+        await inventory.records.srs.change(sr, other_config={})
+        await house.settled(sr)
+        assert not [path.name for path in root.glob("*_*")]
+        assert len(hidden(inventory, sr)) == 1
+        assert content(inventory, ref) == expected
+        await house.assert_records_are_true(sr)
+
+
+def merge(child: Path, parent: Path) -> None:
+    with child.open("rb") as above, parent.open("r+b") as below:
+        merging = Merge(open_vhd(above.fileno(), str(child)), open_vhd(below.fileno(), str(parent)))
+        assert merging.copy_some(lambda: False)
+        merging.finish()
