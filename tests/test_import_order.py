@@ -27,7 +27,7 @@ RANKS = {
     "repository": 3,
     "core": 2,
     "access.client": 1,
-    "nbd_plugin": 1,
+    "nbd_plugin": 2,
     "images": 0,
 }
 STANDARD_LIBRARY_ROOMS = {"images", "access.client", "nbd_plugin"}
@@ -45,9 +45,7 @@ def room_of(module: str) -> str:
     package, _, rest = module.partition(".")
     if package != "gateway":
         return package
-    if rest in {"access.protocol", "access.client", "access.client_link"} or rest.startswith(
-        "access.client."
-    ):
+    if rest == "access.protocol" or rest.startswith("access.client"):
         return "access.client"  # both halves speak the protocol
     first = rest.partition(".")[0]
     return first if (ROOT / "gateway" / first).is_dir() else "app"

@@ -15,7 +15,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 
 def bottom_modules() -> list[str]:
     paths = [*(ROOT / "gateway/images").rglob("*.py"), *(ROOT / "nbd_plugin").rglob("*.py")]
-    paths += [ROOT / "gateway/access" / f"{name}.py" for name in ("client", "client_link", "protocol")]
+    paths += [*(ROOT / "gateway/access").glob("client*.py"), ROOT / "gateway/access/protocol.py"]
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in paths

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from gateway.access.client_answer import AccessRefused, answer
 from gateway.access.client_link import ANSWER_SECONDS, ClientLink
+from gateway.access.client_listing import list_vdis
 from gateway.access.protocol import (
     Adopted,
     Announce,
@@ -34,6 +36,8 @@ from gateway.images.disk import Disk, Extent, FileRange, Hole
 from gateway.images.errors import ImageError
 from gateway.images.files import Buffer, FileIdentity, identity_of
 
+__all__ = ["AccessDisk", "AccessRefused", "list_vdis", "open_vdi"]
+
 REPORT_SECONDS: Final = 1.0  # how often the gateway is told of bytes that have moved
 FIRST_RETRY_SECONDS: Final = 0.02  # a gateway that restarts is back within a second
 SLOWEST_RETRY_SECONDS: Final = 1.0
@@ -50,29 +54,6 @@ _FINAL: Final = frozenset(
         "OPERATION_NOT_ALLOWED",
     }
 )
-_ERRNO: Final = {
-    "VDI_IN_USE": errno.EBUSY,
-    "OTHER_OPERATION_IN_PROGRESS": errno.EBUSY,
-    "SESSION_INVALID": errno.EACCES,
-    "SESSION_AUTHENTICATION_FAILED": errno.EACCES,
-    "RBAC_PERMISSION_DENIED": errno.EACCES,
-    "OPERATION_NOT_ALLOWED": errno.EPERM,
-    "VDI_READONLY": errno.EROFS,
-    "UUID_INVALID": errno.ENOENT,
-    "VDI_MISSING": errno.ENOENT,
-    "SR_NOT_ATTACHED": errno.ENODEV,
-    "TOO_MANY_TRANSFERS": errno.EAGAIN,
-}
-
-
-class AccessRefused(OSError):  # noqa: N818 - an answer, not a fault
-    """The gateway refused: a XenAPI code with its parameters, one sentence, and the errno that fits it."""
-
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(_ERRNO.get(refused.code, errno.EIO), f"{refused.code}: {refused.message}")
-        self.code = refused.code
-        self.params = refused.params
-        self.message = refused.message
 
 
 def open_vdi(
@@ -113,12 +94,10 @@ def open_vdi(
 
 def _ask(link: ClientLink, asked: Open) -> Granted:
     link.send(asked)
-    answer = link.receive(ANSWER_SECONDS)
-    if isinstance(answer, Refused):
-        raise AccessRefused(answer)
-    if not isinstance(answer, Granted) or not answer.files:
-        raise ConnectionError("the gateway went away without an answer")
-    return answer
+    granted = answer(link)
+    if not isinstance(granted, Granted) or not granted.files:
+        raise ProtocolError("a disk was asked for and something else came")
+    return granted
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,14 +307,14 @@ class AccessDisk:
                 if self._closing.is_set():
                     return False
                 link.send(announce, self._fds)
-            answer = link.receive(ANSWER_SECONDS)
+            come = link.receive(ANSWER_SECONDS)
         except (OSError, ProtocolError):
             return False
-        if isinstance(answer, Refused) and answer.code in _FINAL:
-            self._give_up(answer.message)
-        if isinstance(answer, Revoke):
-            self._give_up(answer.reason)
-        if not isinstance(answer, Adopted):
+        if isinstance(come, Refused) and come.code in _FINAL:
+            self._give_up(come.message)
+        if isinstance(come, Revoke):
+            self._give_up(come.reason)
+        if not isinstance(come, Adopted):
             return False
         with self._guard:
             if self._closing.is_set():

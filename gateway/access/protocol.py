@@ -24,6 +24,9 @@ MAX_MESSAGE: Final = 64 << 10  # bytes; 64 files with names of 255 bytes take a 
 MAX_DESCRIPTORS: Final = MAX_DEPTH  # the kernel lets 253 pass in one message
 MAX_COUNT: Final = 1 << 64
 PURPOSE_LENGTH: Final = 32
+# A page of a list and its names are so short that it is a message, whatever the names are.
+PAGE: Final = 16
+NAME_LENGTH: Final = 255
 _LENGTH: Final = struct.Struct(">I")
 _DESCRIPTOR: Final = array.array("i").itemsize
 # Room for the descriptors of one message.
@@ -59,6 +62,21 @@ class Announce:
     read: int
     written: int
     files: tuple[FileIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Asks which VDIs could be opened for reading."""
+
+    session: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A page of the answer: uuids with names, which may be shortened. The last page is followed by none."""
+
+    vdis: tuple[tuple[str, str], ...]
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +137,18 @@ class Revoke:
     reason: str
 
 
-Message: TypeAlias = Open | Announce | Granted | Adopted | Refused | Moved | Closed | Working | Revoke
+Message: TypeAlias = (
+    Open | Announce | List | Granted | Adopted | Listed | Refused | Moved | Closed | Working | Revoke
+)
+First: TypeAlias = Open | Announce | List
 
 _KINDS: Final[dict[str, type[Message]]] = {
     "open": Open,
     "announce": Announce,
+    "list": List,
     "granted": Granted,
     "adopted": Adopted,
+    "listed": Listed,
     "refused": Refused,
     "moved": Moved,
     "closed": Closed,
@@ -139,7 +162,7 @@ def encode(message: Message) -> bytes:
     """The bytes of a message. Raises ProtocolError when it is too long."""
     body = {each.name: _plain(getattr(message, each.name)) for each in fields(message)}
     body["kind"] = _NAMES[type(message)]
-    if isinstance(message, Open | Announce):
+    if isinstance(message, First):
         body["version"] = VERSION
     data = json.dumps(body).encode()
     if len(data) > MAX_MESSAGE:
@@ -159,7 +182,7 @@ def decode(data: bytes) -> Message:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ProtocolError("there is no message of that name")
-    if kind in (Open, Announce) and body.get("version") != VERSION:
+    if kind in (Open, Announce, List) and body.get("version") != VERSION:
         raise ProtocolError(f"this gateway speaks version {VERSION} of the protocol alone")
     return kind(**{each.name: _read(body, each.name, _READERS[each.name, kind]) for each in fields(kind)})
 
@@ -288,6 +311,10 @@ def _files(value: Any) -> tuple[File, ...]:
     )
 
 
+def _vdis(value: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((_text(uuid), _text(name)) for uuid, name in map(_few, _few(value)))
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(each) for each in _few(value))
 
@@ -304,6 +331,8 @@ _BY_NAME: Final = {
     "params": _texts,
     "message": _text,
     "reason": _text,
+    "vdis": _vdis,
+    "last": _flag,
 }
 _READERS: Final[dict[tuple[str, type[Message]], Any]] = {
     **{(each.name, kind): _BY_NAME.get(each.name) for kind in _KINDS.values() for each in fields(kind)},

@@ -19,12 +19,15 @@ import structlog
 import trio
 
 from gateway.access.announced import verified_chain
+from gateway.access.listing import listed
 from gateway.access.protocol import (
     Adopted,
     Announce,
     Closed,
     File,
+    First,
     Granted,
+    List,
     Moved,
     Open,
     ProtocolError,
@@ -52,6 +55,7 @@ log = structlog.get_logger("gateway.access")
 # What the same bytes take over HTTP.
 READ_PERMISSION: Final = Permission("access/read", Role.VM_ADMIN)
 WRITE_PERMISSION: Final = Permission("access/write", Role.VM_ADMIN)
+LIST_PERMISSION: Final = Permission("access/list", Role.VM_ADMIN)
 
 # A client that is asked to give a disk up does so at once; one that doesn't is told of in the log.
 _REVOKE_SECONDS: Final = 5.0
@@ -146,12 +150,12 @@ class AccessServer:
             link.close()
             self._connections -= 1
 
-    async def _first(self, link: Link) -> Open | Announce | None:
+    async def _first(self, link: Link) -> First | None:
         with trio.move_on_after(self._limits.header_seconds):
             first = await link.receive()
-            if first is None or isinstance(first, Open | Announce):
+            if first is None or isinstance(first, First):
                 return first
-            raise ProtocolError("a connection begins by opening or announcing a disk")
+            raise ProtocolError("a connection begins by opening or announcing a disk, or asks for a list")
         return None
 
     def _session_ended(self, uuid: str) -> None:
@@ -162,9 +166,13 @@ class AccessServer:
 
     # Beginning
 
-    async def _answer(self, link: Link, first: Open | Announce) -> None:
+    async def _answer(self, link: Link, first: First) -> None:
+        if isinstance(first, List):
+            await self._list(link, first)
+            return
         try:
-            identity = await self._identify(link.peer, first)
+            permission = WRITE_PERMISSION if first.write else READ_PERMISSION
+            identity = await self._identify(link.peer, first.session, permission)
             with self._using(identity):
                 held = await (
                     self._open(link, first, identity)
@@ -173,13 +181,13 @@ class AccessServer:
                 )
         except (XenAPIError, ImageError, OSError) as failure:
             error = as_xenapi_error(failure)
-            log.info(
+            _log_refusal(
                 "refused",
+                error,
                 vdi=printable(first.vdi)[:64],
                 write=first.write,
                 purpose=first.purpose,
                 process=link.peer.process,
-                error=error.code if error.code == "SESSION_INVALID" else error.error_info,
             )
             await link.refuse(error)
             return
@@ -191,12 +199,21 @@ class AccessServer:
             contextlib.nullcontext() if identity.session is None else self._sessions.in_use(identity.session)
         )
 
-    async def _identify(self, peer: Peer, first: Open | Announce) -> Identity:
+    async def _list(self, link: Link, asked: List) -> None:
+        try:
+            await self._identify(link.peer, asked.session, LIST_PERMISSION)
+        except XenAPIError as error:
+            _log_refusal("refused a list", error, process=link.peer.process)
+            await link.refuse(error)
+            return
+        for page in listed(self._inventory):
+            await link.send(page)
+
+    async def _identify(self, peer: Peer, session: str | None, permission: Permission) -> Identity:
         """Who asks: the session's user if one is given, else the gateway's own user or root."""
-        permission = WRITE_PERMISSION if first.write else READ_PERMISSION
-        if first.session is not None:
+        if session is not None:
             address = f"process {peer.process}"
-            return await self._sessions.authorize(Credentials(address, session_ref=first.session), permission)
+            return await self._sessions.authorize(Credentials(address, session_ref=session), permission)
         if peer.uid in {0, os.geteuid()}:
             return Identity(self._administrator, Role.POOL_ADMIN)
         reason = "another user than the gateway's own gives the reference of a session"
@@ -372,6 +389,11 @@ class AccessServer:
             await self._inventory.vdi_changed(held.vdi.ref)
         except (XenAPIError, ImageError, OSError) as failure:
             log.warning("a written VDI could not be looked at", vdi=held.vdi.uuid, why=str(failure))
+
+
+def _log_refusal(event: str, error: XenAPIError, **more: object) -> None:
+    # A session's reference is a secret, also one that is none any more.
+    log.info(event, **more, error=error.code if error.code == "SESSION_INVALID" else error.error_info)
 
 
 def _holder(message: Open | Announce, identity: Identity, peer: Peer, vdi: "VDI") -> Holder:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.access.client import AccessDisk, AccessRefused, open_vdi
+from gateway.access.client import AccessDisk, AccessRefused, list_vdis, open_vdi
 from tests.conftest import RunningGateway
 from tests.system.site import MIB, Site, Vdi, wait_until
 
@@ -286,6 +286,17 @@ def test_a_revocation_takes_the_files_away_from_requests_in_other_threads(site: 
     opened(site, vdi, write=True).close()
     writer.close()
     assert qemu_io(vdi, "read 0 4M", "-r").returncode == 0
+
+
+def test_the_vdis_that_could_be_opened_are_listed(site: Site) -> None:
+    vdis = [site.create_vdi() for _ in range(3)]
+    for vdi, name in zip(vdis, "bca", strict=True):
+        site.gateway.call("VDI.set_name_label", vdi.ref, name)
+    expected = [(vdis[2].uuid, "a"), (vdis[0].uuid, "b"), (vdis[1].uuid, "c")]
+    assert list_vdis(socket_of(site)) == expected
+    assert list_vdis(socket_of(site), site.gateway.session) == expected
+    with pytest.raises(AccessRefused, match="SESSION_INVALID"):
+        list_vdis(socket_of(site), "OpaqueRef:no-session")
 
 
 def test_without_a_gateway_opening_fails(tmp_path: Path) -> None:
