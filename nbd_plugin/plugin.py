@@ -1,0 +1,189 @@
+"""The plugin that nbdkit loads: every VDI of a gateway as an NBD export.
+
+    nbdkit -f -U SOCKET -t 4 python nbd_plugin/plugin.py control=STATE/access.sock private=true
+
+Parameters: `control=PATH` (the gateway's access socket; needed), `private=true|false` (default false: only
+names with a session_id are answered), `purpose=WORD` (default nbd; told to people who meet a lease),
+`outlive=true|false` (default false: nbdkit ends with the thread that started it). No environment is needed:
+the repository's root is put on sys.path here.
+
+nbdkit finds the callbacks by their names at every call and runs this file as `__main__`. What they do is in
+`export`; here is what concerns nbdkit: errno, flags, threads. The traps: only True itself counts as true;
+`buf` is nbdkit's memory and gone after the callback; live connections are not closed at shutdown.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Final, NoReturn
+
+import nbdkit
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from gateway.images.disk import ExtentKind
+from gateway.images.errors import ImageError
+from nbd_plugin import pinning
+from nbd_plugin.export import Export, Parameters
+from nbd_plugin.failures import nbd_errno
+from nbd_plugin.pinning import local as this_thread
+
+API_VERSION: Final = 2
+
+_PREFERRED_BLOCK: Final = 64 << 10
+_LARGEST_BLOCK: Final = 32 << 20
+_PR_SET_PDEATHSIG: Final = 1
+_TYPES: Final = {
+    ExtentKind.DATA: 0,
+    ExtentKind.ZERO: nbdkit.EXTENT_ZERO,
+    ExtentKind.HOLE: nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO,
+}
+
+_FAILURES: Final = (OSError, ImageError, ValueError, MemoryError)
+
+parameters = Parameters()
+_open: Final[set[Export]] = set()
+
+
+# The process
+
+
+def thread_model() -> int:
+    model: int = nbdkit.THREAD_MODEL_PARALLEL
+    return model
+
+
+def config(key: str, value: str) -> None:
+    global parameters  # noqa: PLW0603 - nbdkit gives one at a time
+    parameters = parameters.with_value(key, value)
+
+
+def config_complete() -> None:
+    if not parameters.control:
+        raise ValueError("control=PATH is missing: access.sock in the state directory of the gateway")
+
+
+def after_fork() -> None:
+    if parameters.outlive:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    pinning.prepare()
+
+
+def cleanup() -> None:
+    """The server ends: connections that live are not closed by nbdkit, and threads may still be ending."""
+    for export in list(_open):
+        close(export)
+    pinning.unpin_all()
+
+
+# Exports
+
+
+def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so
+    export = Export(nbdkit.export_name(), parameters)
+    _open.add(export)
+    return export
+
+
+def close(export: Export) -> None:
+    _open.discard(export)
+    with _told():
+        export.close()
+
+
+def get_size(export: Export) -> int:
+    return export.size
+
+
+def block_size(export: Export) -> tuple[int, int, int]:
+    return 1, _PREFERRED_BLOCK, _LARGEST_BLOCK
+
+
+def is_rotational(export: Export) -> bool:
+    return False
+
+
+def can_write(export: Export) -> bool:
+    return export.writable
+
+
+def can_multi_conn(export: Export) -> bool:
+    # A second connection to a disk that is written to is refused anyway.
+    return not export.writable
+
+
+def can_fast_zero(export: Export) -> bool:
+    return True
+
+
+# Requests
+
+
+def pread(export: Export, buf: memoryview, offset: int, flags: int) -> None:
+    try:
+        this_thread.pinned  # noqa: B018 - the cheapest question there is
+    except AttributeError:
+        pinning.pin()
+    try:
+        export.read(buf, offset)
+    except _FAILURES as error:
+        _fail(error)
+
+
+def pwrite(export: Export, buf: memoryview, offset: int, flags: int) -> None:
+    try:
+        this_thread.pinned  # noqa: B018
+    except AttributeError:
+        pinning.pin()
+    try:
+        export.disk.pwrite(buf, offset)
+    except _FAILURES as error:
+        _fail(error)
+
+
+def flush(export: Export, flags: int) -> None:
+    with _told():
+        export.disk.flush()
+
+
+def zero(export: Export, count: int, offset: int, flags: int) -> None:
+    trim = bool(flags & nbdkit.FLAG_MAY_TRIM)
+    if flags & nbdkit.FLAG_FAST_ZERO and not trim:
+        # Space that has to stay reserved is written to.
+        nbdkit.set_error(errno.EOPNOTSUPP)
+        return
+    with _told():
+        export.disk.zero(offset, count, trim=trim)
+
+
+def trim(export: Export, count: int, offset: int, flags: int) -> None:
+    with _told():
+        export.disk.zero(offset, count, trim=True)
+
+
+def cache(export: Export, count: int, offset: int, flags: int) -> None:
+    with _told():
+        export.prefetch(offset, count)
+
+
+def extents(export: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    with _told():
+        found = export.extents(offset, count, first_only=bool(flags & nbdkit.FLAG_REQ_ONE))
+        return [(start, length, _TYPES[kind]) for start, length, kind in found]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Let the client know; nbdkit logs the exception itself."""
+    nbdkit.set_error(nbd_errno(error))
+    raise error
