@@ -106,8 +106,14 @@ class CoalesceRecords:
             if vdi.missing and not vdi.managed:
                 await self.remove(vdi.uuid)
 
+    async def renew_content(self, uuid: str) -> None:
+        """Other bytes are about to come into a node, which whoever reads it by itself has to notice."""
+        vdi = self.find(uuid)
+        if vdi is not None:
+            await self._records.vdis.change(vdi.ref, content_id=new_uuid())
+
     async def look_again(self, uuid: str) -> None:
-        """Write down what a node is now that was made larger; who reads it does so through its child."""
+        """Write down what a node is now that was made larger, or into which something was copied."""
         image = await self._repository.look_again(uuid)
         await self._change(uuid, image, self.content_id(uuid))
         await self._refresh_sizes(self.sr)

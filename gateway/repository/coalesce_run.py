@@ -144,6 +144,7 @@ class CoalesceRun:
         try:
             with trio.CancelScope(shield=True):
                 content_id = self._records.content_id(self.candidate.child)
+                await self._records.renew_content(self.candidate.parent)
                 merge = await self._in_thread(self._begin, lease, content_id)
                 self.total, self._merge = merge.total, merge
             try:
@@ -152,6 +153,7 @@ class CoalesceRun:
                 self.copy_seconds += time.monotonic() - began
                 with trio.CancelScope(shield=True):
                     await self._flush(merge, lease, complete, holder)
+                    await self._records.look_again(self.candidate.parent)
             durable = complete
         finally:
             if not durable:

@@ -170,6 +170,7 @@ async def test_a_pause_stops_a_copy_lasts_over_a_restart_and_ends_where_it_began
         assert 0 < len(gate.offsets) < BLOCKS
         assert [task.status for task in house.coalesced()] == [TaskStatus.CANCELLED]
         assert house.coalesced()[0].other_config["reason"] == "coalescing was paused"
+        await house.assert_records_are_true(sr)
     async with open_house() as house:
         await house.settled(sr)
         assert len(house.chain(ref)) == 2
