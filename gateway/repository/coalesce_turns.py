@@ -176,7 +176,8 @@ class Turns:
         """What becomes of it, in words."""
         key = key_of(candidate)
         work, refused = self._works.get(key), self._blocked.get(key)
-        if self._current is not None and self._current[0] == key and work is not None:
+        has_turn = self._current is not None and self._current[0] == key
+        if has_turn and work is not None and refused is None:
             part = work.run.done / work.run.total if work.run.total else 0.0
             return f"is being merged into {candidate.parent}, {part:.0%}"
         text = f"will be merged into {candidate.parent}"

@@ -10,6 +10,7 @@ from gateway.core.leases import Leases
 from gateway.images.vhd.check import check_vhd
 from gateway.repository.coalescer import PAUSED_KEY
 from gateway.repository.directory import SRDirectory
+from gateway.repository.records_copies import RecordsCopies
 from gateway.repository.repository import Repository
 from tests.crash import CrashState, RecordingFileCalls
 from tests.repository.coalesce_house import MIB, House, OpenHouse, house_in
@@ -18,6 +19,16 @@ from tests.repository.test_repository import read
 from tests.repository.test_snapshots import make, write
 
 SAMPLE = 4 * MIB
+
+
+@pytest.fixture(autouse=True)
+def no_copies_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have crash tests of their own, and are written whenever the clock says so."""
+
+    async def write_nothing(_copies: RecordsCopies, _sr: str) -> None:
+        pass
+
+    monkeypatch.setattr(RecordsCopies, "write", write_nothing)
 
 
 async def prepare(house: House, directory: Path) -> tuple[dict[str, bytes], str]:
@@ -97,8 +108,6 @@ async def assert_coalesces(state: CrashState, directory: Path, uuid: str, conten
     os.mkdir(directory)
     async with house_in(directory)() as house:
         sr = await house.inventory.sr_attach(str(state.directory), writable=True)
-        # The copy of the records may still say that it is paused.
-        await house.inventory.records.srs.change(sr, other_config={})
         await house.settled(sr)
         assert all(not vdi.missing for vdi in house.inventory.records.vdis_of_sr(sr)), state
         for vdi in house.inventory.records.vdis_of_sr(sr):

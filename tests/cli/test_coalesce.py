@@ -1,0 +1,76 @@
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from gateway.access.client import open_vdi
+from tests.cli.test_transfers import error
+from tests.conftest import RunningGateway
+
+
+def make(house: RunningGateway, name: str) -> str:
+    """A disk whose snapshot has gone while nothing could be merged."""
+    assert house.command("sr-coalesce", "disks", "--pause").returncode == 0
+    disk = house.command("vdi-create", name, "4MiB").stdout.strip()
+    with closing(open_vdi(str(house.state_dir / "access.sock"), disk, write=True)) as opened:
+        opened.pwrite(b"1" * 4096, 0)
+    house.command("vdi-snapshot", disk, "--name", f"{name} kept")
+    assert house.command("vdi-destroy", f"{name} kept").returncode == 0
+    return disk
+
+
+def nodes_of(house: RunningGateway, disk: str) -> list[dict[str, object]]:
+    nodes: list[dict[str, object]] = json.loads(house.command("vdi-chain", disk, "--json").stdout)
+    return nodes
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_paused_sr_stays_as_it_is_and_says_so(house: RunningGateway) -> None:
+    disk = make(house, "paused")
+    shown = house.command("vdi-chain", disk)
+    assert "coalescing is paused" in shown.stderr
+    assert len(shown.stdout.splitlines()) == 2
+    assert "coalescing is paused" in error(house.command("sr-coalesce", "disks"))
+    assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
+    assert house.command("sr-coalesce", "disks").returncode == 0
+    assert [node["uuid"] for node in nodes_of(house, disk)] == [disk]
+    assert house.command("vdi-chain", disk).stderr == ""
+    both = house.command("sr-coalesce", "disks", "--pause", "--resume")
+    assert (both.returncode, "give one of them" in both.stderr) == (2, True)
+
+
+def test_it_says_for_whom_a_merge_waits_and_what_was_merged(house: RunningGateway) -> None:
+    disk = make(house, "held")
+    (base,) = [node["uuid"] for node in nodes_of(house, disk) if node["depth"] == 1]
+    with closing(open_vdi(str(house.state_dir / "access.sock"), disk, purpose="a test")):
+        assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
+        done = house.command("sr-coalesce", "disks")
+        assert done.returncode == 3, done.stderr
+        assert f"{disk} will be merged into {base}, waits for read by root (a test, process" in done.stdout
+        until(lambda: " since 20" in str(nodes_of(house, disk)[1]["coalesce"]))
+        line = house.command("vdi-chain", disk).stdout.splitlines()[1]
+        assert "waits for read by root (a test" in line
+        tasks = json.loads(house.command("task-list", "--json", "status=pending").stdout)
+        (task,) = [task for task in tasks if task["name_label"] == "coalesce"]
+        assert task["other_config"]["blocked-by"].startswith("read by root (a test")
+        assert json.loads(house.command("sr-coalesce", "disks", "--json").stdout)["waits"] is True
+    until(lambda: len(nodes_of(house, disk)) == 1)
+
+
+def test_what_it_merged_and_what_failed_is_listed(house: RunningGateway) -> None:
+    disk = make(house, "listed")
+    (base,) = [node["uuid"] for node in nodes_of(house, disk) if node["depth"] == 1]
+    with closing(open_vdi(str(house.state_dir / "access.sock"), disk)):
+        house.command("sr-coalesce", "disks", "--resume")
+        house.command("sr-coalesce", "disks")
+    done = house.command("sr-coalesce", "disks", "--json")
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(done.stdout)["merged"]
+    assert merged in ([], [{"vdi": disk, "into": base}])
+    assert [node["uuid"] for node in nodes_of(house, disk)] == [disk]
