@@ -30,6 +30,7 @@ from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
 from gateway.core.log import configure
+from gateway.core.nbd_service import NbdDoor
 from gateway.core.passwords import Verdict
 from gateway.core.records import Records
 from gateway.core.sessions import Sessions
@@ -245,6 +246,7 @@ class _Gateway:
                     leases=leases,
                     events=events,
                     operations=CurrentOperations(events),
+                    nbd=await NbdDoor.load(database, events, records.this_host),
                 )
         finally:
             await database.aclose()

@@ -107,6 +107,20 @@ def _still_good(
     )
 
 
+def subject_of(chain: bytes) -> str | None:
+    """A host name that a PEM certificate (the first one) is for; a wildcard only where there is no other.
+
+    None for one without names. ValueError for what is no certificate.
+    """
+    certificate = x509.load_pem_x509_certificate(chain)
+    try:
+        held = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+    names = held.get_values_for_type(x509.DNSName)
+    return next(iter(sorted(names, key=lambda name: name.startswith("*"))), None)
+
+
 def _alternative_names(names: Iterable[str]) -> list[x509.GeneralName]:
     found: list[x509.GeneralName] = []
     for name in names:

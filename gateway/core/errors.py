@@ -46,6 +46,9 @@ MESSAGES: Final[dict[str, str]] = {
     "make the VDI larger or send a smaller disk.",
     "VDI_TOO_LARGE": "A disk of {0} bytes is too large, the maximum is {1}; ask for a smaller one.",
     "VDI_IO_ERROR": "Reading or writing the disk failed ({0}); check the storage under the SR.",
+    "VDI_INCOMPATIBLE_TYPE": "The VDI {0} is of the type {1}, which has no such thing; name another VDI.",
+    "NETWORK_INCOMPATIBLE_PURPOSES": "The purpose {0} does not go with {1}, for which NBD is served; "
+    "the gateway's configuration says whether there is TLS.",
     "SR_NOT_ATTACHED": "The SR {0} is not attached to any host; attach it and try again.",
     "SR_FULL": "There is no space left on the SR ({0} bytes were asked for, {1} bytes are free); "
     "free some space and try again.",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gateway.core.current_operations import CurrentOperations
     from gateway.core.events import Events
     from gateway.core.leases import Leases
+    from gateway.core.nbd_service import NbdDoor
     from gateway.core.records import Records
     from gateway.core.sessions import Sessions
     from gateway.core.tasks import Tasks
@@ -65,6 +66,7 @@ class Estate:
     leases: Leases
     events: Events
     operations: CurrentOperations
+    nbd: NbdDoor
     registrations: Registrations = field(default_factory=Registrations)
     publications: Publications = field(default_factory=Publications)
     copies: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_COPIES))

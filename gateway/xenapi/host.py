@@ -86,7 +86,12 @@ FIELDS = (
     fixed("supported_bootloaders", STRINGS, (), "always empty"),
     fixed("resident_VMs", SetOf(Reference("VM")), (), "always empty"),
     fixed("logging", STRING_MAP, {}, "always empty"),
-    fixed("PIFs", SetOf(Reference("PIF")), (), "always empty"),
+    computed(
+        "PIFs",
+        SetOf(Reference("PIF")),
+        "this gateway's connection to its network; of other hosts nothing is known",
+        lambda host, estate: (estate.nbd.interface.ref,) if host.ref == estate.nbd.host else (),
+    ),
     fixed("suspend_image_sr", Reference("SR"), NULL_REF, "always null"),
     fixed("crash_dump_sr", Reference("SR"), NULL_REF, "always null"),
     fixed("crashdumps", SetOf(Reference("host_crashdump")), (), "always empty"),

@@ -14,6 +14,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.refs import NULL_REF
 from gateway.core.roles import Role
+from gateway.repository.inventory import Where
 from gateway.transfers.copy_disk import copy_disk
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, given, message, stored
 from gateway.xenapi.types import (
@@ -25,6 +26,7 @@ from gateway.xenapi.types import (
     STRINGS,
     Choice,
     MapOf,
+    Record,
     Reference,
     SetOf,
 )
@@ -314,6 +316,37 @@ async def forget(call: Call, vdi: str) -> None:
     await call.estate.inventory.vdi_forget(vdi)
 
 
+@message(
+    "get_nbd_info",
+    "How the VDI is reached over NBD, for reading: one entry for each address; none if NBD isn't served, or "
+    "the SR is not attached here. Each has `exportname`, which holds the caller's session and so is "
+    "secret, `address`, `port`, `subject` and, only where the server demands TLS, `cert`: its certificate as "
+    "PEM.",
+    _SELF,
+    result=SetOf(Record("vdi_nbd_server_info", {})),
+    role=Role.VM_ADMIN,
+    asynchronous=False,
+    errors=("VDI_INCOMPATIBLE_TYPE",),
+)
+async def get_nbd_info(call: Call, ref: str) -> list[dict[str, Any]]:
+    estate = call.estate
+    vdi = estate.records.vdis.get(ref)
+    if vdi.type == "cbt_metadata":
+        raise XenAPIError("VDI_INCOMPATIBLE_TYPE", ref, vdi.type)
+    service = estate.nbd.service
+    if service is None or estate.inventory.where_is(vdi.sr) is not Where.LOCAL:
+        return []
+    info: dict[str, Any] = {
+        "exportname": f"/{vdi.uuid}?session_id={call.session_ref}",
+        "port": service.port,
+        "subject": service.subject,
+    }
+    if service.certificate is not None:
+        # Clients take the mere presence of this for TLS.
+        info["cert"] = service.certificate
+    return [{**info, "address": address} for address in service.addresses]
+
+
 def _sr_of(call: Call, vdi: str) -> str:
     records = call.estate.records
     return records.vdis.get(vdi).sr if vdi in records.vdis else NULL_REF
@@ -323,6 +356,6 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget),
+    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget, get_nbd_info),
     objects=lambda estate: estate.records.vdis,
 )

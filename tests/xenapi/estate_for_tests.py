@@ -16,6 +16,7 @@ from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Leases
+from gateway.core.nbd_service import NbdDoor
 from gateway.core.records import Records
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity, Session
@@ -93,6 +94,7 @@ async def open_site(path: Path, events: Events | None = None) -> AsyncIterator[S
             users=await Users.load(database),
             events=events,
             operations=CurrentOperations(events),
+            nbd=await NbdDoor.load(database, events, records.this_host),
             records=records,
             tasks=tasks,
             sessions=cast("Any", sessions),

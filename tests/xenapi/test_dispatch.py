@@ -109,6 +109,7 @@ ROLES = {
     Role.POOL_ADMIN: {
         *["host.create", "host.destroy", "host.set_address", "host.set_hostname"],
         *["user.create", "user.destroy", "user.set_password", "user.set_role", "user.set_disabled"],
+        *["network.add_purpose", "network.remove_purpose"],
         "session.get_all_records",
     },
     Role.POOL_OPERATOR: {
@@ -116,7 +117,7 @@ ROLES = {
         *["PBD.create", "PBD.plug", "PBD.unplug", "PBD.destroy", "host.enable", "host.disable"],
     },
     Role.VM_POWER_ADMIN: {"SR.scan"},
-    Role.VM_ADMIN: {"VDI.create", "VDI.destroy", "VDI.forget"},
+    Role.VM_ADMIN: {"VDI.create", "VDI.destroy", "VDI.forget", "VDI.get_nbd_info"},
     Role.READ_ONLY: {
         *["event.from", "event.inject", "event.next", "event.register", "event.unregister"],
         "session.change_password",

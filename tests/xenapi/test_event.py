@@ -56,8 +56,10 @@ async def test_an_empty_token_tells_everything_that_is_there(site: Site) -> None
 
 async def test_both_names_and_the_star(site: Site) -> None:
     batch = await site.call("event_from", ADMIN, ["*"], "", 0.0)
-    assert {event["class"] for event in batch["events"]} == {"pool", "host"}
-    assert set(batch["valid_ref_counts"]) == {"task", "pool", "host", "sr", "pbd", "vdi", "vbd", "user"}
+    assert {event["class"] for event in batch["events"]} == {"pool", "host", "network", "pif"}
+    assert set(batch["valid_ref_counts"]) == {
+        *["task", "pool", "host", "network", "pif", "sr", "pbd", "vdi", "vbd", "user"]
+    }
 
 
 async def test_it_sleeps_until_something_that_is_wanted_happens(site: Site) -> None:
