@@ -207,11 +207,13 @@ class LeaseTable:
         return self._releases
 
     def extend(self, grant: Grant, file: FileIdentity, mode: LeaseMode) -> None:
-        """Hold one more file, which nobody else can have asked for yet: a replacement before its rename."""
+        """Hold one more file, which nobody else can have asked for yet: a replacement before its rename.
+
+        Whoever seems to hold it holds a deleted file that had its number: files are closed, and so freed,
+        before their grants end. That is over soon, and until then others bear with both.
+        """
         if not grant.granted:
             raise ValueError("a grant that has ended cannot be extended")
-        if any(other is not grant for other in self._held.get(file, ())):
-            raise ValueError(f"{file} is held by somebody else already")
         if file not in grant.files:
             self._held.setdefault(file, []).append(grant)
         grant.files = MappingProxyType({**grant.files, file: mode})

@@ -144,6 +144,18 @@ async def test_an_extended_grant_holds_and_releases_the_new_file_too() -> None:
     await take(table, b=REPLACE)
 
 
+async def test_a_new_file_with_the_number_of_one_that_was_deleted_and_is_being_let_go_of_is_held() -> None:
+    table = LeaseTable()
+    replacing, ending = await take(table, a=REPLACE), await take(table, b=REPLACE)
+    table.extend(replacing, B, REPLACE)
+    table.release(ending)
+    with pytest.raises(TableBusy) as refused:
+        await table.acquire({B: REPLACE}, holder(), ticket=table.ticket(), deadline=trio.current_time())
+    assert refused.value.in_the_way == (replacing,)
+    table.release(replacing)
+    await take(table, b=WRITE)
+
+
 async def test_who_would_not_wait_holds_up_nobody_and_is_wanted_by_nobody_even_for_an_instant(
     nursery: trio.Nursery,
 ) -> None:
