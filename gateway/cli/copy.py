@@ -4,9 +4,12 @@ The gateway copies under a task; the command follows it. The trap: Ctrl-C may co
 what became of it is asked for afterwards.
 """
 
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
@@ -69,8 +72,8 @@ def vdi_copy(
         transfer.begin(0, int(record["virtual_size"]))
         figures = partial(figures_text, physical=False)
         with Display(transfer, form_of(progress, quiet=quiet), figures=figures) as display:
-            task: str = connection.call("Async.VDI.copy", reference, place, NULL_REF, target)
-            made = _Followed(connection, task, transfer).reference(display)
+            copy = _Copy(connection, (reference, place, NULL_REF, target), transfer)
+            made = copy.reference(display)
         if name is not None:
             connection.call("VDI.set_name_label", made, name)
         uuid = connection.call("VDI.get_uuid", made)
@@ -81,17 +84,20 @@ def vdi_copy(
     return 0
 
 
-class _Followed:
-    """The task of a copy until its end."""
+class _Copy:
+    """One copy under a task, from the call with these arguments to the task's end."""
 
-    def __init__(self, connection: Connection, task: str, transfer: Transfer) -> None:
+    def __init__(self, connection: Connection, arguments: tuple[str, ...], transfer: Transfer) -> None:
         self._connection = connection
-        self._task = task
+        self._arguments = arguments
+        self._task = ""
         self._transfer = transfer
 
     def reference(self, display: Display) -> str:
         """Wait for the copy's reference. CommandError says why there is none."""
         try:
+            with _first_interrupt_waits():
+                self._task = self._connection.call("Async.VDI.copy", *self._arguments)
             record = self._ended()
         except KeyboardInterrupt:
             self._interrupted(display)
@@ -119,6 +125,9 @@ class _Followed:
 
     def _interrupted(self, display: Display) -> None:
         """Cancel, and say what is left if it isn't nothing."""
+        if not self._task:
+            display.note("the copy may go on; look with task-list")
+            return
         # The connection may be in the middle of a call.
         self._connection.restart(_CANCEL_SECONDS)
         status = "unknown"
@@ -130,3 +139,30 @@ class _Followed:
             display.note("the copy was done already; vdi-list shows it")
         elif status not in ("cancelled", "failure"):
             display.note(f"the task {self._task} could not be cancelled; look with task-watch")
+
+
+@contextmanager
+def _first_interrupt_waits() -> Iterator[None]:
+    """Raise the first Ctrl-C at the end of the block: not before it is known what there is to cancel.
+
+    The second is raised at once, for a gateway that doesn't answer.
+    """
+    came = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
