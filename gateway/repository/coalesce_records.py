@@ -86,6 +86,10 @@ class CoalesceRecords:
             if image is not None:
                 await self._change(uuid, image, content_id)
         await self.remove(gone)
+        await self.refresh_sizes()
+
+    async def refresh_sizes(self) -> None:
+        """Bring the sizes of the SR up to date."""
         await self._refresh_sizes(self.sr)
 
     async def remove(self, uuid: str) -> None:

@@ -169,6 +169,9 @@ class CoalesceRun:
         tells the next scan.
         """
         with trio.CancelScope(shield=True):
+            # The last close of a deleted file frees its blocks, which may take long: not while people wait.
+            path = self._repository.image_path(self.candidate.child)
+            kept = await self._in_thread(self._repository.files.open, path, os.O_RDONLY | _OPEN)
             try:
                 content_id = self._records.content_id(self.candidate.child)
                 as_left = await self._in_thread(self._is_as_left, lease, content_id)
@@ -182,6 +185,8 @@ class CoalesceRun:
                 self._repository.coalescing.discard(self.candidate.child)
                 lease.release()
                 await lease.released()
+                await self._in_thread(self._repository.files.close, kept)
+            await self._records.refresh_sizes()
         return self.finished
 
     def _require_candidate(self, lease: Lease | None = None) -> None:
