@@ -7,16 +7,21 @@ reads nothing but what the format needs.
 """
 
 import os
+import time
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from gateway.access.client import AccessDisk, open_vdi
+from gateway.access.client import AccessDisk, AccessRefused, open_vdi
 from gateway.images.disk import ExtentKind, FileRange
-from nbd_plugin.export_name import ExportNameError, parse_export_name
+from nbd_plugin.export_name import ExportName, ExportNameError, parse_export_name
 
 # One answer to a block status request; what is left out the client asks for again.
 MOST_EXTENTS: Final = 8192
+
+# A client that comes and goes quickly is ahead of the gateway, which stores what its connections have done.
+PATIENCE_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,7 @@ class Export:
         asked = parse_export_name(name)
         if asked.session is None and not parameters.private:
             raise ExportNameError("the export name has no session_id, and this is not a private socket")
-        self.disk: Final[AccessDisk] = open_vdi(
-            parameters.control,
-            asked.vdi,
-            write=asked.write,
-            session=asked.session,
-            purpose=parameters.purpose,
-        )
+        self.disk: Final = _opened(asked, parameters)
         self.vdi: Final = asked.vdi
         self.size: Final = self.disk.size
         self.writable: Final = asked.write
@@ -79,6 +78,23 @@ class Export:
     def close(self) -> None:
         """Make what was written durable and end the lease. Raises OSError when that failed."""
         self.disk.close()
+
+
+def _opened(asked: ExportName, parameters: Parameters) -> AccessDisk:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return open_vdi(
+                parameters.control,
+                asked.vdi,
+                write=asked.write,
+                session=asked.session,
+                purpose=parameters.purpose,
+            )
+        except AccessRefused as refused:
+            if refused.code != "TOO_MANY_TRANSFERS" or time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_SECONDS)
 
 
 def _flag(key: str, value: str) -> bool:

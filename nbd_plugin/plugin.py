@@ -7,6 +7,9 @@ names with a session_id are answered), `purpose=WORD` (default nbd; told to peop
 `outlive=true|false` (default false: nbdkit ends with the thread that started it). No environment is needed:
 the repository's root is put on sys.path here.
 
+Under socket activation (LISTEN_FDS) `-U` is left out and nothing else changes. SIGTERM and SIGINT end nbdkit
+at once, whoever is connected; requests in flight are answered, images closed and leases ended before.
+
 nbdkit finds the callbacks by their names at every call and runs this file as `__main__`. What they do is in
 `export`; here is what concerns nbdkit: errno, flags, threads. The traps: only True itself counts as true;
 `buf` is nbdkit's memory and gone after the callback; live connections are not closed at shutdown.
@@ -24,12 +27,14 @@ import nbdkit
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from gateway.access.client import list_vdis
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
 from nbd_plugin import pinning
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.failures import nbd_errno
 from nbd_plugin.pinning import local as this_thread
+from nbd_plugin.stopping import stop_at_signals
 
 API_VERSION: Final = 2
 
@@ -70,6 +75,7 @@ def after_fork() -> None:
     if parameters.outlive:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
     pinning.prepare()
+    stop_at_signals(nbdkit.shutdown)
 
 
 def cleanup() -> None:
@@ -80,6 +86,11 @@ def cleanup() -> None:
 
 
 # Exports
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    # Who may see what is known only of a private socket: a list is asked for without a session.
+    return list_vdis(parameters.control) if parameters.private else []
 
 
 def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so

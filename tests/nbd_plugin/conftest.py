@@ -69,8 +69,16 @@ class Nbd:
     def log(self) -> str:
         return self._log.read_text()
 
+    def connect(self, libnbd: Any, vdi: Vdi, *, write: bool = False, session: str | None = None) -> Any:
+        """A connection of libnbd, which checks nothing itself: what is refused is refused by the server."""
+        handle = libnbd.NBD()
+        handle.add_meta_context(libnbd.CONTEXT_BASE_ALLOCATION)
+        handle.set_strict_mode(0)
+        handle.connect_uri(self.uri(vdi, write=write, session=session))
+        return handle
+
     def stop(self) -> int:
-        """SIGTERM; returns the exit code. nbdkit waits for clients that are still connected."""
+        """SIGTERM; returns the exit code."""
         self.process.terminate()
         try:
             return self.process.wait(10)
@@ -115,6 +123,22 @@ def shared_nbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nbd]:
             yield nbd
         finally:
             assert nbd.stop() == 0, nbd.log()
+    finally:
+        gateway.stop()
+    assert "Traceback" not in gateway.log(), gateway.log()
+
+
+@pytest.fixture
+def own_nbd(tmp_path: Path) -> Iterator[Nbd]:
+    """A gateway and an nbdkit of the test's own, to be stopped and killed."""
+    gateway = RunningGateway(tmp_path)
+    gateway.start()
+    try:
+        nbd = Nbd(Site(gateway, tmp_path / "sr"), tmp_path)
+        try:
+            yield nbd
+        finally:
+            nbd.stop()
     finally:
         gateway.stop()
     assert "Traceback" not in gateway.log(), gateway.log()
