@@ -1,7 +1,7 @@
 """A disk as a stream of bytes, into a sink that can fail."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from gateway.images.disk import Extent, FileRange, Hole
 from gateway.images.files import Buffer
 from gateway.images.raw import RawDisk
+from gateway.transfers import export_raw
 from gateway.transfers.export_raw import RawExport, raw_entity_tag
 
 MIB = 1 << 20
@@ -20,17 +21,21 @@ class Collected:
     def __init__(self) -> None:
         self.data = b""
         self.calls: list[str] = []
+        self.lengths: list[int] = []
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         self.calls.append("send")
+        self.lengths.append(len(data))
         self.data += bytes(data)
 
     def sendfile(self, fd: int, offset: int, length: int) -> None:
         self.calls.append("sendfile")
+        self.lengths.append(length)
         self.data += os.pread(fd, length, offset)
 
     def zeroes(self, length: int) -> None:
         self.calls.append("zeroes")
+        self.lengths.append(length)
         self.data += bytes(length)
 
     def abort(self) -> None: ...
@@ -44,7 +49,16 @@ def disk_of(path: Path, pieces: list[tuple[int, bytes]], size: int) -> RawDisk:
     return RawDisk(fd, size, read_only=True, path=str(path))
 
 
-def test_data_goes_by_sendfile_and_holes_are_not_read(tmp_path: Path) -> None:
+@pytest.fixture
+def copied_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many bytes at the end of a body are copied."""
+    return lambda count: monkeypatch.setattr(export_raw, "COPIED_BYTES", count)
+
+
+def test_data_goes_by_sendfile_and_holes_are_not_read(
+    tmp_path: Path, copied_bytes: Callable[[int], None]
+) -> None:
+    copied_bytes(0)
     data = os.urandom(MIB)
     disk = disk_of(tmp_path / "x", [(4 * MIB, data)], 300 * MIB)
     export, sink = RawExport(disk), Collected()
@@ -53,6 +67,32 @@ def test_data_goes_by_sendfile_and_holes_are_not_read(tmp_path: Path) -> None:
     assert "sendfile" in sink.calls
     assert export.sent == 3 * MIB
     disk.close()
+
+
+def test_the_end_of_a_body_is_copied_since_the_file_may_change_before_it_is_read(
+    tmp_path: Path, copied_bytes: Callable[[int], None]
+) -> None:
+    copied_bytes(3 * MIB + 100)
+    data = os.urandom(4 * MIB)
+    disk = disk_of(tmp_path / "x", [(0, data), (6 * MIB, data)], 11 * MIB)
+    export, sink = RawExport(disk), Collected()
+    for number in (1, 2):
+        export.send(sink, 0, 11 * MIB)
+        assert sink.data == (data + bytes(2 * MIB) + data + bytes(MIB)) * number
+        assert export.sent == 11 * MIB * number
+    by_file = [length for call, length in zip(sink.calls, sink.lengths, strict=True) if call == "sendfile"]
+    copied = [length for call, length in zip(sink.calls, sink.lengths, strict=True) if call == "send"]
+    # The last MiB of each body is a hole.
+    assert sum(copied) == 2 * (2 * MIB + 100)
+    assert sum(by_file) == 2 * (6 * MIB - 100)
+    disk.close()
+
+
+def test_as_much_is_copied_as_two_sockets_of_this_machine_hold() -> None:
+    most = sum(
+        int(Path(f"/proc/sys/net/ipv4/tcp_{name}").read_text().split()[2]) for name in ("wmem", "rmem")
+    )
+    assert most <= export_raw.COPIED_BYTES
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 6), (0, 3 * MIB), (MIB - 1, MIB + 1)])
