@@ -77,6 +77,7 @@ class CoalesceRun:
         self._limiter = limiter
         self._merge: Merge | None = None
         self._opened: list[int] = []
+        self._kept: int | None = None
         self._left: _Left | None = None
 
     @property
@@ -171,7 +172,7 @@ class CoalesceRun:
         with trio.CancelScope(shield=True):
             # The last close of a deleted file frees its blocks, which may take long: not while people wait.
             path = self._repository.image_path(self.candidate.child)
-            kept = await self._in_thread(self._repository.files.open, path, os.O_RDONLY | _OPEN)
+            self._kept = await self._in_thread(self._repository.files.open, path, os.O_RDONLY | _OPEN)
             try:
                 content_id = self._records.content_id(self.candidate.child)
                 as_left = await self._in_thread(self._is_as_left, lease, content_id)
@@ -185,9 +186,16 @@ class CoalesceRun:
                 self._repository.coalescing.discard(self.candidate.child)
                 lease.release()
                 await lease.released()
-                await self._in_thread(self._repository.files.close, kept)
-            await self._records.refresh_sizes()
+                if not self.finished:
+                    await self.free_blocks()
         return self.finished
+
+    async def free_blocks(self) -> None:
+        """Give back the space of the image that went. To be called once it is `finished`."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            await self._in_thread(self._repository.files.close, kept)
+            await self._records.refresh_sizes()
 
     def _require_candidate(self, lease: Lease | None = None) -> None:
         """Raise CandidateGone unless the two images are to each other as they were when this was planned.

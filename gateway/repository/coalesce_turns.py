@@ -97,7 +97,11 @@ class Turns:
                 self._current = None
         if run.finished:
             with trio.CancelScope(shield=True):
-                await self._succeeded(key, run)
+                try:
+                    await self._succeeded(key, run)
+                finally:
+                    # All is done and durable; this takes its time and holds nobody up.
+                    await run.free_blocks()
             return True
         return scope.cancelled_caught
 

@@ -122,6 +122,13 @@ class Work:
         return self.run.done / self.run.total if self.run.total else 0.0
 
 
+async def end_leftovers(tasks: Tasks, sr_uuid: str) -> None:
+    """End the tasks that an earlier run of the gateway has left pending."""
+    for task in tasks.by_name_label(TASK_NAME):
+        if task.other_config.get("SR") == sr_uuid and not task.client_made:
+            await tasks.fail(task.ref, XenAPIError("TASK_INTERRUPTED"))
+
+
 def _about(candidate: Candidate, sr_uuid: str) -> dict[str, str]:
     return {
         "SR": sr_uuid,

@@ -26,6 +26,7 @@ from gateway.images.vhd.merge import extra_space
 from gateway.repository.coalesce_plan import Candidate, Plan, Refusal, Switches, child_size, make_plan
 from gateway.repository.coalesce_records import CoalesceRecords
 from gateway.repository.coalesce_turns import OPERATION, WHO, Turns
+from gateway.repository.coalesce_work import end_leftovers
 from gateway.repository.relink_steps import opened
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScannedImage
@@ -70,6 +71,7 @@ class Coalescer:
         self._records = CoalesceRecords(sr, records, repository, refresh_sizes)
         self._reconcile = reconcile
         self._leases = leases
+        self._tasks = tasks
         self._limits = limits
         self._turns = Turns(repository, self._records, tasks, limits, sr_uuid=self._uuid, wake=self._wake)
         self._scope = trio.CancelScope()
@@ -183,6 +185,7 @@ class Coalescer:
     async def _run_passes(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._turns.tell)
+            await end_leftovers(self._tasks, self._uuid)
             try:
                 while True:
                     await self._pass(nursery)

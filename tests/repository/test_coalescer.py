@@ -340,3 +340,17 @@ def merge(child: Path, parent: Path) -> None:
         merging = Merge(open_vhd(above.fileno(), str(child)), open_vhd(below.fileno(), str(parent)))
         assert merging.copy_some(lambda: False)
         merging.finish()
+
+
+async def test_tasks_that_a_killed_gateway_left_pending_are_ended(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    async with open_house() as house:
+        sr, _ = await make(house.inventory, tmp_path)
+        about = {"SR": house.inventory.records.srs.get(sr).uuid}
+        left = await house.tasks.create("coalesce", client_made=False, other_config=about)
+        others = await house.tasks.create("coalesce", other_config=about)
+    async with open_house() as house:
+        await house.settled(sr)
+        assert house.tasks.get(left.ref).error_info == ("TASK_INTERRUPTED",)
+        assert house.tasks.get(others.ref).status is TaskStatus.PENDING
