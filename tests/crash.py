@@ -392,6 +392,7 @@ class _Builder:
             status = path.stat()
             if (status.st_mtime_ns, status.st_size) != (_BUILT_NS, built.size):
                 path.unlink()  # the test changed it
+                del self._built[inode]
                 built = None
         if built is None:
             built = Content()

@@ -182,11 +182,14 @@ def test_a_rename_without_fsync_may_show_an_empty_file(root: Path, into: Path) -
 
 def test_a_state_is_built_anew_after_the_test_changed_it(root: Path, into: Path) -> None:
     (root / "kept").write_bytes(b"kept")
+    (root / "empty").touch()
     files = RecordingFileCalls(root)
     files.close(files.open(str(root / "new"), CREATE))
     for state in files.kill_states(into):
-        assert files_of(state).pop("kept") == b"kept"
-        (state.directory / "kept").write_bytes(b"hurt")
+        found = files_of(state)
+        assert (found.pop("kept"), found.pop("empty")) == (b"kept", b"")
+        for name in ("kept", "empty"):
+            (state.directory / name).write_bytes(b"hurt")
         (state.directory / "stray").write_bytes(b"stray")
 
 
