@@ -80,7 +80,7 @@ def _follow(connection: Connection, asked: str, sr_uuid: str) -> dict[str, Any]:
     transfer = Transfer("coalesce", sr_uuid)
     transfer.begin(0, _STEPS)
     form = ProgressForm.BAR if sys.stderr.isatty() else ProgressForm.NONE
-    with Display(transfer, form, figures=lambda _: str(shown.get("name_description", ""))):
+    with Display(transfer, form, figures=lambda _: _figures(shown)):
         while True:
             record: dict[str, Any] = connection.call("task.get_record", asked)
             if record["status"] not in ("pending", "cancelling"):
@@ -90,6 +90,11 @@ def _follow(connection: Connection, asked: str, sr_uuid: str) -> dict[str, Any]:
                     shown = task
                     transfer.logical = int(float(task["progress"]) * _STEPS)
             time.sleep(_POLL_SECONDS)
+
+
+def _figures(task: dict[str, Any]) -> str:
+    """What stands beside the bar: the uuids are long, and vdi-chain has them in full."""
+    return "{vdi:.8} into {into:.8}".format(**_pair(task)) if task else ""
 
 
 def _tasks(connection: Connection, sr_uuid: str) -> dict[str, dict[str, Any]]:
