@@ -33,6 +33,7 @@ from gateway.core.log import configure
 from gateway.core.nbd_service import NbdDoor
 from gateway.core.passwords import Verdict
 from gateway.core.records import Records
+from gateway.core.refusals import Refusals
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
 from gateway.core.users import Users
@@ -199,7 +200,14 @@ class _Gateway:
             nursery.start_soon(estate.tasks.run)
             nursery.start_soon(estate.sessions.run)
             access = AccessServer(
-                estate.inventory, estate.tasks, estate.sessions, self.limits, administrator=ADMINISTRATOR
+                estate.inventory,
+                estate.tasks,
+                estate.sessions,
+                self.limits,
+                administrator=ADMINISTRATOR,
+                holds=estate.holds,
+                nbd=estate.nbd,
+                refusals=estate.refusals,
             )
             nursery.start_soon(access.run, self.access)
             server = Server(self._routes(estate, nursery), self.limits)
@@ -247,6 +255,7 @@ class _Gateway:
                     events=events,
                     operations=CurrentOperations(events),
                     nbd=await NbdDoor.load(database, events, records.this_host),
+                    refusals=Refusals(events),
                 )
         finally:
             await database.aclose()

@@ -2,16 +2,14 @@
 
 One connection holds one disk; its end, also by kill -9, is the end of the lease. Here is decided who may, and
 for whom a lease is kept in the table after a restart; the locks go with the descriptors, so what is not in
-the table is still kept out by the kernel. A task begins with the first bytes that move.
+the table is still kept out by the kernel. What happens while a disk is held is holding.py's.
 
-The traps: a revocation is only asked for, and the lease counts until the client has gone, because its locks
-are there until then; and a message may bring descriptors, which are closed whatever the message says.
+The trap: a message may bring descriptors, which are closed whatever the message says.
 """
 
 import contextlib
 import os
 import socket
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,25 +17,22 @@ import structlog
 import trio
 
 from gateway.access.announced import verified_chain
+from gateway.access.holding import Held, Holding, Holds
 from gateway.access.listing import listed
 from gateway.access.protocol import (
     Adopted,
     Announce,
-    Closed,
     File,
     First,
     Granted,
     List,
-    Moved,
     Open,
     ProtocolError,
-    Revoke,
-    Working,
     close_descriptors,
 )
 from gateway.access.server_link import Link, Peer, printable
 from gateway.core.errors import XenAPIError, as_xenapi_error
-from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.leases import Holder, LeaseMode
 from gateway.core.refs import new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity
@@ -45,7 +40,9 @@ from gateway.images.errors import ImageError
 
 if TYPE_CHECKING:
     from gateway.core.limits import Limits
+    from gateway.core.nbd_service import NbdDoor
     from gateway.core.records import VDI
+    from gateway.core.refusals import Refusals
     from gateway.core.sessions import Sessions
     from gateway.core.tasks import Tasks
     from gateway.repository.inventory import Inventory
@@ -57,40 +54,10 @@ READ_PERMISSION: Final = Permission("access/read", Role.VM_ADMIN)
 WRITE_PERMISSION: Final = Permission("access/write", Role.VM_ADMIN)
 LIST_PERMISSION: Final = Permission("access/list", Role.VM_ADMIN)
 
-# A client that is asked to give a disk up does so at once; one that doesn't is told of in the log.
-_REVOKE_SECONDS: Final = 5.0
+_SESSION_ENDED: Final = "its session has ended"
 
-
-@dataclass(eq=False, slots=True)
-class _Held:
-    """One lease that a client holds."""
-
-    lease: Lease
-    vdi: "VDI"
-    write: bool
-    identity: Identity
-    task: str | None = None
-    read: int = 0
-    written: int = 0
-    clean: bool = False
-    revoked: str | None = None
-    revoking: trio.Event = field(default_factory=trio.Event)
-    ended: trio.Event = field(default_factory=trio.Event)
-
-    def revoke(self, reason: str) -> None:
-        """Ask the client to give the disk up; the first reason counts."""
-        if self.revoked is None:
-            self.revoked = reason
-            self.revoking.set()
-
-    def check_end(self, task: str) -> None:
-        """Raise TASK_CANCELLED unless the client has closed the disk of its own will."""
-        if self.revoked is not None or not self.clean:
-            raise XenAPIError("TASK_CANCELLED", task)
-
-    def progress(self) -> float:
-        """How much of the disk has moved: all there is to say, since nobody knows what the client wants."""
-        return (self.read + self.written) / max(self.vdi.virtual_size, 1)
+NBD: Final = "nbd"
+"""The purpose of those who can be switched off all together."""
 
 
 class AccessServer:
@@ -104,6 +71,9 @@ class AccessServer:
         limits: "Limits",
         *,
         administrator: str,
+        holds: Holds,
+        nbd: "NbdDoor",
+        refusals: "Refusals",
     ) -> None:
         self._inventory = inventory
         self._tasks = tasks
@@ -111,8 +81,10 @@ class AccessServer:
         self._limits = limits
         self._administrator = administrator
         self._connections = 0
-        self._held: set[_Held] = set()
-        sessions.on_end(self._session_ended)
+        self._holds = holds
+        self._nbd = nbd
+        self._refusals = refusals
+        sessions.on_end(partial(holds.revoke_session, reason=_SESSION_ENDED))
 
     async def run(self, listener: socket.socket) -> None:
         """Answer whoever connects. Never returns; `listener` is closed by its owner."""
@@ -158,18 +130,13 @@ class AccessServer:
             raise ProtocolError("a connection begins by opening or announcing a disk, or asks for a list")
         return None
 
-    def _session_ended(self, uuid: str) -> None:
-        for held in self._held:
-            session = held.identity.session
-            if session is not None and session.uuid == uuid:
-                held.revoke("its session has ended")
-
     # Beginning
 
     async def _answer(self, link: Link, first: First) -> None:
         if isinstance(first, List):
             await self._list(link, first)
             return
+        identity: Identity | None = None
         try:
             permission = WRITE_PERMISSION if first.write else READ_PERMISSION
             identity = await self._identify(link.peer, first.session, permission)
@@ -181,18 +148,31 @@ class AccessServer:
                 )
         except (XenAPIError, ImageError, OSError) as failure:
             error = as_xenapi_error(failure)
-            _log_refusal(
-                "refused",
-                error,
-                vdi=printable(first.vdi)[:64],
-                write=first.write,
-                purpose=first.purpose,
-                process=link.peer.process,
-            )
+            self._tell_refusal(link.peer, first, identity, error)
             await link.refuse(error)
             return
         with self._using(identity):
             await self._keep(link, held)
+
+    def _tell_refusal(
+        self, peer: Peer, first: Open | Announce, identity: Identity | None, error: XenAPIError
+    ) -> None:
+        """In the log and, if there is such a VDI, with it: the client's protocol may have no words for it."""
+        user = "somebody" if identity is None else identity.user
+        _log_refusal(
+            "refused",
+            error,
+            vdi=printable(first.vdi)[:64],
+            write=first.write,
+            purpose=first.purpose,
+            user=user,
+            process=peer.process,
+        )
+        with contextlib.suppress(XenAPIError):
+            vdi = self._inventory.records.vdis.by_uuid(first.vdi)
+            what = "writing" if first.write else "reading"
+            who = f"{user} ({first.purpose}, process {peer.process})"
+            self._refusals.note(vdi.ref, f"{what} by {who}", f"{error.code}: {error.message}")
 
     def _using(self, identity: Identity) -> contextlib.AbstractContextManager[None]:
         return (
@@ -219,10 +199,14 @@ class AccessServer:
         reason = "another user than the gateway's own gives the reference of a session"
         raise XenAPIError("SESSION_AUTHENTICATION_FAILED", f"uid {peer.uid}", reason)
 
-    async def _open(self, link: Link, asked: Open, identity: Identity) -> _Held:
+    async def _open(self, link: Link, asked: Open, identity: Identity) -> Held:
+        if asked.purpose == NBD and asked.session is not None:
+            self._nbd.check()
         vdi = self._inventory.records.vdis.by_uuid(asked.vdi)
         mode = LeaseMode.WRITE if asked.write else LeaseMode.READ
         lease = await self._inventory.lease(vdi, mode, _holder(asked, identity, link.peer, vdi))
+        held = Held(lease, vdi, asked.write, asked.purpose, identity)
+        self._holds.add(held)
         try:
             if asked.write:
                 # Before the first write, and before anybody could have read a part of it.
@@ -233,10 +217,11 @@ class AccessServer:
             await lease.give_away()
         except BaseException:
             lease.release()
+            self._holds.discard(held)
             raise
-        return _Held(lease, vdi, asked.write, identity)
+        return held
 
-    async def _adopt(self, link: Link, told: Announce, identity: Identity) -> _Held:
+    async def _adopt(self, link: Link, told: Announce, identity: Identity) -> Held:
         fds = link.take_descriptors()
         try:
             vdi = self._inventory.records.vdis.by_uuid(told.vdi)
@@ -248,15 +233,18 @@ class AccessServer:
         mode = LeaseMode.WRITE if told.write else LeaseMode.READ
         holder = _holder(told, identity, link.peer, vdi)
         lease = await self._inventory.leases.adopt(chain, mode, holder)
+        held = Held(lease, vdi, told.write, told.purpose, identity, read=told.read, written=told.written)
+        self._holds.add(held)
         try:
             await lease.give_away()
-            task = self._announced_task(told, identity)
+            held.task = self._announced_task(told, identity)
             await link.send(Adopted())
         except BaseException:
             lease.release()
+            self._holds.discard(held)
             raise
         log.info("a lease from before the restart is back", lease=printable(told.lease)[:64], vdi=vdi.uuid)
-        return _Held(lease, vdi, told.write, identity, task, told.read, told.written)
+        return held
 
     def _image_path(self, vdi: "VDI", told: Announce) -> str:
         repository = self._inventory.repository_of(vdi)
@@ -280,110 +268,23 @@ class AccessServer:
 
     # Holding
 
-    async def _keep(self, link: Link, held: _Held) -> None:
-        self._held.add(held)
+    async def _keep(self, link: Link, held: Held) -> None:
         try:
             self._check_session(held)
-            async with trio.open_nursery() as beside:
-                beside.start_soon(self._pass_on_revocation, link, held)
-                async with trio.open_nursery() as working:
-                    if held.task is not None:
-                        working.start_soon(self._work, link, held)
-                    try:
-                        await self._listen(link, held, working)
-                        if held.write:
-                            await self._written(held)
-                    finally:
-                        held.lease.release()
-                        held.ended.set()
-                beside.cancel_scope.cancel()
+            await Holding(link, held, self._tasks).last(partial(self._written, held))
         finally:
-            held.lease.release()
-            self._held.discard(held)
+            self._holds.discard(held)
 
-    def _check_session(self, held: _Held) -> None:
+    def _check_session(self, held: Held) -> None:
         """It may have ended while the files were waited for."""
         session = held.identity.session
         if session is not None:
             try:
                 self._sessions.by_uuid(session.uuid)
             except XenAPIError:
-                held.revoke("its session has ended")
+                held.revoke(_SESSION_ENDED)
 
-    async def _listen(self, link: Link, held: _Held, working: trio.Nursery) -> None:
-        """Until the client closes the disk or is gone."""
-        began = held.task is not None
-        while True:
-            try:
-                message = await link.receive()
-            except OSError:
-                return
-            except ProtocolError as error:
-                log.warning("a client of the control socket was not understood", why=str(error))
-                return
-            if isinstance(message, Moved):
-                held.read, held.written = message.read, message.written
-                if not began and (held.read or held.written):
-                    began = True
-                    working.start_soon(self._work, link, held)
-            elif isinstance(message, Closed):
-                held.clean = True
-            elif message is None:
-                return
-            else:
-                log.warning("a client of the control socket sent what a holder doesn't send")
-                return
-
-    async def _pass_on_revocation(self, link: Link, held: _Held) -> None:
-        await held.revoking.wait()
-        assert held.revoked is not None
-        log.info("revoked", vdi=held.vdi.uuid, holder=str(held.lease.holder), why=held.revoked)
-        with contextlib.suppress(OSError):
-            await link.send(Revoke(printable(held.revoked)))
-        await trio.sleep(_REVOKE_SECONDS)
-        log.warning(
-            "a revoked disk is still held; end the process that has it",
-            vdi=held.vdi.uuid,
-            process=link.peer.process,
-        )
-
-    async def _work(self, link: Link, held: _Held) -> None:
-        """The task of a connection that moves data."""
-        try:
-            task = held.task or await self._new_task(link.peer, held)
-            cancel = partial(held.revoke, "its task was cancelled")
-            async with self._tasks.operation(task, cancel) as operation:
-                operation.progress = held.progress
-                held.lease.work_under(task)
-                if task != held.task:
-                    held.task = task
-                    with contextlib.suppress(OSError):
-                        await link.send(Working(task))
-                await held.ended.wait()
-                operation.result = f"{held.read} bytes read, {held.written} bytes written"
-                held.check_end(task)
-        except XenAPIError as error:
-            if error.code == "TASK_CANCELLED":
-                held.revoke("its task was cancelled")
-            else:
-                log.warning("a disk is held without a task", vdi=held.vdi.uuid, error=error.error_info)
-        except Exception:
-            # The data does not need the task.
-            log.exception("the task of a disk that is held failed", vdi=held.vdi.uuid)
-
-    async def _new_task(self, peer: Peer, held: _Held) -> str:
-        verb = "writes to" if held.write else "reads"
-        session = held.identity.session
-        task = await self._tasks.create(
-            held.lease.holder.operation,
-            f"process {peer.process} {verb} VDI {held.vdi.uuid}",
-            user=held.identity.user,
-            session_uuid="" if session is None else session.uuid,
-            client_made=False,
-        )
-        return task.ref
-
-    async def _written(self, held: _Held) -> None:
+    async def _written(self, held: Held) -> None:
         """A writer has gone: the sizes are others, and so is the content."""
         try:
             await self._inventory.vdi_changed(held.vdi.ref)

@@ -1,6 +1,6 @@
 """What a task is, and the operation that works under one. `tasks.Tasks` rules over both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -85,6 +85,8 @@ class Operation:
         self.task: Final = task
         self.progress: float | Callable[[], float] = 0.0
         self.result = ""
+        # What else there is to tell, as keys of the task's other_config: while it runs, and what it was.
+        self.details: Callable[[], Mapping[str, str]] = dict
         # Somebody cancelled the task; the work should end soon with any exception.
         self.cancel_requested = False
         # What the task says when the work has ended otherwise than well.
@@ -101,6 +103,10 @@ class Operation:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "the operation of this task cannot be cancelled")
         self.cancel_requested = True
         self._cancel()
+
+    def current_details(self) -> Mapping[str, str]:
+        """What else there is to tell now."""
+        return self.details()
 
     def current_progress(self) -> float:
         """How far the work is, 0 to 1."""

@@ -60,7 +60,7 @@ class Tasks:
         # Pending tasks of an earlier run of the gateway whose holder may still come back.
         self._unannounced = {task.ref for task in table if task.worked_on and not task.status.is_final}
         # The progress that the last event told, and tasks whose client has set another one since.
-        self._told_progress: dict[str, float] = {}
+        self._told_progress: dict[str, tuple[float, Mapping[str, str]]] = {}
         self._moved: set[str] = set()
         self._something_runs = trio.Event()
 
@@ -96,7 +96,13 @@ class Tasks:
 
     def _live(self, task: Task) -> Task:
         operation = self._operations.get(task.ref)
-        return task if operation is None else replace(task, progress=operation.current_progress())
+        if operation is None:
+            return task
+        return replace(
+            task,
+            progress=operation.current_progress(),
+            other_config={**task.other_config, **operation.current_details()},
+        )
 
     def by_uuid(self, uuid: str) -> Task:
         """The task with this uuid. Raises UUID_INVALID."""
@@ -269,7 +275,10 @@ class Tasks:
                 self._told_progress.pop(operation.task, None)
                 task = self._table.find(operation.task)
                 if task is not None:
-                    task = replace(task, progress=progress, result=operation.result)
+                    other_config = {**task.other_config, **operation.current_details()}
+                    task = replace(
+                        task, progress=progress, result=operation.result, other_config=other_config
+                    )
                     await self._finish(task, status, operation.error)
 
     # What clients do to tasks that they made themselves
@@ -374,8 +383,8 @@ class Tasks:
             await trio.sleep(self._limits.task_progress_seconds)
             moved, self._moved = self._moved, set()
             for ref, operation in self._operations.items():
-                progress = operation.current_progress()
-                if progress != self._told_progress.get(ref, 0.0):
+                progress = operation.current_progress(), operation.current_details()
+                if progress != self._told_progress.get(ref, (0.0, {})):
                     self._told_progress[ref] = progress
                     moved.add(ref)
             for ref in moved:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from gateway.access.holding import Holds
 from gateway.transfers.publications import Publications
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gateway.core.leases import Leases
     from gateway.core.nbd_service import NbdDoor
     from gateway.core.records import Records
+    from gateway.core.refusals import Refusals
     from gateway.core.sessions import Sessions
     from gateway.core.tasks import Tasks
     from gateway.core.users import Users
@@ -67,6 +69,8 @@ class Estate:
     events: Events
     operations: CurrentOperations
     nbd: NbdDoor
+    refusals: Refusals
+    holds: Holds = field(default_factory=Holds)
     registrations: Registrations = field(default_factory=Registrations)
     publications: Publications = field(default_factory=Publications)
     copies: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_COPIES))

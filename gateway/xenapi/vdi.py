@@ -8,6 +8,7 @@ holds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.core.errors import XenAPIError
@@ -63,6 +64,9 @@ OPERATIONS: Final = {
 }
 """XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
 
+LAST_REFUSAL: Final = "last_refusal"
+"""A key of sm_config that is never stored: a client that sends back a record stores what isn't shown."""
+
 VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))
 
 _FORKS: Final = ("snapshot", "clone", "revert")
@@ -73,6 +77,13 @@ _CUSTOM_FIELDS: Final = (("folder", Role.VM_OPERATOR), ("XenCenter.CustomFields.
 def current_operations(vdi: records.VDI, estate: Estate) -> dict[str, Any]:
     """What is being done to the VDI now: its operations by their tasks."""
     return dict(estate.leases.operations_for(vdi.ref))
+
+
+def sm_config(vdi: records.VDI, estate: Estate) -> dict[str, str]:
+    """What is stored, and the last refusal: an NBD client isn't told why, and XenAPI has no field for it."""
+    shown = {key: value for key, value in vdi.sm_config.items() if key != LAST_REFUSAL}
+    refusal = estate.refusals.last(vdi.ref)
+    return {**shown, LAST_REFUSAL: refusal} if refusal else shown
 
 
 def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
@@ -134,8 +145,17 @@ FIELDS = (
     stored("missing", BOOL, "whether the last scan found no image"),
     stored("parent", Reference("VDI"), "always null"),
     stored("xenstore_data", STRING_MAP, "data for xenstore", writer=Role.VM_ADMIN, given=True, default={}),
-    stored(
-        "sm_config", STRING_MAP, "data of the storage manager", writer=Role.VM_ADMIN, given=True, default={}
+    replace(
+        stored(
+            "sm_config",
+            STRING_MAP,
+            f"data of the storage manager; `{LAST_REFUSAL}` says when and why another process, as over NBD, "
+            "was refused the disk last",
+            writer=Role.VM_ADMIN,
+            given=True,
+            default={},
+        ),
+        read=sm_config,
     ),
     stored("is_a_snapshot", BOOL, "whether it is a snapshot"),
     stored("snapshot_of", Reference("VDI"), "the VDI of which it is a snapshot"),
@@ -307,6 +327,18 @@ async def destroy(call: Call, vdi: str) -> None:
 
 
 @message(
+    "force_unlock",
+    "Take the disk away from all processes beside the gateway that hold it, as over NBD: their requests fail "
+    "from now on. A process that is stopped keeps it until it ends or goes on; the log says so.",
+    Parameter("vdi", Reference("VDI"), "the VDI"),
+    role=Role.VM_ADMIN,
+)
+async def force_unlock(call: Call, ref: str) -> None:
+    call.estate.records.vdis.get(ref)
+    call.estate.holds.revoke_vdi(ref, f"{call.who} took the disk away")
+
+
+@message(
     "forget",
     "Forget the VDI; its image stays, and the next scan finds it again, without a name.",
     _SELF,
@@ -356,6 +388,6 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget, get_nbd_info),
+    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget, force_unlock, get_nbd_info),
     objects=lambda estate: estate.records.vdis,
 )

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import trio
 
+from gateway.access.holding import Holds
 from gateway.access.protocol import (
     ANCILLARY_SPACE,
     Decoder,
@@ -25,7 +26,9 @@ from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
+from gateway.core.nbd_service import NbdDoor
 from gateway.core.records import VDI, Records
+from gateway.core.refusals import Refusals
 from gateway.core.roles import Role
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
@@ -73,6 +76,10 @@ class Room:
     server: AccessServer
     nursery: trio.Nursery
     sr: str
+    events: Events
+    holds: Holds
+    nbd: NbdDoor
+    refusals: Refusals
     talks: list[Talk] = field(default_factory=list)
 
     def connect(self, server: AccessServer | None = None) -> Talk:
@@ -127,9 +134,22 @@ async def opened_room(directory: Path) -> AsyncIterator[Room]:
         sessions = await Sessions.load(database, users, limits=limits)
         async with Inventory.open(records, Leases(limits), events, who="the test") as inventory:
             sr = await inventory.sr_create(name_label="SR", path=str(directory / "sr"))
-            server = AccessServer(inventory, tasks, sessions, limits, administrator="root")
+            nbd, refusals = await NbdDoor.load(database, events, records.this_host), Refusals(events)
+            holds = Holds()
+            server = AccessServer(
+                inventory,
+                tasks,
+                sessions,
+                limits,
+                administrator="root",
+                holds=holds,
+                nbd=nbd,
+                refusals=refusals,
+            )
             async with trio.open_nursery() as nursery:
-                room = Room(inventory, tasks, sessions, users, server, nursery, sr)
+                room = Room(
+                    inventory, tasks, sessions, users, server, nursery, sr, events, holds, nbd, refusals
+                )
                 try:
                     yield room
                 finally:

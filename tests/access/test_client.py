@@ -299,6 +299,34 @@ def test_the_vdis_that_could_be_opened_are_listed(site: Site) -> None:
         list_vdis(socket_of(site), "OpaqueRef:no-session")
 
 
+def test_a_disk_is_taken_away_from_all_who_hold_it(site: Site) -> None:
+    vdi = site.create_vdi()
+    client, idle = OtherProcess(site, vdi, "read"), opened(site, vdi)
+    site.gateway.call("VDI.force_unlock", vdi.ref)
+    wait_until(lambda: operations(site, vdi) == {}, "both to give it up")
+    assert client.move() == str(errno.ESHUTDOWN)
+    assert idle.revoked is not None and "took the disk away" in idle.revoked
+    idle.close()
+    client.close()
+    opened(site, vdi, write=True).close()
+
+
+def test_a_stopped_process_keeps_a_revoked_disk_until_it_goes_on_and_the_log_says_so(site: Site) -> None:
+    vdi = site.create_vdi()
+    client = OtherProcess(site, vdi, "write")
+    client.process.send_signal(signal.SIGSTOP)
+    site.gateway.call("VDI.force_unlock", vdi.ref)
+    wait_until(lambda: "it is stopped, and goes on with SIGCONT" in site.gateway.log(), "the log to say so")
+    with pytest.raises(AccessRefused, match="VDI_IN_USE"):
+        opened(site, vdi)
+    last = site.gateway.call("VDI.get_sm_config", vdi.ref)["last_refusal"]
+    assert f"write by root (loop, process {client.process.pid})" in last
+    client.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: operations(site, vdi) == {}, "the disk to be given up")
+    assert client.move() == str(errno.ESHUTDOWN)
+    client.close()
+
+
 def test_without_a_gateway_opening_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No such file|refused"):
         open_vdi(str(tmp_path / "access.sock"), "00000000-0000-4000-8000-000000000000")

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import structlog
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.access.holding import Holds
 from gateway.access.protocol import (
     NAME_LENGTH,
     PAGE,
@@ -28,6 +30,7 @@ from gateway.access.server import AccessServer
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
+from gateway.core.nbd_service import NbdService
 from gateway.core.records import VDI
 from gateway.core.roles import Role
 from gateway.core.tasks import TaskStatus
@@ -126,6 +129,119 @@ async def test_a_session_opens_what_its_role_allows_and_its_end_revokes(room: Ro
     talk = await opened(room, vdi, session=session)
     await room.sessions.logout(session)
     assert isinstance(await talk.receive(), Revoke)
+
+
+async def test_a_task_says_who_moves_how_much_of_which_disk_and_how(room: Room) -> None:
+    vdi = await room.vdi()
+    await room.inventory.records.vdis.change(vdi.ref, name_label="a disk")
+    session = await room.session(Role.VM_ADMIN)
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, True, "nbd", session))
+    assert isinstance(await talk.receive(), Granted)
+    await talk.send(Moved(512, 1 << 40))
+    working = await talk.receive()
+    assert isinstance(working, Working)
+    task = await room.until(lambda: room.tasks.get(working.task))
+    assert task.name_label == "nbd write"
+    assert task.user == "vm-admin"
+    assert task.name_description == (
+        f"vm-admin (logged in at the test) writes to the VDI {vdi.uuid} 'a disk', process {os.getpid()}"
+    )
+    moved = {"bytes_read": "512", "bytes_written": str(1 << 40)}
+    fixed = {"vdi": vdi.uuid, "mode": "rw", "process": str(os.getpid())}
+    await room.until(lambda: room.tasks.get(task.ref).other_config == {**fixed, **moved})
+    await room.tasks.add_to_other_config(task.ref, "a", "b")
+    await talk.send(Moved(1024, 1 << 41))
+    await talk.send(Closed())
+    await ended(talk)
+    await room.until(lambda: room.tasks.get(task.ref).status is TaskStatus.SUCCESS)
+    moved = {"bytes_read": "1024", "bytes_written": str(1 << 41)}
+    assert room.tasks.get(task.ref).other_config == {**fixed, "a": "b", **moved}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_why_a_disk_was_refused_is_told_with_the_disk(room: Room, held: bool) -> None:
+    """A second writer, and a writer among readers."""
+    vdi = await room.vdi()
+    await opened(room, vdi, write=held)
+    before = room.events.counter
+    assert room.refusals.last(vdi.ref) == ""
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, True, "nbd", None))
+    refused(await talk.receive())
+    told = room.refusals.last(vdi.ref)
+    holder = f"{'write' if held else 'read'} by root (test, process {os.getpid()})"
+    assert f"writing by root (nbd, process {os.getpid()}): VDI_IN_USE: " in told
+    assert holder in told
+    changes = room.events.since(before) or []
+    assert ("VDI", "mod", vdi.ref) in {(event.class_name, event.operation, event.ref) for event in changes}
+
+
+async def test_a_refused_session_is_told_without_its_secret(room: Room) -> None:
+    vdi = await room.vdi()
+    talk = room.connect()
+    with structlog.testing.capture_logs() as logs:
+        await talk.send(Open(vdi.uuid, False, "nbd", "OpaqueRef:a-secret"))
+        refused(await talk.receive())
+    assert "reading by somebody (nbd" in room.refusals.last(vdi.ref)
+    assert "SESSION_INVALID" in room.refusals.last(vdi.ref)
+    assert [each["error"] for each in logs] == ["SESSION_INVALID"]
+    assert "secret" not in room.refusals.last(vdi.ref) + str(logs)
+
+
+async def test_a_switch_keeps_those_out_who_come_with_a_session_over_nbd(room: Room) -> None:
+    vdi = await room.vdi()
+    session = await room.session(Role.VM_ADMIN)
+    room.nbd.serve(NbdService(("192.0.2.7",), 10809))
+    await room.nbd.remove_purpose("insecure_nbd")
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, False, "nbd", session))
+    assert refused(await talk.receive()).code == "OPERATION_NOT_ALLOWED"
+    assert "NBD is switched off" in room.refusals.last(vdi.ref)
+    for purpose, who in (("nbd", None), ("other", session)):
+        talk = room.connect()
+        await talk.send(Open(vdi.uuid, False, purpose, who))
+        assert isinstance(await talk.receive(), Granted)
+    await room.nbd.add_purpose("insecure_nbd")
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, False, "nbd", session))
+    assert isinstance(await talk.receive(), Granted)
+
+
+# Revocation
+
+
+async def test_all_who_hold_a_disk_are_asked_for_it_and_nobody_else(room: Room) -> None:
+    vdi, other = await room.vdi(), await room.vdi()
+    readers = [await opened(room, vdi) for _ in range(2)]
+    stranger = await opened(room, other)
+    room.holds.revoke_vdi(vdi.ref, "for a reason")
+    for reader in readers:
+        assert await reader.receive() == Revoke("for a reason")
+        await ended(reader)
+    await room.until(lambda: not room.operations(vdi))
+    assert list(room.operations(other).values()) == ["read"]
+    assert stranger.messages == []
+
+
+async def test_a_disk_that_is_not_given_up_stays_in_use_and_the_log_says_by_whom(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.access.holding.REVOKE_SECONDS", 0.01)
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    with structlog.testing.capture_logs() as logs:
+        room.holds.revoke_vdi(vdi.ref, "for a reason")
+        warning = await room.until(lambda: [each for each in logs if each["log_level"] == "warning"])
+        assert "nobody can be forced to give it up" in warning[0]["event"]
+        assert (warning[0]["vdi"], warning[0]["process"]) == (vdi.uuid, os.getpid())
+        assert list(room.operations(vdi).values()) == ["read"]
+        await ended(talk)
+        await room.until(lambda: "given up at last" in logs[-1]["event"])
+    assert not room.operations(vdi)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +352,16 @@ def restarted(room: Room) -> AccessServer:
     room.inventory.leases = leases  # type: ignore[misc]  # the one that is gone knew of the lease
     for repository in room.inventory._attached.values():
         repository._leases = leases
-    return AccessServer(room.inventory, room.tasks, room.sessions, limits, administrator="root")
+    return AccessServer(
+        room.inventory,
+        room.tasks,
+        room.sessions,
+        limits,
+        administrator="root",
+        holds=room.holds,
+        nbd=room.nbd,
+        refusals=room.refusals,
+    )
 
 
 def announcement(vdi: VDI, talk: Talk, *, write: bool = False, task: str | None = None) -> Announce:
@@ -334,7 +459,16 @@ def test_any_bytes_end_in_a_refusal_or_a_close_and_leave_nothing_open(
 
     async def talk_to_it() -> None:
         nobody = cast("Any", Nobody())
-        server = AccessServer(nobody, nobody, nobody, Limits(), administrator="root")
+        server = AccessServer(
+            nobody,
+            nobody,
+            nobody,
+            Limits(),
+            administrator="root",
+            holds=Holds(),
+            nbd=nobody,
+            refusals=nobody,
+        )
         here, there = socket.socketpair()
         null = os.open("/dev/null", os.O_RDONLY)
         async with trio.open_nursery() as nursery:

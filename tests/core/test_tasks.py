@@ -345,6 +345,38 @@ async def test_progress_is_read_when_asked_for_and_stays_between_0_and_1(board: 
         assert board.tasks.get(task.ref).progress == 0.0
 
 
+async def test_what_an_operation_tells_is_in_other_config_while_it_runs_and_stays(board: Board) -> None:
+    task = await board.tasks.create("t", other_config={"vdi": "v", "moved": "not yet"}, client_made=False)
+    moved = 1
+    async with board.tasks.operation(task, nothing) as operation:
+        operation.details = lambda: {"moved": str(moved)}
+        assert board.tasks.get(task.ref).other_config == {"vdi": "v", "moved": "1"}
+        moved = 2
+        await board.tasks.add_to_other_config(task.ref, "a", "b")
+        assert board.tasks.all()[0].other_config == {"vdi": "v", "moved": "2", "a": "b"}
+    assert board.tasks.get(task.ref).other_config == {"vdi": "v", "moved": "2", "a": "b"}
+
+
+async def test_what_an_operation_tells_is_an_event_also_without_progress(
+    board: Board, mock_clock: MockClock
+) -> None:
+    task = await board.task()
+    moved = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(board.tasks.run)
+        async with board.tasks.operation(task, nothing) as operation:
+            operation.details = lambda: {"moved": str(moved)}
+            mock_clock.jump(1)
+            await wait_all_tasks_blocked()
+            for told in (1, 0):
+                moved = 1
+                start = board.events.counter
+                mock_clock.jump(1)
+                await wait_all_tasks_blocked()
+                assert board.events.counter - start == told
+        nursery.cancel_scope.cancel()
+
+
 async def test_progress_is_an_event_once_a_second_at_most_and_only_if_it_moves(
     board: Board, mock_clock: MockClock
 ) -> None:

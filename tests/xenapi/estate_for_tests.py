@@ -18,6 +18,7 @@ from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.nbd_service import NbdDoor
 from gateway.core.records import Records
+from gateway.core.refusals import Refusals
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity, Session
 from gateway.core.tasks import Tasks
@@ -95,6 +96,7 @@ async def open_site(path: Path, events: Events | None = None) -> AsyncIterator[S
             events=events,
             operations=CurrentOperations(events),
             nbd=await NbdDoor.load(database, events, records.this_host),
+            refusals=Refusals(events),
             records=records,
             tasks=tasks,
             sessions=cast("Any", sessions),

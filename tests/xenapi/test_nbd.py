@@ -106,6 +106,19 @@ async def test_who_may_not_read_disks_gets_no_export_name(live: Site, vdi: str) 
     assert (await refusal(live, "VDI.get_nbd_info", "vm-operator", vdi))[0] == "RBAC_PERMISSION_DENIED"
 
 
+async def test_the_last_refusal_is_in_the_record_and_never_stored(live: Site, vdi: str) -> None:
+    assert "last_refusal" not in await live.call("VDI.get_sm_config", ADMIN, vdi)
+    live.estate.refusals.note(vdi, "writing by root (nbd, process 7)", "VDI_IN_USE: why")
+    record = await live.call("VDI.get_record", ADMIN, vdi)
+    told = record["sm_config"]["last_refusal"]
+    assert told.endswith("Z writing by root (nbd, process 7): VDI_IN_USE: why")
+    other = {"SR": record["SR"], "virtual_size": record["virtual_size"], "sm_config": record["sm_config"]}
+    copy = await live.call("VDI.create", ADMIN, other)
+    assert "last_refusal" not in await live.call("VDI.get_sm_config", ADMIN, copy)
+    await live.call("VDI.set_sm_config", ADMIN, vdi, {"last_refusal": "mine", "a": "b"})
+    assert await live.call("VDI.get_sm_config", ADMIN, vdi) == {"last_refusal": told, "a": "b"}
+
+
 @pytest.mark.parametrize(
     ("service", "purpose", "other"), [(PLAIN, "insecure_nbd", "nbd"), (SECURE, "nbd", "insecure_nbd")]
 )
