@@ -85,7 +85,7 @@ class Coalescer:
         self._answered = 0
         self._something = trio.Event()
         self._waiting_for_answers = trio.lowlevel.ParkingLot()
-        self._switches = self._read_switches()
+        self._switches = self._planned_for = self._read_switches()
 
     # What others ask
 
@@ -226,6 +226,8 @@ class Coalescer:
             releases = self._leases.releases
             waiting: list[Candidate] = []
             for candidate in self._plan.candidates:
+                if self._read_switches() != self._planned_for:
+                    return False
                 if not self._turns.postponed.rest(candidate) and (
                     await self._turns.attempt(candidate, nursery) or self._something.is_set()
                 ):
@@ -264,6 +266,7 @@ class Coalescer:
 
     async def _make_plan(self) -> Plan:
         record = self._srs.get(self.sr)
+        self._planned_for = self._read_switches()
         if is_paused(record):
             return Plan()
         found = await self._repository.scan()
@@ -308,9 +311,11 @@ class Coalescer:
         return "; ".join(self._plan.problems) or "the chain has become another"
 
     async def _collect_garbage(self) -> bool:
-        """Remove hidden images that nothing stands on; whether any was."""
+        """Remove hidden images that nothing stands on; whether there should be a new plan."""
         collected = False
         for uuid in self._plan.garbage:
+            if self._read_switches() != self._planned_for:
+                return True
             try:
                 collected = await self._collect(uuid) or collected
             except LeaseRefused as refused:

@@ -13,6 +13,7 @@ from gateway.images.vhd.create import create_dynamic, set_hidden
 from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
 from gateway.repository.coalescer import PAUSED_KEY
+from gateway.repository.scan import ScanResult
 from tests.repository.coalesce_house import (
     BLOCKS,
     MIB,
@@ -178,6 +179,34 @@ async def test_a_pause_stops_a_copy_lasts_over_a_restart_and_ends_where_it_began
         await told(house, lambda: len(house.coalesced()) == 2 and house.coalesced()[1].status.is_final)
         assert content(house.inventory, ref)[::MIB] == PATTERN
         assert len(house.chain(ref)) == 1
+
+
+@pytest.mark.parametrize("left", ["something to merge", "garbage"])
+async def test_a_pause_that_comes_while_it_looks_for_work_counts(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    inventory = house.inventory
+    sr, ref = await make(inventory, tmp_path)
+    repository, scan = inventory.repository(sr), inventory.repository(sr).scan
+    await inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+    if left == "garbage":
+        create_dynamic(str(root_of(inventory, sr) / f"{UUID}.vhd"), 4 * MIB)
+        set_hidden(str(root_of(inventory, sr) / f"{UUID}.vhd"), True)
+    else:
+        await inventory.vdi_destroy(await inventory.vdi_snapshot(ref))
+    files = sorted(os.listdir(root_of(inventory, sr)))
+
+    async def scan_and_pause() -> ScanResult:
+        found = await scan()
+        await inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "scan", scan_and_pause)
+        await inventory.records.srs.change(sr, other_config={})
+        await house.settled(sr)
+    assert house.coalesced() == []
+    assert sorted(os.listdir(root_of(inventory, sr))) == files
 
 
 async def test_a_copy_that_fails_is_told_and_left_alone_until_somebody_asks(
