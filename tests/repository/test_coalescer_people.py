@@ -10,6 +10,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.limits import Limits
 from gateway.core.task import TaskStatus
+from gateway.repository.repository import Repository
 from tests.images.disks import read_all
 from tests.repository.coalesce_house import (
     BLOCKS,
@@ -173,6 +174,43 @@ async def test_the_task_says_who_holds_a_chain_before_anything_is_copied(
     assert len(house.chain(ref)) == 1
 
 
+async def refusal_of_who_comes(house: House, ref: str) -> str:
+    """What readers are told as soon as a merge goes first."""
+    with trio.fail_after(20):
+        while True:
+            try:
+                async with leased(house, ref, LeaseMode.READ):
+                    await trio.sleep(0.001)
+            except XenAPIError as error:
+                if error.code == "OTHER_OPERATION_IN_PROGRESS":
+                    return error.message
+
+
+async def test_in_an_sr_that_is_nearly_full_a_merge_goes_first_for_once(
+    open_house: OpenHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def space(_repository: Repository) -> tuple[int, int]:
+        return 1000 * MIB, 951 * MIB
+
+    monkeypatch.setattr(Repository, "space", space)
+    limits = Limits(lease_wait=0, coalesce_first_seconds=60)
+    async with open_house(limits=limits) as house:
+        sr, ref = await make(house.inventory, tmp_path)
+        taken = await house.inventory.vdi_snapshot(ref)
+        async with leased(house, ref, LeaseMode.READ):
+            await house.inventory.vdi_destroy(taken)
+            assert "at most" in await refusal_of_who_comes(house, ref)
+        await told(house, lambda: bool(house.coalesced()) and house.coalesced()[0].status.is_final)
+        assert len(house.chain(ref)) == 1
+        # People go first again.
+        taken = await house.inventory.vdi_snapshot(ref)
+        async with leased(house, ref, LeaseMode.READ):
+            await house.inventory.vdi_destroy(taken)
+            await house.coalescer(sr).answered()
+            async with leased(house, ref, LeaseMode.READ):
+                pass
+
+
 async def test_in_a_tall_tree_a_merge_goes_first_for_once(open_house: OpenHouse, tmp_path: Path) -> None:
     limits = Limits(lease_wait=0, coalesce_first_seconds=60)
     async with open_house(limits=limits) as house:
@@ -185,14 +223,7 @@ async def test_in_a_tall_tree_a_merge_goes_first_for_once(open_house: OpenHouse,
         assert len(house.chain(ref)) == 25
         async with leased(house, ref, LeaseMode.READ):
             await inventory.vdi_destroy(taken[3])
-            code, message = "", ""
-            with trio.fail_after(20):
-                while code != "OTHER_OPERATION_IN_PROGRESS":
-                    try:
-                        async with leased(house, ref, LeaseMode.READ):
-                            await trio.sleep(0.001)
-                    except XenAPIError as error:
-                        code, message = error.code, error.message
+            message = await refusal_of_who_comes(house, ref)
         assert re.search(r"coalesce by the gateway, at most (59|60) seconds more", message)
         await told(house, lambda: bool(house.coalesced()) and house.coalesced()[0].status.is_final)
         assert len(house.chain(ref)) == 24
