@@ -45,6 +45,9 @@ from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server, listen, listen_locally
+from gateway.nbd import Nbd
+from gateway.nbd_files import NbdFiles, NbdRefused
+from gateway.options import OFF
 from gateway.reload import Configuration
 from gateway.repository.inventory import Inventory
 from gateway.state import ADMINISTRATOR, RunningGateway, StateDirectory, StateError
@@ -88,8 +91,10 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
         opened.callback(state.release)
         plain = _listen_all(config.http, config.named("listen.http"), opened)
         encrypted = _listen_all(config.https, config.named("listen.https"), opened)
+        nbd = _nbd_files(configuration, state)
         try:
-            context = _context(configuration, state) if encrypted else None
+            with_tls = encrypted or (nbd is not None and nbd.tls)
+            context = _context(configuration, state) if with_tls else None
             password = state.ensure_password()
         except (CertificateError, StateError) as error:
             raise ServeRefused(str(error)) from None
@@ -98,7 +103,8 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
         gateway = _Gateway(
             state=state,
             local=_listen_locally(state.socket, opened),
-            access=_listen_locally(state.access_socket, opened, mode=0o660),
+            access=_access_sockets(state, nbd, opened),
+            nbd_files=nbd,
             plain=plain,
             encrypted=encrypted,
             context=context,
@@ -149,8 +155,35 @@ def _listen_locally(path: str, opened: ExitStack, *, mode: int = 0o600) -> socke
     return bound
 
 
+def _nbd_files(configuration: Configuration, state: StateDirectory) -> NbdFiles | None:
+    """What NBD needs; None where it isn't served."""
+    config = configuration.started
+    if config.nbd is None:
+        return None
+    try:
+        return NbdFiles(state, config)
+    except NbdRefused as refused:
+        if config.nbd_asked_for:
+            raise ServeRefused(str(refused)) from None
+        log.warning("NBD is not served", why=str(refused))
+        return None
+
+
+def _access_sockets(state: StateDirectory, nbd: NbdFiles | None, opened: ExitStack) -> list[socket.socket]:
+    sockets = [_listen_locally(state.access_socket, opened, mode=0o660)]
+    if nbd is not None and nbd.access_socket is not None:
+        try:
+            nbd.prepare()
+            sockets.append(_listen_locally(nbd.access_socket, opened, mode=0o600))
+            nbd.open_to_workers(nbd.access_socket)
+        except OSError as error:
+            raise ServeRefused(f"{error.filename or nbd.directory}: {error.strerror}") from error
+    return sockets
+
+
 def _context(configuration: Configuration, state: StateDirectory) -> ReloadableContext:
-    names = own_names(host for host, _ in configuration.started.https)
+    config = configuration.started
+    names = own_names(host for host, _ in (*config.https, *((config.nbd,) if config.nbd else ())))
 
     def find() -> ServerCertificate:
         given = configuration.current.certificate
@@ -181,7 +214,8 @@ class _Gateway:
 
     state: StateDirectory
     local: socket.socket
-    access: socket.socket
+    access: list[socket.socket]
+    nbd_files: NbdFiles | None
     plain: list[socket.socket]
     encrypted: list[socket.socket]
     context: ReloadableContext | None
@@ -196,7 +230,13 @@ class _Gateway:
 
     async def run(self) -> None:
         """Everything, until it is told to stop."""
-        async with self._estate() as estate, trio.open_nursery() as nursery:
+        async with self._estate() as estate:
+            nbd = await self._start_nbd(estate)
+            await self._serve(estate, nbd)
+        log.info("stopped")
+
+    async def _serve(self, estate: Estate, nbd: Nbd | None) -> None:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(estate.tasks.run)
             nursery.start_soon(estate.sessions.run)
             access = AccessServer(
@@ -209,16 +249,54 @@ class _Gateway:
                 nbd=estate.nbd,
                 refusals=estate.refusals,
             )
-            nursery.start_soon(access.run, self.access)
+            for listener in self.access:
+                nursery.start_soon(access.run, listener)
+            if nbd is not None:
+                nursery.start_soon(nbd.run)
             server = Server(self._routes(estate, nursery), self.limits)
-            nursery.start_soon(self._obey_signals, server, nursery.cancel_scope)
+            nursery.start_soon(self._obey_signals, server, nbd, nursery.cancel_scope)
             if self.context is not None:
-                nursery.start_soon(self._renew, self.context)
+                nursery.start_soon(self._renew, self.context, nbd)
             async with trio.open_nursery() as serving:
                 await serving.start(server.run, self._listeners())
-                self._say_ready()
+                self._say_ready(nbd)
+            if nbd is not None:
+                nbd.begin_stop()
+                await nbd.stopped()
             nursery.cancel_scope.cancel()
-        log.info("stopped")
+
+    async def _start_nbd(self, estate: Estate) -> Nbd | None:
+        """NBD, from its first client on; None where it isn't served. Raises ServeRefused."""
+        if self.nbd_files is None:
+            return None
+        files, config = self.nbd_files, self.configuration.started
+        nbd = Nbd(
+            files,
+            estate.nbd,
+            version=VERSION,
+            certificates=self._nbd_certificates if files.tls else None,
+            shutdown_seconds=lambda: self.limits.shutdown_seconds,
+        )
+        try:
+            await nbd.start()
+        except (NbdRefused, OSError) as refused:
+            name = config.named("listen.nbd")
+            if isinstance(refused, NbdRefused) and refused.is_address:
+                raise ServeRefused(
+                    f"{name}: {refused}; give a free port and an address of this machine with --nbd, or"
+                    f" --nbd {OFF}"
+                ) from None
+            if config.nbd_asked_for:
+                raise ServeRefused(f"{name}: {refused}") from None
+            log.warning("NBD is not served", why=str(refused))
+            return None
+        return nbd
+
+    def _nbd_certificates(self) -> tuple[str, str]:
+        assert self.context is not None
+        assert self.nbd_files is not None
+        certificate = self.context.certificate
+        return self.nbd_files.certificates(certificate), certificate.chain
 
     @asynccontextmanager
     async def _estate(self) -> AsyncIterator[Estate]:
@@ -333,10 +411,11 @@ class _Gateway:
                 return f"[{address}]" if address.version == 6 else str(address)
         return "127.0.0.1"
 
-    def _say_ready(self) -> None:
+    def _say_ready(self, nbd: Nbd | None) -> None:
         urls = self._announce()
         notify("READY=1")
-        self.ready(f"vdi-gateway {VERSION} ready: {' '.join((*urls.http, *urls.https))}")
+        doors = (*urls.http, *urls.https, *(nbd.urls if nbd is not None else ()))
+        self.ready(f"vdi-gateway {VERSION} ready: {' '.join(doors)}")
 
     def _announce(self) -> RunningGateway:
         """Tell the commands on this machine where the gateway is and whose certificate it has."""
@@ -344,12 +423,12 @@ class _Gateway:
             pid=os.getpid(),
             http=_urls("http", self.plain),
             https=_urls("https", self.encrypted),
-            authority=self.context.authority if self.context is not None else None,
+            authority=self.context.authority if self.context is not None and self.encrypted else None,
         )
         self.state.announce(running)
         return running
 
-    async def _obey_signals(self, server: Server, everything: trio.CancelScope) -> None:
+    async def _obey_signals(self, server: Server, nbd: Nbd | None, everything: trio.CancelScope) -> None:
         asked_to_stop = False
         receiver = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         # Reading a configuration may wait for the resolver of names; being told to stop doesn't wait for it.
@@ -357,7 +436,7 @@ class _Gateway:
             with receiver as received:
                 async for number in received:
                     if number == signal.SIGHUP:
-                        reloads.start_soon(self._reload)
+                        reloads.start_soon(self._reload, nbd)
                     elif asked_to_stop:
                         everything.cancel()
                     else:
@@ -365,12 +444,16 @@ class _Gateway:
                         notify("STOPPING=1")
                         log.info("stopping", signal=signal.Signals(number).name)
                         server.stop()
+                        if nbd is not None:
+                            nbd.begin_stop()
 
-    async def _reload(self) -> None:
+    async def _reload(self, nbd: Nbd | None) -> None:
         async with self.configuration.reloading:
             await self.configuration.reload()
             if self.context is not None:
                 await trio.to_thread.run_sync(self._reload_certificate, self.context)
+            if nbd is not None:
+                await nbd.renew()
 
     def _reload_certificate(self, context: ReloadableContext) -> None:
         before = context.authority
@@ -381,8 +464,10 @@ class _Gateway:
             except OSError as error:
                 log.warning("the commands on this machine trust the old authority", why=str(error))
 
-    async def _renew(self, context: ReloadableContext) -> None:
+    async def _renew(self, context: ReloadableContext, nbd: Nbd | None) -> None:
         while True:
             await trio.sleep(RENEWAL_SECONDS)
             if context.authority is not None:
                 await trio.to_thread.run_sync(context.reload)
+                if nbd is not None:
+                    await nbd.renew()

@@ -17,6 +17,7 @@ from typing import Any, Final
 from gateway.options import (
     BY_PATH,
     DEFAULT_HTTP,
+    DEFAULT_NBD,
     OPTIONS,
     SECTIONS,
     Address,
@@ -71,7 +72,7 @@ class Config:
         """The option as the user gave it, for an error: `--http`, or `listen.http` with its file."""
         if self.settings[path].source is Source.FILE:
             return f"{self.file}: {path}"
-        return str(BY_PATH[path].argument)
+        return str(BY_PATH[path].argument or path)
 
     @property
     def http(self) -> tuple[Address, ...]:
@@ -82,6 +83,25 @@ class Config:
     def https(self) -> tuple[Address, ...]:
         """Where to serve HTTPS."""
         return tuple(self.value("listen.https"))
+
+    @property
+    def nbd(self) -> Address | None:
+        """Where to serve NBD; None: nowhere."""
+        found: Address | None = self.value("listen.nbd")
+        return found
+
+    @property
+    def nbd_asked_for(self) -> bool:
+        """Whether somebody has asked for NBD, other than by leaving things as they are."""
+        return self.settings["listen.nbd"].source is not Source.DEFAULT
+
+    @property
+    def nbd_insecure(self) -> bool:
+        return bool(self.value("listen.insecure_nbd"))
+
+    @property
+    def nbd_user(self) -> str:
+        return str(self.value("nbd.user"))
 
     @property
     def certificate(self) -> tuple[str, str] | None:
@@ -210,8 +230,14 @@ def _check_together(settings: Mapping[str, Setting], file: str) -> None:
     for path, setting in (("tls.certificate", certificate), ("tls.key", key)):
         if setting.value and not os.access(setting.value, os.R_OK):
             raise refuse(path, f": {setting.value} can't be read; give a PEM file that this user may read")
-    if certificate.value and not settings["listen.https"].value:
+    if certificate.value and not settings["listen.https"].value and not _nbd_beyond(settings):
         raise refuse("tls.certificate", " needs --https HOST:PORT, the address to use the certificate on")
+
+
+def _nbd_beyond(settings: Mapping[str, Setting]) -> bool:
+    """Whether NBD may need the certificate, which the loopback by default doesn't."""
+    found: Address | None = settings["listen.nbd"].value
+    return found is not None and found != DEFAULT_NBD and not settings["listen.insecure_nbd"].value
 
 
 def plain_is_unsafe(host: str, port: int) -> str | None:

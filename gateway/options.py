@@ -12,6 +12,8 @@ from typing import Any, Final
 from gateway.core.limits import LIMITS, Limit, Unit
 
 DEFAULT_HTTP: Final = "127.0.0.1:8080"
+DEFAULT_NBD: Final = ("127.0.0.1", 10809)
+OFF: Final = "off"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("auto", "json", "console")
 
@@ -67,6 +69,12 @@ def _addresses(given: Any) -> list[Address]:
     return [address(each) for each in given]
 
 
+def _address_or_off(given: Any) -> Address | None:
+    if not isinstance(given, str):
+        raise WrongValue(f"{_called(given)} is no text")
+    return None if given == OFF else address(given)
+
+
 def _flag(given: Any) -> bool:
     if not isinstance(given, bool):
         raise WrongValue(f"{_called(given)} is neither true nor false")
@@ -76,6 +84,12 @@ def _flag(given: Any) -> bool:
 def path_text(given: Any) -> str:
     if not isinstance(given, str) or "\0" in given:
         raise WrongValue(f"{_called(given)} is no path")
+    return given
+
+
+def _user_name(given: Any) -> str:
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise WrongValue(f"{_called(given)} is no name")
     return given
 
 
@@ -155,6 +169,10 @@ def _addresses_text(value: list[Address]) -> list[str]:
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in value]
 
 
+def _address_or_off_text(value: Address | None) -> str:
+    return OFF if value is None else _addresses_text([value])[0]
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -191,6 +209,40 @@ OPTIONS: Final[tuple[Option, ...]] = (
         read=_flag,
         shown=_same,
         argument="--insecure",
+        live=False,
+    ),
+    Option(
+        section="listen",
+        key="nbd",
+        default=DEFAULT_NBD,
+        reason="the port that clients of NBD try by themselves, on the loopback, where no TLS is needed; on"
+        " every other address TLS is required",
+        allowed='an address as in 127.0.0.1:10809, [::1]:10809 or 0.0.0.0:10809, or "off"',
+        read=_address_or_off,
+        shown=_address_or_off_text,
+        argument="--nbd",
+        live=False,
+    ),
+    Option(
+        section="listen",
+        key="insecure_nbd",
+        default=False,
+        reason="NBD without TLS off the loopback shows disks and sessions to the network",
+        allowed="true or false",
+        read=_flag,
+        shown=_same,
+        argument="--insecure-nbd",
+        live=False,
+    ),
+    Option(
+        section="nbd",
+        key="user",
+        default="nobody",
+        reason="of a gateway that root has started, the processes that speak with the network run as this"
+        " user; those on the private socket nbd.sock as the gateway",
+        allowed="the name of a user",
+        read=_user_name,
+        shown=_same,
         live=False,
     ),
     Option(

@@ -27,6 +27,11 @@ class ReloadableContext:
         """PEM file of the gateway's own authority; None where the operator brought the certificate."""
         return self._certificate.authority
 
+    @property
+    def certificate(self) -> ServerCertificate:
+        """The files that were loaded last."""
+        return self._certificate
+
     def current(self) -> ssl.SSLContext:
         """The context for a new connection."""
         return self._context

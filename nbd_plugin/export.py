@@ -29,13 +29,16 @@ class Parameters:
     """How nbdkit was started. `control` is the gateway's access socket, an absolute path.
 
     `private` says that whoever can connect to this socket may have any disk, without a session. `purpose` is
-    told to people who meet a lease. `outlive`: don't end with the process that started nbdkit.
+    told to people who meet a lease. `outlive`: don't end with the process that started nbdkit. `leash` is the
+    descriptor of the supervisor, `clients` how many may be connected at a time (0: any number).
     """
 
     control: str = ""
     private: bool = False
     purpose: str = "nbd"
     outlive: bool = False
+    leash: str = ""
+    clients: str = "0"
 
     def with_value(self, key: str, value: str) -> "Parameters":
         """These parameters and one more. Raises ValueError."""

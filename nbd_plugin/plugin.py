@@ -4,7 +4,8 @@
 
 Parameters: `control=PATH` (the gateway's access socket; needed), `private=true|false` (default false: only
 names with a session_id are answered), `purpose=WORD` (default nbd; told to people who meet a lease),
-`outlive=true|false` (default false: nbdkit ends with the thread that started it). No environment is needed:
+`outlive=true|false` (default false: nbdkit ends with the thread that started it), `clients=N` (more are
+turned away), `leash=DESCRIPTOR` (the supervisor's). No environment is needed:
 the repository's root is put on sys.path here.
 
 Under socket activation (LISTEN_FDS) `-U` is left out and nothing else changes. SIGTERM and SIGINT end nbdkit
@@ -30,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gateway.access.client import list_vdis
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import pinning
+from nbd_plugin import connections, leash, pinning
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.failures import nbd_errno
 from nbd_plugin.pinning import local as this_thread
@@ -76,6 +77,8 @@ def after_fork() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
+    if parameters.leash:
+        leash.follow(int(parameters.leash))
 
 
 def cleanup() -> None:
@@ -86,6 +89,11 @@ def cleanup() -> None:
 
 
 # Exports
+
+
+def preconnect(readonly: bool) -> None:
+    if 0 < int(parameters.clients) < connections.count_clients():
+        raise ConnectionRefusedError("too many clients are connected")
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:

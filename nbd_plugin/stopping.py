@@ -5,8 +5,7 @@ or goes; an idle one can take forever. Here the signal is caught instead, nbdkit
 read sides of the clients' sockets are: requests in flight are answered, nothing further is read, and nbdkit
 ends after its `cleanup`.
 
-The trap: of the process's sockets only those that nbdkit has accepted may be touched. They are the ones with
-the local address of a socket that listens.
+The trap: only the sockets that nbdkit has accepted may be touched, not those to the gateway.
 """
 
 import contextlib
@@ -14,8 +13,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
+
+from nbd_plugin.connections import client_sockets
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,36 +40,6 @@ def stop_at_signals(shutdown: Callable[[], None]) -> None:
 
 def stop_reading_from_clients() -> None:
     """Let every client's connection end as soon as what it has asked is answered."""
-    connections = list(_sockets())
-    try:
-        listening = {_local(each) for each in connections if _is(each, socket.SO_ACCEPTCONN)}
-        for each in connections:
-            if not _is(each, socket.SO_ACCEPTCONN) and _local(each) in listening:
-                with contextlib.suppress(OSError):  # it has ended by itself
-                    each.shutdown(socket.SHUT_RD)
-    finally:
-        for each in connections:
-            each.close()
-
-
-def _sockets() -> Iterator[socket.socket]:
-    """Duplicates of all stream sockets of this process, the caller's to close."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            each = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # no socket, or closed by now
-            continue
-        if each.type == socket.SOCK_STREAM:
-            yield each
-        else:
-            each.close()
-
-
-def _is(each: socket.socket, option: int) -> bool:
-    return bool(each.getsockopt(socket.SOL_SOCKET, option))
-
-
-def _local(each: socket.socket) -> object:
-    """The address that clients connect to; of TCP the port, since one may listen on all interfaces."""
-    address = each.getsockname()
-    return (each.family, address[1] if isinstance(address, tuple) else address)
+    for each in client_sockets():
+        with each, contextlib.suppress(OSError):  # it may have ended by itself
+            each.shutdown(socket.SHUT_RD)

@@ -86,6 +86,8 @@ class RunningGateway:
                     "127.0.0.1:0",
                     "--https",
                     "127.0.0.1:0",
+                    # Several gateways run at a time, and few tests need it.
+                    *(() if "--nbd" in self.arguments else ("--nbd", "off")),
                     *self.arguments,
                 ],
                 stdin=subprocess.DEVNULL,

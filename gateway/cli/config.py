@@ -25,6 +25,8 @@ def config_show(
     http: Texts = None,
     https: Texts = None,
     insecure: Flag = False,
+    nbd: str | None = None,
+    insecure_nbd: Flag = False,
     tls_cert: FileName | None = None,
     tls_key: FileName | None = None,
     log_level: str | None = None,
@@ -47,6 +49,10 @@ def config_show(
         As for serve.
     insecure
         As for serve.
+    nbd
+        As for serve.
+    insecure_nbd
+        As for serve.
     tls_cert
         As for serve.
     tls_key
@@ -60,6 +66,8 @@ def config_show(
         "listen.http": http or None,
         "listen.https": https or None,
         "listen.insecure": insecure or None,
+        "listen.nbd": nbd,
+        "listen.insecure_nbd": insecure_nbd or None,
         "tls.certificate": tls_cert and os.path.abspath(tls_cert),
         "tls.key": tls_key and os.path.abspath(tls_key),
         "log.level": log_level,

@@ -22,6 +22,7 @@ PROGRAM = "vdi-gateway"
 
 COMMANDS = {
     "serve": "gateway.cli.serve:serve",
+    "nbd": "gateway.cli.nbd:nbd",
     "config-show": "gateway.cli.config:config_show",
     "status": "gateway.cli.host:status",
     "sr-list": "gateway.cli.sr:sr_list",
@@ -63,7 +64,7 @@ def application() -> App:
         version=lambda: f"{PROGRAM} {version(PROGRAM)}",
         help="The bytes of XenServer and XCP-ng virtual disks over the doors people already use.",
         help_epilogue=(
-            "Commands other than serve, config-show and vhd-check talk to a running gateway: the one on"
+            "Commands other than serve, nbd, config-show and vhd-check talk to a running gateway: the one on"
             " --state-dir ($VDI_GATEWAY_STATE_DIR, else ./state), or the one at --url."
         ),
         help_format="plaintext",

@@ -17,6 +17,8 @@ def serve(
     http: Texts = None,
     https: Texts = None,
     insecure: Flag = False,
+    nbd: str | None = None,
+    insecure_nbd: Flag = False,
     tls_cert: FileName | None = None,
     tls_key: FileName | None = None,
     log_level: Literal["debug", "info", "warning", "error"] | None = None,
@@ -41,6 +43,13 @@ def serve(
     insecure
         Allow plain HTTP on addresses that other machines reach: passwords and disks then cross the network
         unencrypted.
+    nbd
+        HOST:PORT to serve NBD on, 127.0.0.1:10809 by default, or off. Other addresses than those of the
+        loopback require TLS of clients. Needs nbdkit; without it the gateway runs without NBD unless this is
+        given.
+    insecure_nbd
+        Allow NBD without TLS on addresses that other machines reach: disks and sessions then cross the
+        network unencrypted.
     tls_cert
         PEM file with the server's certificate and what follows up to its authority. Without it the gateway
         makes an authority and a certificate of its own in DIR/tls.
@@ -61,6 +70,8 @@ def serve(
             "listen.http": http or None,
             "listen.https": https or None,
             "listen.insecure": insecure or None,
+            "listen.nbd": nbd,
+            "listen.insecure_nbd": insecure_nbd or None,
             "tls.certificate": tls_cert,
             "tls.key": tls_key,
             "log.level": log_level,

@@ -199,6 +199,19 @@ class Limits:
         key="coalesce_first_pause",
     )
 
+    nbd_workers: int = _number(
+        1,
+        (1, 64),
+        "one process serves several fast readers; more of them spread readers over more cores",
+        live=False,
+    )
+    nbd_clients: int = _number(
+        256,
+        (1, 10_000),
+        "in each worker; every client takes four threads and the descriptors of a chain's files",
+        live=False,
+    )
+
     session_idle: float = _seconds(DAY, (60, 365 * DAY), "xapi's default")
     session_touch_seconds: float = _seconds(
         60.0,

@@ -265,7 +265,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, broken: str)
     if broken == "disk full":
         os.close(writer)
         writer = os.open("/dev/full", os.O_WRONLY)
-    arguments = ["serve", "--state-dir", str(tmp_path / "state"), "--http", "127.0.0.1:0"]
+    arguments = ["serve", "--state-dir", str(tmp_path / "state"), "--http", "127.0.0.1:0", "--nbd", "off"]
     with subprocess.Popen(
         [program(), *arguments], stdout=subprocess.PIPE, stderr=writer, env=clean_environment()
     ) as process:

@@ -33,6 +33,7 @@ class Gateway(Peer):
                 str(self.state),
                 "--http=127.0.0.1:0",
                 "--https=127.0.0.1:0",
+                "--nbd=off",
             ],
             stdin=subprocess.DEVNULL,
             stdout=self._log,

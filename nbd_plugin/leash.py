@@ -1,0 +1,94 @@
+"""How a worker hangs on its supervisor: a thread in nbdkit that answers it, and notices when it has gone.
+
+    supervisor: count        worker: ready, count N, draining
+                drain
+                stop
+
+To drain is to accept nobody any more, serve those who are there, and end after the last. A worker drains when
+it is told to (others with a new certificate take over) and when the supervisor has died, because a listening
+socket that an orphan keeps can't be bound by the next one.
+
+nbdkit can't stop listening without ending. So its listening sockets are replaced by descriptors on which
+nothing ever happens, and its main thread is woken from poll or accept by a signal. The trap: a handler of
+Python's would be seen by whoever watches Python's signals, so this one is a C function that does nothing.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Final
+
+from nbd_plugin.connections import count_clients, listening_descriptors, remember_listening
+
+IDLE_SECONDS: Final = 1.0  # a client that has asked what there is comes back at once
+GREETING_SECONDS: Final = 3.0  # one that was accepted just now is greeted first
+_LOOK_SECONDS: Final = 0.2
+_WAKE: Final = signal.SIGUSR2
+_LONGEST: Final = 64
+
+
+def follow(leash: int) -> None:
+    """Obey the supervisor at the other end of descriptor `leash`, in a thread. On nbdkit's main thread."""
+    link = socket.socket(fileno=leash)
+    link.set_inheritable(False)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(_WAKE, ctypes.cast(libc.abs, ctypes.c_void_p))
+    remember_listening()
+    threading.Thread(target=_obey, args=(link,), name="leash", daemon=True).start()
+
+
+def stop_listening() -> None:
+    """Accept nobody any more; connections stay. The addresses are free once all workers have done so."""
+    remember_listening()
+    nothing = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        for fd in listening_descriptors():
+            os.dup2(nothing, fd, inheritable=False)
+    finally:
+        os.close(nothing)
+    # It polls what was there before until it is woken, and may even be in accept.
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, _WAKE)
+
+
+def _obey(link: socket.socket) -> None:
+    _say(link, "ready")
+    idle_from: float | None = None
+    while True:
+        link.settimeout(_LOOK_SECONDS if idle_from is not None else None)
+        try:
+            order = link.recv(_LONGEST)
+        except TimeoutError:
+            order = b"look"
+        except OSError:
+            order = b""
+        if order == b"count":
+            _say(link, f"count {count_clients()}")
+        elif order == b"stop":
+            stop_listening()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif order in {b"drain", b""} and idle_from is None:
+            stop_listening()
+            idle_from = time.monotonic() + GREETING_SECONDS
+            _say(link, "draining")
+        if order == b"" and idle_from is not None:
+            time.sleep(_LOOK_SECONDS)  # nobody is there to wait for
+        if idle_from is not None:
+            now = time.monotonic()
+            if count_clients():
+                idle_from = max(idle_from, now + IDLE_SECONDS)
+            elif now >= idle_from:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+
+def _say(link: socket.socket, text: str) -> None:
+    with contextlib.suppress(OSError):
+        link.settimeout(_LOOK_SECONDS)
+        link.send(text.encode())
