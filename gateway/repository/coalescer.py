@@ -273,8 +273,9 @@ class Coalescer:
         if self._records.are_behind():
             # What a crash or a failure had left was recovered from.
             await self._reconcile(self.sr)
-            if not any(found.errors()):
-                await self._records.remove_lost_nodes()
+        if not any(found.errors()):
+            # Also those that were lost before the SR was attached.
+            await self._records.remove_lost_nodes()
         total, used = await self._repository.space()
         self._turns.sr_is_full = used > _FULL * total
         skip = {**self._turns.postponed.failures(), **self._turns.cancelled()}

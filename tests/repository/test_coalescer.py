@@ -7,6 +7,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
+from gateway.core.records import VDI
 from gateway.core.task import TaskStatus
 from gateway.images.files import FileCalls
 from gateway.images.vhd.create import create_dynamic, set_hidden
@@ -338,8 +339,9 @@ async def test_a_relink_that_fails_half_way_is_finished_and_the_records_follow(
         await house.assert_records_are_true(sr)
 
 
-async def test_a_second_gateway_that_finds_a_coalesce_of_a_crashed_one_finishes_it_and_its_records(
-    open_house: OpenHouse, tmp_path: Path
+@pytest.mark.parametrize("found_at", ["attaching", "scanning"])
+async def test_a_coalesce_of_a_gateway_that_crashed_is_finished_and_so_are_its_records(
+    open_house: OpenHouse, tmp_path: Path, found_at: str
 ) -> None:
     async with open_house() as house:
         inventory = house.inventory
@@ -351,17 +353,29 @@ async def test_a_second_gateway_that_finds_a_coalesce_of_a_crashed_one_finishes_
         expected = content(inventory, ref)
         await inventory.vdi_destroy(first)
         (middle,) = [vdi for vdi in hidden(inventory, sr) if "vhd-parent" in vdi.sm_config]
-        # What a crash leaves between the copy and the first child.
         root = root_of(inventory, sr)
-        bottom = root / f"{middle.sm_config['vhd-parent']}.vhd"
-        merge(root / f"{middle.uuid}.vhd", bottom)
-        (root / f"relink_{middle.uuid}").write_text("1")
-        await inventory.records.srs.change(sr, other_config={})
-        await house.settled(sr)
-        assert not [path.name for path in root.glob("*_*")]
-        assert len(hidden(inventory, sr)) == 1
-        assert content(inventory, ref) == expected
-        await house.assert_records_are_true(sr)
+        if found_at == "scanning":
+            leave_half_relinked(root, middle)
+            await assert_finished(house, sr, ref, expected)
+    if found_at == "attaching":
+        leave_half_relinked(root, middle)
+        async with open_house() as house:
+            await assert_finished(house, sr, ref, expected)
+
+
+def leave_half_relinked(root: Path, node: VDI) -> None:
+    """What a crash leaves between the copy and the first child."""
+    merge(root / f"{node.uuid}.vhd", root / f"{node.sm_config['vhd-parent']}.vhd")
+    (root / f"relink_{node.uuid}").write_text("1")
+
+
+async def assert_finished(house: House, sr: str, ref: str, expected: bytes) -> None:
+    await house.inventory.records.srs.change(sr, other_config={})
+    await house.settled(sr)
+    assert not [path.name for path in root_of(house.inventory, sr).glob("*_*")]
+    assert len(hidden(house.inventory, sr)) == 1
+    assert content(house.inventory, ref) == expected
+    await house.assert_records_are_true(sr)
 
 
 def merge(child: Path, parent: Path) -> None:
