@@ -73,7 +73,7 @@ class Held:
 
     def moved(self) -> dict[str, str]:
         """Bytes so far, as told by the client once a second."""
-        return {"bytes_read": str(self.read), "bytes_written": str(self.written)}
+        return {"bytes-read": str(self.read), "bytes-written": str(self.written)}
 
 
 class Holds:

@@ -106,7 +106,9 @@ class AccessServer:
         self._connections += 1
         try:
             if self._connections > self._limits.connections:
-                await link.refuse(XenAPIError("TOO_MANY_TRANSFERS", str(self._limits.connections)))
+                error = XenAPIError("TOO_MANY_TRANSFERS", str(self._limits.connections))
+                _log_refusal("refused a connection", error, process=link.peer.process)
+                await link.refuse(error)
                 return
             first = await self._first(link)
             if first is not None:

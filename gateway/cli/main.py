@@ -42,6 +42,7 @@ COMMANDS = {
     "vdi-chain": "gateway.cli.chains:vdi_chain",
     "vdi-resize": "gateway.cli.vdi:vdi_resize",
     "vdi-param-set": "gateway.cli.vdi:vdi_param_set",
+    "vdi-unlock": "gateway.cli.vdi:vdi_unlock",
     "vdi-destroy": "gateway.cli.vdi:vdi_destroy",
     "task-list": "gateway.cli.task:task_list",
     "task-watch": "gateway.cli.task:task_watch",

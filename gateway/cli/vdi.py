@@ -180,6 +180,21 @@ def vdi_destroy(disk: Disk, *, gateway: GatewayChoice | None = None) -> int:
     return 0
 
 
+def vdi_unlock(disk: Disk, *, gateway: GatewayChoice | None = None) -> int:
+    """Take a virtual disk away from all who hold it over NBD: their requests fail from now on.
+
+    A process that is stopped keeps the disk until it goes on or ends. Uploads and downloads go on.
+
+    Parameters
+    ----------
+    disk
+        Uuid or name of the disk.
+    """
+    with (gateway or GatewayChoice()).connect() as connection:
+        connection.call("VDI.force_unlock", find_vdi(connection, disk)[0])
+    return 0
+
+
 def vdi_resize(
     disk: Disk,
     size: Annotated[str, Parameter(name=["--disk-size", "--size"])],

@@ -64,7 +64,7 @@ OPERATIONS: Final = {
 }
 """XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
 
-LAST_REFUSAL: Final = "last_refusal"
+LAST_REFUSAL: Final = "last-refusal"
 """A key of sm_config that is never stored: a client that sends back a record stores what isn't shown."""
 
 VDI_OPERATIONS: Final = Choice("vdi_operations", tuple(OPERATIONS))

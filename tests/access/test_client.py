@@ -319,7 +319,7 @@ def test_a_stopped_process_keeps_a_revoked_disk_until_it_goes_on_and_the_log_say
     wait_until(lambda: "it is stopped, and goes on with SIGCONT" in site.gateway.log(), "the log to say so")
     with pytest.raises(AccessRefused, match="VDI_IN_USE"):
         opened(site, vdi)
-    last = site.gateway.call("VDI.get_sm_config", vdi.ref)["last_refusal"]
+    last = site.gateway.call("VDI.get_sm_config", vdi.ref)["last-refusal"]
     assert f"write by root (loop, process {client.process.pid})" in last
     client.process.send_signal(signal.SIGCONT)
     wait_until(lambda: operations(site, vdi) == {}, "the disk to be given up")

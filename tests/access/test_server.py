@@ -147,7 +147,7 @@ async def test_a_task_says_who_moves_how_much_of_which_disk_and_how(room: Room) 
     assert task.name_description == (
         f"vm-admin (logged in at the test) writes to the VDI {vdi.uuid} 'a disk', process {os.getpid()}"
     )
-    moved = {"bytes_read": "512", "bytes_written": str(1 << 40)}
+    moved = {"bytes-read": "512", "bytes-written": str(1 << 40)}
     fixed = {"vdi": vdi.uuid, "mode": "rw", "process": str(os.getpid())}
     await room.until(lambda: room.tasks.get(task.ref).other_config == {**fixed, **moved})
     await room.tasks.add_to_other_config(task.ref, "a", "b")
@@ -155,7 +155,7 @@ async def test_a_task_says_who_moves_how_much_of_which_disk_and_how(room: Room) 
     await talk.send(Closed())
     await ended(talk)
     await room.until(lambda: room.tasks.get(task.ref).status is TaskStatus.SUCCESS)
-    moved = {"bytes_read": "1024", "bytes_written": str(1 << 41)}
+    moved = {"bytes-read": "1024", "bytes-written": str(1 << 41)}
     assert room.tasks.get(task.ref).other_config == {**fixed, "a": "b", **moved}
 
 

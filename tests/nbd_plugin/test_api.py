@@ -52,7 +52,7 @@ def test_the_task_of_a_connection_says_who_which_disk_how_and_how_much(nbd: Nbd,
     assert (told["other_config"]["vdi"], told["other_config"]["mode"]) == (vdi.uuid, "rw")
     writer.pwrite(b"e" * MIB, MIB)
     wait_until(
-        lambda: nbd.site.task(task)["other_config"]["bytes_written"] == str(2 * MIB), "all bytes to be told"
+        lambda: nbd.site.task(task)["other_config"]["bytes-written"] == str(2 * MIB), "all bytes to be told"
     )
     writer.shutdown()
     ended = nbd.site.finished_task(task)
@@ -87,11 +87,11 @@ def test_a_disk_is_taken_away_from_all_connections_also_from_idle_ones(nbd: Nbd,
 
 def test_why_a_connection_was_refused_stands_with_the_disk(nbd: Nbd, libnbd: Any) -> None:
     vdi = nbd.site.create_vdi()
-    assert "last_refusal" not in nbd.site.gateway.call("VDI.get_sm_config", vdi.ref)
+    assert "last-refusal" not in nbd.site.gateway.call("VDI.get_sm_config", vdi.ref)
     writer = nbd.connect(libnbd, vdi, write=True)
     with contextlib.suppress(libnbd.Error):
         nbd.connect(libnbd, vdi)
-    told = nbd.site.gateway.call("VDI.get_sm_config", vdi.ref)["last_refusal"]
+    told = nbd.site.gateway.call("VDI.get_sm_config", vdi.ref)["last-refusal"]
     assert f"reading by root (nbd, process {nbd.process.pid}): VDI_IN_USE: " in told
     assert f"write by root (nbd, process {nbd.process.pid})" in told
     writer.shutdown()

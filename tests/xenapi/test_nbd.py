@@ -107,16 +107,16 @@ async def test_who_may_not_read_disks_gets_no_export_name(live: Site, vdi: str) 
 
 
 async def test_the_last_refusal_is_in_the_record_and_never_stored(live: Site, vdi: str) -> None:
-    assert "last_refusal" not in await live.call("VDI.get_sm_config", ADMIN, vdi)
+    assert "last-refusal" not in await live.call("VDI.get_sm_config", ADMIN, vdi)
     live.estate.refusals.note(vdi, "writing by root (nbd, process 7)", "VDI_IN_USE: why")
     record = await live.call("VDI.get_record", ADMIN, vdi)
-    told = record["sm_config"]["last_refusal"]
+    told = record["sm_config"]["last-refusal"]
     assert told.endswith("Z writing by root (nbd, process 7): VDI_IN_USE: why")
     other = {"SR": record["SR"], "virtual_size": record["virtual_size"], "sm_config": record["sm_config"]}
     copy = await live.call("VDI.create", ADMIN, other)
-    assert "last_refusal" not in await live.call("VDI.get_sm_config", ADMIN, copy)
-    await live.call("VDI.set_sm_config", ADMIN, vdi, {"last_refusal": "mine", "a": "b"})
-    assert await live.call("VDI.get_sm_config", ADMIN, vdi) == {"last_refusal": told, "a": "b"}
+    assert "last-refusal" not in await live.call("VDI.get_sm_config", ADMIN, copy)
+    await live.call("VDI.set_sm_config", ADMIN, vdi, {"last-refusal": "mine", "a": "b"})
+    assert await live.call("VDI.get_sm_config", ADMIN, vdi) == {"last-refusal": told, "a": "b"}
 
 
 @pytest.mark.parametrize(
