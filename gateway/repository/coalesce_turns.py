@@ -91,7 +91,11 @@ class Turns:
                 await self._gone(key, str(gone))
                 return True
             except (XenAPIError, ImageError, OSError) as error:
-                await self._failed(key, error)
+                if isinstance(error, XenAPIError) and error.code == "VDI_MISSING":
+                    # Somebody was quicker in destroying it than this in leasing it.
+                    await self._gone(key, "the image was destroyed")
+                else:
+                    await self._failed(key, error)
                 return True
             finally:
                 self._current = None

@@ -2,12 +2,13 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from gateway.core.errors import XenAPIError
-from gateway.core.leases import LeaseMode
+from gateway.core.leases import Lease, LeaseMode
 from gateway.core.limits import Limits
 from gateway.core.task import TaskStatus
 from gateway.repository.repository import Repository
@@ -123,6 +124,35 @@ async def test_a_vdi_that_is_destroyed_while_its_merge_waits_takes_all_with_it(
         await house.settled(sr)
         assert house.inventory.records.vdis_of_sr(sr) == []
         assert list(root_of(house.inventory, sr).glob("*.vhd")) == []
+        (task,) = house.coalesced()
+        assert (task.status, about(house)["reason"]) == (TaskStatus.CANCELLED, "the image was destroyed")
+
+
+async def test_a_vdi_that_is_destroyed_just_before_it_is_leased_to_merge_it_is_no_failure(
+    open_house: OpenHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate, limits=Limits(lease_wait=20)) as house:
+        gate.closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        repository, take = house.inventory.repository(sr), house.inventory.repository(sr).lease_to_coalesce
+        await gate.arrived()
+
+        async def destroy_and_take(uuid: str, mode: LeaseMode, *arguments: Any, **named: Any) -> Lease:
+            if mode is LeaseMode.WRITE and ref in house.inventory.records.vdis:
+                await house.inventory.vdi_destroy(ref)
+            return await take(uuid, mode, *arguments, **named)
+
+        async def read() -> None:
+            async with leased(house, ref, LeaseMode.READ):
+                monkeypatch.setattr(repository, "lease_to_coalesce", destroy_and_take)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await somebody_waits(house)
+            gate.stay_open()
+        await told(house, lambda: house.inventory.records.vdis_of_sr(sr) == [])
+        await house.settled(sr)
         (task,) = house.coalesced()
         assert (task.status, about(house)["reason"]) == (TaskStatus.CANCELLED, "the image was destroyed")
 
