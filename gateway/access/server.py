@@ -300,5 +300,7 @@ def _log_refusal(event: str, error: XenAPIError, **more: object) -> None:
 
 
 def _holder(message: Open | Announce, identity: Identity, peer: Peer, vdi: "VDI") -> Holder:
-    who = f"{identity.user} ({message.purpose}, process {peer.process})"
+    session = identity.session
+    user = identity.user if session is None else f"{identity.user} at {session.address}"
+    who = f"{user} ({message.purpose}, process {peer.process})"
     return Holder(who, "write" if message.write else "read", vdi.ref)

@@ -28,7 +28,7 @@ from gateway.access.protocol import (
 )
 from gateway.access.server import AccessServer
 from gateway.core.errors import XenAPIError
-from gateway.core.leases import Leases
+from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.core.limits import Limits
 from gateway.core.nbd_service import NbdService
 from gateway.core.records import VDI
@@ -178,6 +178,25 @@ async def test_why_a_disk_was_refused_is_told_with_the_disk(room: Room, held: bo
     assert holder in told
     changes = room.events.since(before) or []
     assert ("VDI", "mod", vdi.ref) in {(event.class_name, event.operation, event.ref) for event in changes}
+
+
+async def test_a_disk_that_is_coalesced_is_refused_with_the_time_that_is_left(room: Room) -> None:
+    vdi = await room.vdi()
+    path = room.inventory.repository_of(vdi).image_path(vdi.uuid)
+    coalesce = Holder("the gateway", "coalesce", vdi.ref)
+    until = trio.current_time() + 60
+    async with room.inventory.leases.hold(path, LeaseMode.WRITE, coalesce, until=until):
+        talk = room.connect()
+        await talk.send(Open(vdi.uuid, False, "nbd", None))
+        assert refused(await talk.receive()).code == "OTHER_OPERATION_IN_PROGRESS"
+    assert "coalesce by the gateway, at most" in room.refusals.last(vdi.ref)
+
+
+async def test_who_holds_a_disk_under_a_session_is_told_with_the_address_it_came_from(room: Room) -> None:
+    vdi = await room.vdi()
+    await opened(room, vdi, session=await room.session(Role.VM_ADMIN))
+    [holder] = room.inventory.leases.holders_for(vdi.ref)
+    assert holder.who == f"vm-admin at the test (test, process {os.getpid()})"
 
 
 async def test_a_refused_session_is_told_without_its_secret(room: Room) -> None:
