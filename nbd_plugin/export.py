@@ -62,7 +62,7 @@ class Export:
         self.vdi: Final = asked.vdi
         self.size: Final = self.disk.size
         self.writable: Final = asked.write
-        self.read: Final = self.disk.pread_into
+        self.read: Final = self.disk.reader()  # nbdkit has checked that the range is on the disk
 
     def extents(self, offset: int, length: int, *, first_only: bool) -> "list[tuple[int, int, ExtentKind]]":
         """What the range is made of, from its beginning on and not beyond its end, though maybe less."""

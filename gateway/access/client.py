@@ -32,7 +32,7 @@ from gateway.access.protocol import (
     close_descriptors,
 )
 from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
-from gateway.images.disk import Disk, Extent, FileRange, Hole
+from gateway.images.disk import Extent, FileDisk, FileRange, Hole, Reader
 from gateway.images.errors import ImageError
 from gateway.images.files import Buffer, FileIdentity, identity_of
 
@@ -118,7 +118,7 @@ class AccessDisk:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: FileDisk,
         fds: list[int],
         link: ClientLink,
         hold: _Hold,
@@ -160,6 +160,21 @@ class AccessDisk:
         except (OSError, ImageError) as error:
             raise self._reason(error) from error
         self.bytes_read += len(buf)
+
+    def reader(self) -> Reader:
+        """Return the fastest way to read, which the bytes and a revocation count for as well."""
+        read = self._disk.reader()
+
+        def counted(buf: bytearray | memoryview, offset: int) -> None:
+            if self.revoked is not None:
+                raise self._reason(None)
+            try:
+                read(buf, offset)
+            except (OSError, ImageError) as error:
+                raise self._reason(error) from error
+            self.bytes_read += len(buf)
+
+        return counted
 
     def pwrite(self, buf: Buffer, offset: int) -> None:
         """Write `buf` at `offset`. Durable only after `flush`."""

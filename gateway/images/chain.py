@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from gateway.images.disk import Disk
+from gateway.images.disk import FileDisk
 from gateway.images.errors import CorruptImage, ImageError, MissingParent, UnsupportedImage
 from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
 from gateway.images.raw import RawDisk
@@ -94,7 +94,7 @@ def open_chain_files(leaf_path: str, *, writable: bool, writable_parents: Sequen
 
 def open_disk(
     chain: ChainFiles, *, read_only: bool = True, files: FileCalls = FILES, published: bool = True
-) -> Disk:
+) -> FileDisk:
     """Make a disk of the open files; it takes the descriptors over, and closing it closes them.
 
     `published` = False says that nobody needs the file if the machine crashes before the disk is closed
@@ -105,7 +105,7 @@ def open_disk(
     if not read_only and not chain.writable:
         raise PermissionError(f"{chain.nodes[0].path} was opened for reading only")
     leaf = chain.nodes[0]
-    disk: Disk
+    disk: FileDisk
     if leaf.kind is NodeKind.RAW:
         size = os.fstat(leaf.fd).st_size
         disk = RawDisk(leaf.fd, size, read_only=read_only, path=leaf.path, files=files)

@@ -5,7 +5,7 @@ the disk raise ValueError, failures of the machine OSError, a broken image Corru
 a format.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeAlias
@@ -60,6 +60,9 @@ class Literal:
 
 Segment: TypeAlias = FileRange | Hole | Literal
 
+# Fills a buffer from an offset; unlike `pread_into` it takes the caller's word that the range is on the disk.
+Reader: TypeAlias = Callable[[bytearray | memoryview, int], None]
+
 
 class Disk(Protocol):
     """A virtual disk over open files, which it owns."""
@@ -103,6 +106,14 @@ class Disk(Protocol):
 
     def close(self) -> None:
         """Flush what was written and close the files. Closing twice is allowed."""
+        ...
+
+
+class FileDisk(Disk, Protocol):
+    """A disk over open files, for doors that are asked for small pieces 100,000 times a second."""
+
+    def reader(self) -> Reader:
+        """Return the fastest way to read, good until the disk is closed."""
         ...
 
 

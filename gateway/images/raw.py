@@ -6,12 +6,14 @@ Holes of the file are holes of the disk.
 
 import os
 from collections.abc import Iterator
+from os import preadv
 
 from gateway.images.disk import (
     Extent,
     ExtentKind,
     FileRange,
     Hole,
+    Reader,
     check_range,
     check_writable,
     merge_extents,
@@ -41,6 +43,16 @@ class RawDisk:
         check_range(offset, length, self.size)
         if os.preadv(self._fd, (buf,), offset) != length:
             read_range(self._fd, memoryview(buf), offset, self._path)
+
+    def reader(self) -> Reader:
+        """Return `pread_into` for who knows that a range lies on the disk."""
+        fd, path = self._fd, self._path
+
+        def read(buf: bytearray | memoryview, offset: int) -> None:
+            if preadv(fd, (buf,), offset) != len(buf):
+                read_range(fd, memoryview(buf), offset, path)
+
+        return read
 
     def pwrite(self, buf: Buffer, offset: int) -> None:
         """Write `buf` at `offset`. Durable only after `flush`."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.nbd_plugin.conftest import Nbd
-from tests.system.site import MIB, stored_content
+from tests.system.site import MIB, stored_content, wait_until
 
 GIB = 1 << 30
 HOLE, ZERO = 1, 2
@@ -145,3 +145,21 @@ def test_the_kernel_is_asked_to_read_ahead(nbd: Nbd, libnbd: Any) -> None:
     writer.pwrite(b"1" * MIB, 3 * MIB)
     writer.cache(8 * MIB, 0)
     writer.shutdown()
+
+
+def test_the_task_of_a_connection_tells_how_many_bytes_have_moved(nbd: Nbd, libnbd: Any) -> None:
+    vdi = nbd.site.create_vdi(8 * MIB)
+    writer = nbd.connect(libnbd, vdi, write=True)
+    writer.pwrite(b"1" * 123_392, 0)
+    writer.shutdown()
+    reader = nbd.connect(libnbd, vdi)
+    for offset in range(0, 8 * MIB, MIB):
+        reader.pread(54_321, offset)
+    reader.shutdown()
+
+    def told(text: str) -> bool:
+        tasks = nbd.site.gateway.call("task.get_all_records").values()
+        return any(text in task["result"] and task["status"] == "success" for task in tasks)
+
+    wait_until(lambda: told("123392 bytes written"), "the writer's task to end")
+    wait_until(lambda: told(f"{8 * 54_321} bytes read"), "the reader's task to end")

@@ -16,6 +16,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from os import preadv
 from typing import Final
 
 from gateway.images.disk import (
@@ -23,6 +24,7 @@ from gateway.images.disk import (
     ExtentKind,
     FileRange,
     Hole,
+    Reader,
     check_range,
     check_writable,
     merge_extents,
@@ -102,30 +104,16 @@ class VhdChain:
         self._mixed: dict[int, tuple[array[int], array[int]]] = {}
         self._cached_runs = 0
         self._closed = False
+        self._read = self._made_reader()
 
     def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
         """Fill `buf` with the bytes at `offset`."""
-        length = len(buf)
-        within = offset & self._within
-        if offset >= 0 and 0 < length <= self.size - offset and within + length <= self._granule:
-            place = self._map[offset >> self._shift]
-            if place > 0:
-                position = (place & _OFFSET) + within
-                if os.preadv(self._fds[place & _LEVEL], (buf,), position) == length:
-                    return
-        else:
-            check_range(offset, length, self.size)
-        view = memoryview(buf)
-        done = 0
-        for level, position, size in self._pieces(offset, length):
-            part = view[done : done + size]
-            if level:
-                read_range(self._fds[level], part, position, self._paths[level])
-            else:
-                for start in range(0, size, len(_ZEROES)):
-                    piece = min(len(_ZEROES), size - start)
-                    part[start : start + piece] = _ZEROES[:piece]
-            done += size
+        check_range(offset, len(buf), self.size)
+        self._read(buf, offset)
+
+    def reader(self) -> Reader:
+        """Return `pread_into` for who knows that a range lies on the disk."""
+        return self._read
 
     def pwrite(self, buf: Buffer, offset: int) -> None:
         """Write `buf` at `offset`. Durable only after `flush`."""
@@ -197,11 +185,40 @@ class VhdChain:
                 self._writer.finish()
         finally:
             descriptors = self._fds[1:]
-            self._fds = [-1] * len(self._fds)
+            self._fds[:] = [-1] * len(self._fds)
             for fd in descriptors:
                 os.close(fd)
 
     # Reading
+
+    def _made_reader(self) -> Reader:
+        """A function that has at hand what a request inside one granule needs."""
+        places, fds, pieces = self._map, self._fds, self._read_pieces
+        shift, mask, granule = self._shift, self._within, self._granule
+
+        def read(buf: bytearray | memoryview, offset: int) -> None:
+            length = len(buf)
+            within = offset & mask
+            if 0 < length <= granule - within:
+                place = places[offset >> shift]
+                if place > 0 and preadv(fds[place & _LEVEL], (buf,), (place & _OFFSET) + within) == length:
+                    return
+            pieces(buf, offset)
+
+        return read
+
+    def _read_pieces(self, buf: bytearray | memoryview, offset: int) -> None:
+        view = memoryview(buf)
+        done = 0
+        for level, position, size in self._pieces(offset, len(view)):
+            part = view[done : done + size]
+            if level:
+                read_range(self._fds[level], part, position, self._paths[level])
+            else:
+                for start in range(0, size, len(_ZEROES)):
+                    piece = min(len(_ZEROES), size - start)
+                    part[start : start + piece] = _ZEROES[:piece]
+            done += size
 
     def _add_flat(self, size: int) -> None:
         self._levels.append(FlatLevel(size))

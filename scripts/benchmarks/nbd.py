@@ -1,0 +1,317 @@
+#!/usr/bin/env -S .venv/bin/python
+"""NBD exports of a running gateway beside nbdkit's file plugin (C) and qemu-nbd.
+
+    scripts/bench nbd [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
+
+Groups: read, random, write, partial, sparse, memory. The same bytes are a raw VDI, a dense chain of three
+VHDs whose blocks are spread over its levels, a raw file, and a VHD for qemu-nbd. The peer of a comparison
+with the file plugin is the better of `-t 16`, its default, and `-t 4`. Everything lies in memory (/dev/shm)
+unless `--directory` says where, so that programs are measured and not disks; a write ends with a flush. A
+markdown table goes to stdout.
+"""
+
+import sys
+from os.path import abspath, dirname
+
+sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
+
+# ruff: noqa: E402
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from gateway.access.client import open_vdi
+from scripts.benchmarks.harness.gateway import Gateway
+from scripts.benchmarks.harness.measure import GIB, MIB, Report, Rounds, interleave, log, timed
+from scripts.benchmarks.harness.nbd_servers import Server, export, file_plugin, plugin, qemu_nbd
+
+BLOCK = 2 * MIB
+RAW, CHAIN, PARTIAL = "raw VDI", "VHD chain of depth 3", "VHD chain with partial bitmaps"
+C16, C4, QEMU = "file plugin -t 16", "file plugin -t 4", "qemu-nbd -f vpc"
+RANDOM_SECONDS = 4
+
+
+class Bench:
+    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
+        self.directory = directory
+        self.gateway = gateway
+        self.size = size
+        self.rounds = rounds
+        self.report = Report()
+        self._access = gateway.state / "access.sock"
+        self._noise = os.urandom(64 * MIB)
+        self._running = ExitStack()
+        self.ours = self._serve(plugin, self._access)
+        self.file = directory / "flat.raw"
+        self._write_file(self.file)
+        self.vpc = directory / "flat.vhd"
+        self._run("qemu-img", "convert", "-O", "vpc", "-o", "force_size=on", self.file, self.vpc)
+        self.raw = gateway.create_vdi("disk", size, "raw")
+        self._fill(self.raw, 1)
+        self.chain = self._chain(partial=False)
+
+    def close(self) -> None:
+        self._running.close()
+
+    # --- what is measured -----------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        for piece in (256 << 10, MIB):
+            rounds = interleave(
+                f"read in {piece >> 10} KiB",
+                self.size,
+                {name: self._copier(uri, piece) for name, uri in self._read_exports().items()},
+                rounds=self.rounds,
+            )
+            name = f"sequential read, {piece >> 10} KiB × 4 connections"
+            self._compare(name, rounds, RAW, 1.0)
+            self._compare(name, rounds, CHAIN, 1.1)
+            wanted = 2.5 if piece == MIB else None
+            self.report.compare(f"{name}: {CHAIN}", rounds, CHAIN, QEMU, at_least=wanted)
+
+    def random(self) -> None:
+        rounds = interleave(
+            "random read",
+            100_000 * 4096,
+            {name: self._random_reader(uri) for name, uri in self._read_exports().items()},
+            rounds=self.rounds,
+        )
+        name = "random read, 4 KiB, depth 16 × 4 jobs"
+        self._compare(name, rounds, RAW, 0.95)
+        self._compare(name, rounds, CHAIN, 0.85)
+        self.report.compare(f"{name}: {CHAIN}", rounds, CHAIN, QEMU, at_least=2)
+        self.report.notes.append("random reads are shown as the time of 100,000 of them")
+
+    def write(self) -> None:
+        rounds = interleave(
+            "write",
+            self.size,
+            {
+                "thin VHD": self._write_ours,
+                C16: lambda: self._write_flat(16),
+                C4: lambda: self._write_flat(4),
+                QEMU: self._write_qemu,
+            },
+            rounds=self.rounds,
+        )
+        name = "sequential write, 1 connection"
+        self._compare(name, rounds, "thin VHD", 1.0)
+        self.report.compare(f"{name}: thin VHD", rounds, "thin VHD", QEMU, at_least=2)
+
+    def partial(self) -> None:
+        """Each block of the leaf has scattered pages."""
+        vdi = self._chain(partial=True)
+        rounds = interleave(
+            "partial bitmaps",
+            self.size,
+            {
+                CHAIN: self._copier(export(self.ours, self.chain), MIB),
+                PARTIAL: self._copier(export(self.ours, vdi), MIB),
+            },
+            rounds=self.rounds,
+        )
+        self.report.compare("sequential read: partial bitmaps", rounds, PARTIAL, CHAIN, at_least=0.8)
+
+    def sparse(self) -> None:
+        """1 TiB of which as much is allocated as the dense disks have, one block every so often."""
+        blocks = self.size // BLOCK
+        vdi = self.gateway.create_vdi("disk", 1024 * GIB)
+        self._fill(vdi, 1024 * GIB // self.size)
+        self.gateway.fork("snapshot", vdi)
+        rounds = interleave(
+            "qemu-img convert",
+            self.size,
+            {
+                "sparse 1 TiB chain": lambda: self._convert(vdi),
+                "dense chain": lambda: self._convert(self.chain),
+            },
+            rounds=self.rounds,
+        )
+        name = f"qemu-img convert of {blocks} blocks spread over 1 TiB"
+        self.report.compare(name, rounds, "sparse 1 TiB chain", "dense chain", at_least=0.5)
+
+    def memory(self) -> None:
+        self.report.figure("worker after all that", self.ours.resident() / MIB, "MiB", below=60)
+        large = self.gateway.create_vdi("disk", 2040 * GIB)
+        self._fill(large, 2040 * GIB // (64 * MIB))
+        before = self.ours.resident()
+        reader = subprocess.Popen(
+            ["qemu-io", "-f", "raw", "-r", export(self.ours, large)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert reader.stdin and reader.stdout
+        for place in range(0, 2040, 4):
+            reader.stdin.write(f"read {place}G 4k\n")
+        reader.stdin.write("map\nread 0 4k\n")
+        reader.stdin.flush()
+        while "allocated" not in reader.stdout.readline():
+            pass
+        grown = (self.ours.resident() - before) / MIB
+        reader.communicate("quit\n")
+        self.report.figure("an open disk of 2040 GiB, looked at everywhere", grown, "MiB more", below=10)
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def _compare(self, name: str, rounds: Rounds, ours: str, at_least: float) -> None:
+        better = min((C16, C4), key=lambda peer: statistics.median(rounds.seconds[peer]))
+        self.report.compare(f"{name}: {ours}", rounds, ours, better, at_least=at_least)
+
+    def _serve(self, make: Callable[..., Server], *arguments: object) -> Server:
+        socket = Path(tempfile.mktemp(prefix="nbd-", dir=self.directory))
+        return self._running.enter_context(make(socket, *arguments))
+
+    def _read_exports(self) -> dict[str, str]:
+        if not hasattr(self, "_exports"):
+            self._exports = {
+                RAW: export(self.ours, self.raw),
+                CHAIN: export(self.ours, self.chain),
+                C16: self._serve(file_plugin, self.file, 16).uri,
+                C4: self._serve(file_plugin, self.file, 4).uri,
+                QEMU: self._serve(qemu_nbd, self.vpc, "vpc").uri,
+            }
+        return self._exports
+
+    def _copier(self, uri: str, piece: int) -> Callable[[], float]:
+        command = ["nbdcopy", "--connections=4", f"--request-size={piece}", "--no-extents", uri, "null:"]
+        return lambda: timed(lambda: self._run(*command))
+
+    def _random_reader(self, uri: str) -> Callable[[], float]:
+        """Seconds for 100,000 requests, by what fio counts in a few seconds."""
+        command = ["fio", "--name=random", "--ioengine=nbd", f"--uri={uri}", "--rw=randread", "--bs=4k"]
+        command += ["--iodepth=16", "--numjobs=4", "--group_reporting", "--time_based"]
+        command += [f"--runtime={RANDOM_SECONDS}", f"--size={self.size}", "--output-format=json"]
+
+        def read() -> float:
+            output = self._run(*command)
+            document = json.loads(output[output.index("{") :])
+            return 100_000 / float(document["jobs"][0]["read"]["iops"])
+
+        return read
+
+    def _write_ours(self) -> float:
+        vdi = self.gateway.create_vdi("disk", self.size)
+        try:
+            return self._write_to(export(self.ours, vdi, write=True))
+        finally:
+            self.gateway.destroy_vdi(vdi)
+
+    def _write_flat(self, threads: int) -> float:
+        target = self.directory / "target.raw"
+        with target.open("wb") as file:
+            file.truncate(self.size)
+        try:
+            with file_plugin(self.directory / "target.sock", target, threads) as server:
+                return self._write_to(server.uri)
+        finally:
+            target.unlink()
+
+    def _write_qemu(self) -> float:
+        target = self.directory / "target.vhd"
+        self._run("qemu-img", "create", "-f", "vpc", "-o", "force_size=on", target, str(self.size))
+        try:
+            with qemu_nbd(self.directory / "target.sock", target, "vpc", write=True) as server:
+                return self._write_to(server.uri)
+        finally:
+            target.unlink()
+
+    def _write_to(self, uri: str) -> float:
+        return timed(lambda: self._run("nbdcopy", "--connections=1", "--flush", self.file, uri))
+
+    def _convert(self, vdi: str) -> float:
+        target = self.directory / "converted"
+        try:
+            return timed(
+                lambda: self._run("qemu-img", "convert", "-O", "raw", export(self.ours, vdi), target)
+            )
+        finally:
+            target.unlink()
+
+    def _chain(self, *, partial: bool) -> str:
+        """A disk over two snapshots: the root has all blocks, each child some of them, or pages of all."""
+        vdi = self.gateway.create_vdi("disk", self.size)
+        self._fill(vdi, 1)
+        for level in (2, 3):
+            self.gateway.fork("snapshot", vdi)
+            if not partial:
+                self._fill(vdi, level)
+                continue
+            with closing(open_vdi(str(self._access), vdi, write=True, purpose="bench")) as disk:
+                for block in range(0, self.size, BLOCK):
+                    for page in range(8):
+                        place = block + (level * 37 + page * 64) % 512 * 4096
+                        disk.pwrite(self._noise[:16384], min(place, block + BLOCK - 16384))
+        return vdi
+
+    def _fill(self, vdi: str, every: int) -> None:
+        """Write every so many blocks."""
+        with closing(open_vdi(str(self._access), vdi, write=True, purpose="bench")) as disk:
+            for offset in range(0, disk.size, BLOCK * every):
+                start = offset % len(self._noise)
+                disk.pwrite(self._noise[start : start + BLOCK], offset)
+            disk.flush()
+
+    def _write_file(self, path: Path) -> None:
+        with path.open("wb") as file:
+            for _ in range(0, self.size, len(self._noise)):
+                file.write(self._noise)
+
+    def _run(self, *command: str | Path) -> str:
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, check=False, cwd=self.directory
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command[0]}: {done.stderr.strip()[-500:]}")
+        return done.stdout
+
+
+GROUPS: dict[str, Callable[[Bench], None]] = {
+    "read": Bench.read,
+    "random": Bench.random,
+    "write": Bench.write,
+    "partial": Bench.partial,
+    "sparse": Bench.sparse,
+    "memory": Bench.memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench nbd", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=1024,
+        metavar="MiB",
+        help="of the disks (default %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default %(default)s)")
+    parser.add_argument(
+        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
+    )
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files lie")
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir=options.directory))
+    try:
+        for name in ("sr", "other"):
+            (directory / name).mkdir()
+        with Gateway(directory / "gateway", directory / "sr", directory / "other") as gateway:
+            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
+            with closing(bench):
+                for name in options.only or GROUPS:
+                    log(f"== {name}")
+                    GROUPS[name](bench)
+        print(bench.report.markdown())
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
