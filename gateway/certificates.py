@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from gateway.reachable import reachable_addresses
 from gateway.state import write_private_file
 
 CA_LIFETIME = datetime.timedelta(days=3650)
@@ -42,8 +43,9 @@ class ServerCertificate:
 
 def own_names(listen_hosts: Iterable[str]) -> list[str]:
     """Every name and address that a client on this machine or beside it may connect to."""
-    names = [socket.gethostname(), "localhost", "127.0.0.1", "::1", *listen_hosts]
-    return [name for name in dict.fromkeys(names) if name and name not in ("0.0.0.0", "::")]  # noqa: S104
+    reachable = [address for host in listen_hosts for address in reachable_addresses(host)]
+    names = [socket.gethostname(), "localhost", "127.0.0.1", "::1", *reachable]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def ensure_server_certificate(

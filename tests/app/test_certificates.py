@@ -16,6 +16,7 @@ from gateway.certificates import (
     ensure_server_certificate,
     own_names,
 )
+from gateway.reachable import reachable_addresses
 
 NAMES = ["localhost", "127.0.0.1", "::1"]
 
@@ -121,6 +122,11 @@ def test_a_key_of_another_certificate_is_replaced(tmp_path: Path) -> None:
     handshake(ensure_server_certificate(str(tmp_path / "a"), NAMES), "localhost")
 
 
-def test_own_names_hold_the_listen_address_once_but_no_wildcard() -> None:
-    names = own_names(["192.0.2.7", "0.0.0.0", "::", "127.0.0.1"])
-    assert names == [socket.gethostname(), "localhost", "127.0.0.1", "::1", "192.0.2.7"]
+def test_own_names_hold_the_listen_address_once_and_for_a_wildcard_the_machines_own() -> None:
+    usual = [socket.gethostname(), "localhost", "127.0.0.1", "::1"]
+    assert own_names(["192.0.2.7", "127.0.0.1", "192.0.2.7"]) == [*usual, "192.0.2.7"]
+    own = [*reachable_addresses("0.0.0.0"), *reachable_addresses("::")]
+    names = own_names(["0.0.0.0", "::"])
+    assert set(names) == {*usual, *own}
+    assert len(names) == len(set(names))
+    assert not {"0.0.0.0", "::"} & set(names)

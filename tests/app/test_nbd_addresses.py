@@ -5,7 +5,8 @@ import pytest
 from cryptography import x509
 
 from gateway.certificates import ensure_server_certificate, subject_of
-from gateway.nbd_addresses import nbd_service, reachable_addresses
+from gateway.nbd_addresses import nbd_service
+from gateway.reachable import reachable_addresses
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7", "::1", "gateway.test"])
