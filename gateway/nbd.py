@@ -66,7 +66,7 @@ class _Link:
         while not self._messages:
             try:
                 data = await self._socket.recv(_PIECE)
-            except OSError:
+            except (OSError, trio.ClosedResourceError):
                 return None
             if not data:
                 return None

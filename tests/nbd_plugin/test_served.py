@@ -1,0 +1,363 @@
+"""NBD as a user of `vdi-gateway serve` meets it: sessions, TLS, and everything killed while clients go on."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from gateway.certificates import ensure_server_certificate
+from tests.conftest import RunningGateway, clean_environment, program
+from tests.nbd_plugin.supervised import ended
+from tests.system.site import MIB, Site, Vdi, wait_until
+
+pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are made by root")
+
+
+class NbdSite(Site):
+    """A gateway that serves NBD."""
+
+    @property
+    def control(self) -> Path:
+        return self.gateway.state_dir / "nbd-control.sock"
+
+    def info(self, vdi: Vdi) -> dict[str, str]:
+        [info] = self.gateway.call("VDI.get_nbd_info", vdi.ref)
+        return dict(info)
+
+    def uri(self, vdi: Vdi, *, write: bool = False, scheme: str = "nbd", query: str = "") -> str:
+        """With a session, over the network."""
+        info = self.info(vdi)
+        name = info["exportname"].removeprefix("/") + ("&mode=rw" if write else "")
+        return f"{scheme}://{info['address']}:{info['port']}/{quote(name, safe='')}{query}"
+
+    def private_uri(self, vdi: Vdi, *, write: bool = False) -> str:
+        name = quote(vdi.uuid + ("?mode=rw" if write else ""), safe="")
+        return f"nbd+unix:///{name}?socket={self.gateway.state_dir / 'nbd.sock'}"
+
+    def supervisors(self) -> list[int]:
+        """The supervisor's process, found by its state directory."""
+        found = []
+        for each in Path("/proc").iterdir():
+            if each.name.isdigit():
+                with contextlib.suppress(OSError):
+                    command = (each / "cmdline").read_bytes().split(b"\0")
+                    if str(self.gateway.state_dir).encode() in command and any(
+                        part.endswith(b"/supervisor.py") for part in command
+                    ):
+                        found.append(int(each.name))
+        return [each for each in found if not ended(each)]
+
+    def workers(self) -> list[int]:
+        """The nbdkit processes of all its supervisors, of dead ones too."""
+        known = (self.gateway.state_dir / "nbd-workers").read_text().split()[::2]
+        return [int(each) for each in known if not ended(int(each))]
+
+    def sweep(self) -> None:
+        """Nothing survives the test."""
+        left = [*self.supervisors(), *self.workers()]
+        for each in left:
+            with contextlib.suppress(OSError):
+                os.kill(each, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *arguments: str) -> Iterator[NbdSite]:
+    gateway = RunningGateway(directory, arguments or ("--nbd", "127.0.0.1:0"))
+    gateway.start()
+    site = NbdSite(gateway, directory / "sr")
+    try:
+        yield site
+    finally:
+        try:
+            if gateway.running:
+                gateway.stop()
+        finally:
+            gateway.kill()
+            site.sweep()
+
+
+@pytest.fixture
+def nbd_site(tmp_path: Path) -> Iterator[NbdSite]:
+    with serving(tmp_path) as site:
+        yield site
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout
+
+
+def copying(source: str | Path, target: str | Path) -> "subprocess.Popen[str]":
+    """nbdcopy with four connections, slow enough to be met on its way by a small window of requests."""
+    return subprocess.Popen(
+        ["nbdcopy", "--connections=4", "--requests=1", "--request-size=65536", str(source), str(target)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def filled(site: NbdSite, tmp_path: Path, size: int) -> tuple[Vdi, Path]:
+    """A disk of random bytes, and these in a file."""
+    vdi = site.create_vdi(size)
+    content = tmp_path / "content.raw"
+    content.write_bytes(os.urandom(size))
+    run("nbdcopy", "--flush", content, site.private_uri(vdi, write=True))
+    return vdi, content
+
+
+def test_what_the_api_says_of_a_disk_is_what_clients_connect_to(nbd_site: NbdSite, tmp_path: Path) -> None:
+    vdi, content = filled(nbd_site, tmp_path, 4 * MIB)
+    assert "cert" not in nbd_site.info(vdi)
+    run("nbdcopy", nbd_site.uri(vdi), tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes() == content.read_bytes()
+    run("nbdcopy", "--flush", content, nbd_site.uri(vdi, write=True))
+    log = nbd_site.gateway.log()
+    assert nbd_site.gateway.session not in log
+    workers, supervisors = nbd_site.workers(), nbd_site.supervisors()
+    assert (len(workers), len(supervisors)) == (2, 1)
+    assert nbd_site.gateway.stop() == 0
+    assert all(ended(each) for each in workers + supervisors)
+
+
+def test_kill_9_of_the_gateway_during_a_copy_harms_nobody_and_the_next_one_knows_it_all(
+    nbd_site: NbdSite, tmp_path: Path, libnbd: Any
+) -> None:
+    vdi, content = filled(nbd_site, tmp_path, 64 * MIB)
+    workers, supervisors = nbd_site.workers(), nbd_site.supervisors()
+    copy = tmp_path / "copy.raw"
+    # A reader that has its task before the crash and is there after it.
+    reader = libnbd.NBD()
+    reader.connect_uri(nbd_site.uri(vdi))
+    assert reader.pread(MIB, 0) == content.read_bytes()[:MIB]
+    wait_until(lambda: pending(nbd_site, vdi) != [], "the task of the reader")
+    [task] = pending(nbd_site, vdi)
+    with copying(nbd_site.uri(vdi), copy) as process:
+        wait_until(lambda: copy.exists() and copy.stat().st_blocks > 0, "the copy to begin")
+        nbd_site.gateway.kill()
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (0, "")
+    assert copy.read_bytes() == content.read_bytes()
+    nbd_site.gateway.start()
+    assert nbd_site.supervisors() == supervisors
+    assert nbd_site.workers() == workers
+    wait_until(lambda: pending(nbd_site, vdi) == [task], "the task to be there again")
+    assert reader.pread(MIB, 0) == content.read_bytes()[:MIB]
+    nbd_site.gateway.call("task.cancel", task)
+    assert nbd_site.finished_task(task)["status"] == "cancelled"
+    with pytest.raises(libnbd.Error) as refused:
+        reader.pread(MIB, 0)
+    assert refused.value.errno == "ESHUTDOWN"
+    assert nbd_site.gateway.stop() == 0
+    assert all(ended(each) for each in workers + supervisors)
+
+
+def pending(site: NbdSite, vdi: Vdi) -> list[str]:
+    records: dict[str, Any] = site.gateway.call("task.get_all_records")
+    return [
+        ref
+        for ref, record in records.items()
+        if record["status"] == "pending" and vdi.uuid in record["name_description"] + record["name_label"]
+    ]
+
+
+def test_kill_9_of_the_supervisor_leaves_clients_and_brings_another_one(
+    nbd_site: NbdSite, tmp_path: Path, libnbd: Any
+) -> None:
+    vdi, content = filled(nbd_site, tmp_path, 4 * MIB)
+    client = libnbd.NBD()
+    client.connect_uri(nbd_site.private_uri(vdi))
+    workers = nbd_site.workers()
+    for _ in range(2):
+        [supervisor] = nbd_site.supervisors()
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(
+            partial(is_replaced, nbd_site, supervisor, vdi),
+            "another supervisor",
+        )
+        assert client.pread(MIB, 0) == content.read_bytes()[:MIB]
+    assert not all(ended(each) for each in workers)
+    assert nbd_site.gateway.stop() == 0
+    wait_until(lambda: all(ended(each) for each in workers), "all workers to end")
+
+
+def is_replaced(site: NbdSite, gone: int, vdi: Vdi) -> bool:
+    return site.supervisors() not in ([], [gone]) and answers(site, vdi)
+
+
+def answers(site: NbdSite, vdi: Vdi) -> bool:
+    done = subprocess.run(["nbdinfo", "--size", site.private_uri(vdi)], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def test_kill_9_of_a_worker_frees_its_leases_and_the_address_answers_again(
+    nbd_site: NbdSite, tmp_path: Path, libnbd: Any
+) -> None:
+    vdi, content = filled(nbd_site, tmp_path, 4 * MIB)
+    writer = libnbd.NBD()
+    writer.connect_uri(nbd_site.private_uri(vdi, write=True))
+    writer.pwrite(content.read_bytes()[:MIB], 0)
+    writer.flush()
+    for worker in nbd_site.workers():
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(libnbd.Error):
+        writer.pread(512, 0)
+    assert answers(nbd_site, vdi)
+    run("nbdcopy", "--flush", content, nbd_site.uri(vdi, write=True))
+    run("nbdcopy", nbd_site.private_uri(vdi), tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes() == content.read_bytes()
+
+
+def test_off_the_loopback_there_is_tls_and_a_new_certificate_disturbs_nobody(
+    tmp_path: Path, libnbd: Any
+) -> None:
+    with serving(tmp_path, "--nbd", "0.0.0.0:0") as site:
+        vdi, content = filled(site, tmp_path, MIB)
+        info = site.info(vdi)
+        assert info["cert"].startswith("-----BEGIN CERTIFICATE-----")
+        plain = subprocess.run(["nbdinfo", site.uri(vdi)], capture_output=True, text=True, check=False)
+        assert plain.returncode != 0
+        client = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+        assert client.pread(MIB, 0) == content.read_bytes()
+        [old] = public_workers(site)
+        # The certificate is made anew when it is gone.
+        for name in ("server.pem", "server-key.pem"):
+            (site.gateway.state_dir / "tls" / name).unlink()
+        site.gateway.signal(signal.SIGHUP)
+        wait_until(lambda: "new workers have taken over" in site.gateway.log(), "a new generation")
+        assert site.info(vdi)["cert"] != info["cert"]
+        assert client.pread(MIB, 0) == content.read_bytes()
+        [new] = set(public_workers(site)) - {old}
+        again = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+        assert again.pread(512, 0) == content.read_bytes()[:512]
+        client.shutdown()
+        wait_until(lambda: ended(old), "the old worker to end after its client")
+        assert not ended(new)
+
+
+def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
+    """Connected to the loopback, which the server's certificate names, with the gateway's authority."""
+    certificates = site.gateway.state_dir.parent / "client-tls"
+    certificates.mkdir(exist_ok=True)
+    shutil.copy(authority, certificates / "ca-cert.pem")
+    info = site.info(vdi)
+    client = libnbd.NBD()
+    client.set_tls(libnbd.TLS_REQUIRE)
+    client.set_tls_certificates(str(certificates))
+    client.set_export_name(info["exportname"])
+    client.connect_tcp("127.0.0.1", info["port"])
+    return client
+
+
+def public_workers(site: NbdSite) -> list[int]:
+    return [
+        each
+        for each in site.workers()
+        if b"private=false" in Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
+    ]
+
+
+def test_the_operators_certificate_is_served_too(tmp_path: Path, libnbd: Any) -> None:
+    made = ensure_server_certificate(str(tmp_path / "site"), ["127.0.0.1"])
+    given = ("--tls-cert", made.chain, "--tls-key", made.key)
+    with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
+        vdi = site.create_vdi(MIB)
+        assert site.info(vdi)["cert"] == Path(made.chain).read_text()
+        assert made.authority is not None
+        client = tls_client(libnbd, site, vdi, Path(made.authority))
+        assert client.get_size() == vdi.size
+        client.shutdown()
+
+
+def test_a_taken_port_keeps_serve_from_starting_and_is_named(nbd_site: NbdSite, tmp_path: Path) -> None:
+    port = nbd_site.info(nbd_site.create_vdi(MIB))["port"]
+    command = [program(), "serve", "--state-dir", str(tmp_path / "other"), "--http", "127.0.0.1:0"]
+    done = subprocess.run(
+        [*command, "--nbd", f"127.0.0.1:{port}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean_environment(),
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"vdi-gateway serve: --nbd: can't listen on 127.0.0.1:{port}: Address already in use; give a free"
+        " port and an address of this machine with --nbd, or --nbd off"
+    )
+
+
+@root_only
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_without_nbdkit_serve_starts_unless_nbd_was_asked_for(tmp_path: Path, asked_for: bool) -> None:
+    hidden = f'mount --bind /dev/null {shutil.which("nbdkit")} && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", hidden, "sh", program(), "serve", "--http", "127.0.0.1:0"]
+    command += ["--state-dir", str(tmp_path / "state"), *(["--nbd", "127.0.0.1:0"] if asked_for else [])]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        ready = process.stdout.readline()
+        process.terminate()
+        log = process.stderr.read()
+        assert process.wait(30) == (1 if asked_for else 0)
+    assert ("ready: http://" in ready) is not asked_for
+    assert "nbd://" not in ready
+    advice = (
+        "nbdkit is not installed; scripts/setup installs the Debian packages nbdkit and nbdkit-plugin-python"
+    )
+    assert (f"vdi-gateway serve: --nbd: {advice}" if asked_for else advice) in log
+
+
+def test_vdi_gateway_nbd_alone_is_used_by_serve_and_may_stay(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    with subprocess.Popen(
+        [program(), "nbd", "--state-dir", str(state), "--nbd", "127.0.0.1:0", "--stay"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=clean_environment(),
+    ) as alone:
+        try:
+            assert alone.stdout is not None
+            found = re.match(r"NBD ready: nbd://127\.0\.0\.1:(\d+) nbd\+unix:", alone.stdout.readline())
+            assert found is not None
+            with serving(tmp_path) as site:
+                vdi, _ = filled(site, tmp_path, MIB)
+                assert site.info(vdi)["port"] == found[1]
+                assert site.supervisors() == [alone.pid]
+                assert site.gateway.stop() == 0
+                assert alone.poll() is None
+                alone.terminate()
+                assert alone.wait(30) == 0
+        finally:
+            alone.kill()
+
+
+def test_serve_with_other_options_replaces_the_supervisor_and_clients_stay(
+    nbd_site: NbdSite, tmp_path: Path, libnbd: Any
+) -> None:
+    vdi, content = filled(nbd_site, tmp_path, MIB)
+    client = libnbd.NBD()
+    client.connect_uri(nbd_site.private_uri(vdi))
+    [before] = nbd_site.supervisors()
+    nbd_site.gateway.kill()
+    (nbd_site.gateway.state_dir / "config.toml").write_text("[limits]\nnbd_workers = 2\n")
+    nbd_site.gateway.start()
+    assert client.pread(MIB, 0) == content.read_bytes()
+    assert answers(nbd_site, vdi)
+    wait_until(lambda: len(public_workers(nbd_site)) == 2, "two workers")
+    assert before in nbd_site.supervisors()
+    client.shutdown()
+    wait_until(lambda: before not in nbd_site.supervisors(), "the old one ends after its client")
