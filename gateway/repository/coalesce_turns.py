@@ -258,7 +258,9 @@ class Turns:
             if self._current is not None and self._current[0] == key:
                 self.interrupt()
 
-        work = self._works[key] = await Work.begin(self._tasks, run, self._sr_uuid, nursery, cancelled)
+        # Whoever interrupts this now must not leave a task behind that nobody ends.
+        with trio.CancelScope(shield=True):
+            work = self._works[key] = await Work.begin(self._tasks, run, self._sr_uuid, nursery, cancelled)
         log.info("coalescing", **self._about(key), task=work.task)
         return work
 

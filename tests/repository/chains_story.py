@@ -27,7 +27,7 @@ from gateway.transfers.copy_disk import copy_disk
 from gateway.transfers.export_raw import RawExport
 from gateway.transfers.publications import Publications
 from tests.images.disks import inspect
-from tests.repository.coalesce_house import House, open_house_in
+from tests.repository.coalesce_house import House, open_house_in, until
 from tests.repository.test_repository import read
 from tests.transfers.test_export_raw import Collected
 
@@ -345,7 +345,10 @@ class Story:
 
     async def assert_all_merged(self) -> None:
         """Once the coalescer has been let do all it can, no more is hidden than is shared."""
-        await self._coalesce("", Step("coalesce", 0, 0, 0))
+        await self._set_paused(False)
+        await self.house.settled(self.sr)
+        # What was written to while it was being merged rests for some seconds.
+        await until(lambda: not self.inventory.sr_coalesce_state(self.sr))
         images = (await self.inventory.repository(self.sr).scan()).images
         for image in images.values():
             children = [child for child in images.values() if child.parent == image.uuid]

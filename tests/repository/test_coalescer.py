@@ -1,6 +1,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -8,7 +9,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.records import VDI
-from gateway.core.task import TaskStatus
+from gateway.core.task import Task, TaskStatus
 from gateway.images.files import FileCalls
 from gateway.images.vhd.create import create_dynamic, set_hidden
 from gateway.images.vhd.image import open_vhd
@@ -208,6 +209,27 @@ async def test_a_pause_that_comes_while_it_looks_for_work_counts(
         await house.settled(sr)
     assert house.coalesced() == []
     assert sorted(os.listdir(root_of(inventory, sr))) == files
+
+
+async def test_a_pause_that_comes_while_a_task_is_made_ends_it(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, create = house.inventory, house.tasks.create
+    sr, ref = await make(inventory, tmp_path)
+
+    async def create_and_pause(*arguments: Any, **named: Any) -> Task:
+        task = await create(*arguments, **named)
+        await inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+        house.coalescer(sr).switches_may_have_changed()
+        await trio.lowlevel.checkpoint()
+        return task
+
+    monkeypatch.setattr(house.tasks, "create", create_and_pause)
+    await inventory.vdi_destroy(await inventory.vdi_snapshot(ref))
+    await told(house, lambda: bool(house.coalesced()) and house.coalesced()[0].status.is_final)
+    (task,) = house.coalesced()
+    assert (task.status, task.other_config["reason"]) == (TaskStatus.CANCELLED, "coalescing was paused")
+    assert len(house.chain(ref)) == 2
 
 
 async def test_a_copy_that_fails_is_told_and_left_alone_until_somebody_asks(
