@@ -256,7 +256,11 @@ class Supervisor:
     def _read_log(self, worker: Worker) -> None:
         lines = worker.lines()
         for line in lines or ():
-            self._log.info("nbdkit says", process=worker.pid, line=line)
+            match worker.tracebacks.feed(line):
+                case (told, None):
+                    self._log.info("nbdkit says", process=worker.pid, line=told)
+                case (told, str() as traceback):
+                    self._log.error("nbdkit says", process=worker.pid, line=told, traceback=traceback)
         if lines is None:
             assert worker.log is not None
             self._forget(worker.log)

@@ -16,9 +16,37 @@ if TYPE_CHECKING:
 _SECRET: Final = re.compile(r"(session_id(?:=|%3[dD]))[^\s&;,\"'<>]+", re.IGNORECASE)
 
 
+_TRACEBACK: Final = "Traceback (most recent call last):"
+_LONGEST_TRACEBACK: Final = 200
+_REFUSALS: Final = ("ExportNameError", "AccessRefused", "ConnectionRefusedError")
+
+
 def masked(text: str) -> str:
     """`text` without references of sessions."""
     return _SECRET.sub(r"\1***", text)
+
+
+class Tracebacks:
+    """Finds Python's tracebacks among the lines of a worker, and makes one line of each.
+
+    Whom nbdkit's plugin refuses gets a traceback, too, in nbdkit's log; of those the reason is enough.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def feed(self, line: str) -> tuple[str, str | None] | None:
+        """The next line: what to tell in one line, and the traceback if it is that of a fault."""
+        if not self._lines and not line.endswith(_TRACEBACK):
+            return line, None
+        self._lines.append(line)
+        inside = len(self._lines) == 1 or line.startswith("  ")
+        if inside and len(self._lines) < _LONGEST_TRACEBACK:
+            return None
+        lines, self._lines = self._lines, []
+        told = lines[0].removesuffix(_TRACEBACK) + lines[-1].strip()
+        expected = any(f"{name}:" in lines[-1] for name in _REFUSALS)
+        return told, None if expected else "\n".join(lines)
 
 
 class Log:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from nbd_plugin.supervisor_log import Tracebacks
+
 THREADS: Final = 4  # for each connection: more only get in each other's way
 SEARCH_PATH: Final = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sbin"
 
@@ -58,6 +60,7 @@ class Worker:
     draining: bool = False
     clients: int = 0
     said: list[str] = field(default_factory=list)
+    tracebacks: Tracebacks = field(default_factory=Tracebacks)
     unfinished: bytes = b""
     started: float = field(default_factory=time.monotonic)
 

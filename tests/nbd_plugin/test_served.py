@@ -361,3 +361,61 @@ def test_serve_with_other_options_replaces_the_supervisor_and_clients_stay(
     assert before in nbd_site.supervisors()
     client.shutdown()
     wait_until(lambda: before not in nbd_site.supervisors(), "the old one ends after its client")
+
+
+HOLD = """
+import sys, nbd
+client = nbd.NBD()
+client.set_export_name(sys.argv[3])
+client.connect_tcp(sys.argv[1], sys.argv[2])
+client.pwrite(bytes(512), 0)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@root_only
+def test_a_client_whose_host_dies_loses_its_lease_within_a_minute(tmp_path: Path) -> None:
+    """A network namespace is the host; its link is cut, so that nothing says that the client has gone."""
+    if shutil.which("ip") is None:
+        pytest.skip("iproute2 is not installed")
+    name = f"vdi{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
+    try:
+        # Of the addresses for tests between networks (RFC 2544): nobody else has them here.
+        block = os.getpid() % 250
+        ours, theirs = f"198.18.{block}.1", f"198.18.{block}.2"
+        run("ip", "link", "add", f"{name}h", "type", "veth", "peer", "name", f"{name}c", "netns", name)
+        run("ip", "addr", "add", f"{ours}/30", "dev", f"{name}h")
+        run("ip", "link", "set", f"{name}h", "up")
+        run("ip", "-n", name, "addr", "add", f"{theirs}/30", "dev", f"{name}c")
+        run("ip", "-n", name, "link", "set", f"{name}c", "up")
+        with serving(tmp_path, "--nbd", f"{ours}:0", "--insecure-nbd") as site:
+            vdi = site.create_vdi(MIB)
+            info = site.info(vdi)
+            assert info["address"] == ours
+            command = ["ip", "netns", "exec", name, "/usr/bin/python3", "-c", HOLD, ours, info["port"]]
+            with subprocess.Popen(
+                [*command, info["exportname"] + "&mode=rw"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as client:
+                try:
+                    assert client.stdout is not None
+                    assert client.stdout.readline() == "held\n"
+                    assert not answers(site, vdi)
+                    run("ip", "-n", name, "link", "set", f"{name}c", "down")
+                    wait_until(lambda: not held(site, vdi), "the lease to be free", 60)
+                    assert client.poll() is None
+                    assert answers(site, vdi)
+                finally:
+                    client.kill()
+    finally:
+        run("ip", "netns", "del", name)
+
+
+def held(site: NbdSite, vdi: Vdi) -> bool:
+    return bool(pending(site, vdi))

@@ -1,0 +1,57 @@
+import json
+from typing import Any
+
+import pytest
+
+from nbd_plugin.supervisor_log import Log, Tracebacks, masked
+
+REFUSED = """nbdkit: python[1]: error: plugin.py: open: error: Traceback (most recent call last):
+   File "plugin.py", line 105, in open
+    export = Export(nbdkit.export_name(), parameters)
+             ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+ nbd_plugin.export_name.ExportNameError: the export name is too long
+nbdkit: something else"""
+
+
+def told(text: str) -> list[tuple[str, str | None]]:
+    tracebacks = Tracebacks()
+    return [found for line in text.splitlines() if (found := tracebacks.feed(line)) is not None]
+
+
+def test_of_a_refusal_its_reason_is_told_in_one_line() -> None:
+    reason = "nbd_plugin.export_name.ExportNameError: the export name is too long"
+    assert told(REFUSED) == [
+        (f"nbdkit: python[1]: error: plugin.py: open: error: {reason}", None),
+        ("nbdkit: something else", None),
+    ]
+
+
+def test_of_a_fault_the_whole_traceback_is_told() -> None:
+    fault = REFUSED.replace("ExportNameError", "KeyError")
+    ((line, traceback), (_, nothing)) = told(fault)
+    assert line.endswith("KeyError: the export name is too long")
+    assert traceback == fault.rpartition("\n")[0]
+    assert nothing is None
+
+
+@pytest.mark.parametrize("sign", ["=", "%3D", "%3d"])
+def test_the_reference_of_a_session_is_masked(sign: str) -> None:
+    text = f"no export '/1234?session_id{sign}OpaqueRef:secret&mode=rw'"
+    assert masked(text) == f"no export '/1234?session_id{sign}***&mode=rw'"
+
+
+def test_lines_go_to_the_gateway_and_without_one_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log()
+    sent: list[dict[str, Any]] = []
+
+    def send(message: dict[str, Any]) -> bool:
+        sent.append(message)
+        return len(sent) == 1
+
+    log.link = send
+    log.info("one", line="session_id=secret")
+    assert capsys.readouterr().err == ""
+    log.error("two", process=7)
+    assert sent[0] == {"log": {"level": "info", "event": "one", "about": {"line": "session_id=***"}}}
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"], line["process"]) == ("two", "error", 7)
