@@ -22,6 +22,7 @@ from gateway.images.errors import CorruptImage
 from gateway.images.files import FILES, Buffer, FileCalls, next_data, next_hole
 
 _ZEROES = bytes(1 << 20)
+_FAR = 1 << 62  # beyond any file
 
 
 class RawDisk:
@@ -35,6 +36,7 @@ class RawDisk:
         self._files = files
         self._dirty = False
         self._failed: OSError | None = None
+        self._run = DataRun()
         self._closed = False
 
     def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
@@ -93,7 +95,8 @@ class RawDisk:
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the data and the holes of the range."""
         check_range(offset, length, self.size)
-        return merge_extents(file_extents(self._fd, offset, length, offset, ExtentKind.HOLE))
+        run = self._run if self.read_only else DataRun()
+        return merge_extents(file_extents(self._fd, offset, length, offset, ExtentKind.HOLE, run=run))
 
     def segments(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
         """Yield where the bytes of the range lie."""
@@ -124,18 +127,44 @@ def read_range(fd: int, view: memoryview, offset: int, path: str) -> None:
         done += count
 
 
+class DataRun:
+    """The stretch of data that was last found in a file, so that its end is looked for once.
+
+    A kernel looks for the next hole page by page or extent by extent, however far it is. To be kept only as
+    long as nobody makes holes.
+    """
+
+    __slots__ = ("_run",)
+
+    def __init__(self) -> None:
+        self._run = (0, 0)
+
+    def next_data(self, fd: int, offset: int, stop: int) -> int:
+        """Return the first offset in [offset, stop) that is no hole, or `stop`."""
+        first, last = self._run
+        return offset if first <= offset < last else next_data(fd, offset, stop)
+
+    def next_hole(self, fd: int, offset: int, stop: int) -> int:
+        """Return the first offset in [offset, stop) that is a hole, or `stop`."""
+        first, last = self._run
+        if not first <= offset < last:
+            last = next_hole(fd, offset, _FAR)
+            self._run = (offset, last)
+        return min(last, stop)
+
+
 def file_extents(
-    fd: int, position: int, length: int, offset: int, hole: ExtentKind
+    fd: int, position: int, length: int, offset: int, hole: ExtentKind, *, run: DataRun
 ) -> Iterator[tuple[int, int, ExtentKind]]:
     """Yield (disk offset, length, kind) for a range of a file that backs the disk from `offset` on."""
     stop = position + length
     shift = offset - position
     while position < stop:
-        data = next_data(fd, position, stop)
+        data = run.next_data(fd, position, stop)
         if data > position:
             yield position + shift, data - position, hole
         if data < stop:
-            position = next_hole(fd, data, stop)
+            position = run.next_hole(fd, data, stop)
             if position <= data:  # a file that changes meanwhile; what is left counts as data
                 position = stop
             yield data + shift, position - data, ExtentKind.DATA

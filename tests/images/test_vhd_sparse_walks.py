@@ -192,3 +192,46 @@ def test_the_whole_table_and_its_pieces_say_the_same(tmp_path: Path) -> None:
             expected = min((number for number in used if number >= block), default=image.blocks)
             assert image.table.next_used(block) == expected
             assert table_module.next_used(image.bat, block) == expected
+
+
+@pytest.mark.parametrize("kind", ["vhd", "raw"])
+def test_where_the_data_of_a_file_ends_is_looked_for_once(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"disk.{kind}"
+    blocks = 16
+    if kind == "vhd":
+        create_dynamic(str(path), blocks << 15, block_size=1 << 15)
+        disk = open_leaf(path, writable=True)
+        disk.pwrite(NOISE * blocks, 0)
+        disk.close()
+    else:
+        path.write_bytes(NOISE * blocks)
+    asked = []
+    seek = os.lseek
+
+    def counting(fd: int, offset: int, whence: int) -> int:
+        asked.append(whence)
+        return seek(fd, offset, whence)
+
+    disk = open_leaf(path)
+    try:
+        monkeypatch.setattr(os, "lseek", counting)
+        for offset in range(0, blocks << 15, 1 << 15):
+            assert list(disk.extents(offset, 1 << 15)) == [Extent(offset, 1 << 15, ExtentKind.DATA)]
+        assert asked.count(os.SEEK_HOLE) == 1
+    finally:
+        disk.close()
+
+
+def test_a_hole_that_a_writer_makes_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(NOISE * 16)
+    disk = open_leaf(path, writable=True)
+    try:
+        whole = [Extent(0, 1 << 19, ExtentKind.DATA)]
+        assert list(disk.extents(0, 1 << 19)) == whole
+        disk.zero(1 << 16, 1 << 16, trim=True)
+        assert list(disk.extents(1 << 16, 1 << 16)) == [Extent(1 << 16, 1 << 16, ExtentKind.HOLE)]
+    finally:
+        disk.close()

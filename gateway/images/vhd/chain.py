@@ -30,7 +30,7 @@ from gateway.images.disk import (
     merge_extents,
 )
 from gateway.images.files import FILES, Buffer, FileCalls, next_data
-from gateway.images.raw import file_extents, read_range
+from gateway.images.raw import DataRun, file_extents, read_range
 from gateway.images.vhd.format import BLOCK_SIZE, SECTOR, DiskType
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.levels import FlatLevel, Level, SparseLevel, WrittenLeaf, bit_runs
@@ -94,6 +94,7 @@ class VhdChain:
             self._fds.append(raw_root[0])
             self._paths.append(raw_root[1])
             self._add_flat(min(visible, os.fstat(raw_root[0]).st_size))
+        self._runs_of_data = [DataRun() for _ in self._fds]
         self._granule = min(sizes, default=BLOCK_SIZE)
         self._sectors = self._granule // SECTOR
         self._shift = self._granule.bit_length() - 1
@@ -366,10 +367,13 @@ class VhdChain:
             yield FileRange(self._fds[current], begin, size) if current else Hole(size)
 
     def _kinds(self, offset: int, length: int) -> Iterator[tuple[int, int, ExtentKind]]:
+        runs = self._runs_of_data
+        if not self.read_only:
+            runs = [*runs[:1], DataRun(), *runs[2:]]  # in the leaf there are new holes now and then
         for level, position, size in self._pieces(offset, length):
             if level:
                 hole = ExtentKind.HOLE if level == self._flat_level else ExtentKind.ZERO
-                yield from file_extents(self._fds[level], position, size, offset, hole)
+                yield from file_extents(self._fds[level], position, size, offset, hole, run=runs[level])
             else:
                 yield offset, size, ExtentKind.HOLE
             offset += size
