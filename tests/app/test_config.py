@@ -99,6 +99,10 @@ def test_an_argument_comes_before_the_file_and_the_file_before_the_default(tmp_p
         ("[listen]\nhttp = [8080]", ["listen.http: an array is no list of texts"]),
         ("[listen]\nhttp = ['0.0.0.0:1']", ["listen.http: 0.0.0.0 is reached by other machines"]),
         ("[listen]\nhttp = []", ["listen.http and listen.https are both empty"]),
+        ("[listen]\nnbd = '10809'", ["listen.nbd: '10809' is no HOST:PORT", '"off"']),
+        ("[listen]\nnbd = ['127.0.0.1:10809']", ["listen.nbd: an array is no text"]),
+        ("[nbd]\nuser = ''", ["nbd.user: '' is no name"]),
+        ("[limits]\nnbd_workers = 0", ["limits.nbd_workers: 0 is out of range"]),
         ("[listen]\ninsecure = 'yes'", ["listen.insecure: 'yes' is neither true nor false"]),
         ("[tls]\ncertificate = 'x.pem'", ["tls.key is missing"]),
         ("[tls]\nkey = 3", ["tls.key: 3 is no path"]),
@@ -198,3 +202,21 @@ def test_keys_are_unique() -> None:
 )
 def test_quantities_are_shown_in_the_largest_whole_unit(unit: Unit, value: float, text: str | int) -> None:
     assert quantity_text(unit, value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "asked_for"),
+    [
+        ("", ("127.0.0.1", 10809), False),
+        ('[listen]\nnbd = "off"', None, True),
+        ('[listen]\nnbd = "[::1]:10809"', ("::1", 10809), True),
+        ('[listen]\nnbd = "127.0.0.1:10809"', ("127.0.0.1", 10809), True),
+    ],
+)
+def test_nbd_is_served_on_its_usual_port_unless_told_otherwise(
+    tmp_path: Path, text: str, where: tuple[str, int] | None, asked_for: bool
+) -> None:
+    config = origins(tmp_path, text).read()
+    assert (config.nbd, config.nbd_asked_for) == (where, asked_for)
+    shown = "\n".join(lines_of(config))
+    assert origins(tmp_path, shown).read().nbd == where
