@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 
 from gateway.certificates import ensure_server_certificate
+from gateway.reachable import reachable_addresses
 from tests.conftest import RunningGateway, clean_environment, program
 from tests.nbd_plugin.supervised import ended
 from tests.system.site import MIB, Site, Vdi, wait_until
@@ -246,7 +247,7 @@ def test_off_the_loopback_there_is_tls_and_a_new_certificate_disturbs_nobody(
 
 
 def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
-    """Connected to the loopback, which the server's certificate names, with the gateway's authority."""
+    """Connected to where the gateway says, which the certificate has to name, with this authority."""
     certificates = site.gateway.state_dir.parent / "client-tls"
     certificates.mkdir(exist_ok=True)
     shutil.copy(authority, certificates / "ca-cert.pem")
@@ -255,7 +256,7 @@ def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
     client.set_tls(libnbd.TLS_REQUIRE)
     client.set_tls_certificates(str(certificates))
     client.set_export_name(info["exportname"])
-    client.connect_tcp("127.0.0.1", info["port"])
+    client.connect_tcp(info["address"], info["port"])
     return client
 
 
@@ -268,7 +269,7 @@ def public_workers(site: NbdSite) -> list[int]:
 
 
 def test_the_operators_certificate_is_served_too(tmp_path: Path, libnbd: Any) -> None:
-    made = ensure_server_certificate(str(tmp_path / "site"), ["127.0.0.1"])
+    made = ensure_server_certificate(str(tmp_path / "site"), list(reachable_addresses("0.0.0.0")))
     given = ("--tls-cert", made.chain, "--tls-key", made.key)
     with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
         vdi = site.create_vdi(MIB)
