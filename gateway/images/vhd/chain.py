@@ -105,16 +105,31 @@ class VhdChain:
         self._mixed: dict[int, tuple[array[int], array[int]]] = {}
         self._cached_runs = 0
         self._closed = False
-        self._read = self._made_reader()
 
     def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
         """Fill `buf` with the bytes at `offset`."""
         check_range(offset, len(buf), self.size)
-        self._read(buf, offset)
+        self._read_pieces(buf, offset)
 
     def reader(self) -> Reader:
-        """Return `pread_into` for who knows that a range lies on the disk."""
-        return self._read
+        """Return `pread_into` for who knows that a range lies on the disk.
+
+        It has at hand what a request inside one granule needs. The disk doesn't keep it: a circle of
+        references would keep closed disks in memory.
+        """
+        places, fds, pieces = self._map, self._fds, self._read_pieces
+        shift, mask, granule = self._shift, self._within, self._granule
+
+        def read(buf: bytearray | memoryview, offset: int) -> None:
+            length = len(buf)
+            within = offset & mask
+            if 0 < length <= granule - within:
+                place = places[offset >> shift]
+                if place > 0 and preadv(fds[place & _LEVEL], (buf,), (place & _OFFSET) + within) == length:
+                    return
+            pieces(buf, offset)
+
+        return read
 
     def pwrite(self, buf: Buffer, offset: int) -> None:
         """Write `buf` at `offset`. Durable only after `flush`."""
@@ -191,22 +206,6 @@ class VhdChain:
                 os.close(fd)
 
     # Reading
-
-    def _made_reader(self) -> Reader:
-        """A function that has at hand what a request inside one granule needs."""
-        places, fds, pieces = self._map, self._fds, self._read_pieces
-        shift, mask, granule = self._shift, self._within, self._granule
-
-        def read(buf: bytearray | memoryview, offset: int) -> None:
-            length = len(buf)
-            within = offset & mask
-            if 0 < length <= granule - within:
-                place = places[offset >> shift]
-                if place > 0 and preadv(fds[place & _LEVEL], (buf,), (place & _OFFSET) + within) == length:
-                    return
-            pieces(buf, offset)
-
-        return read
 
     def _read_pieces(self, buf: bytearray | memoryview, offset: int) -> None:
         view = memoryview(buf)
