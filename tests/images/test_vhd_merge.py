@@ -93,6 +93,8 @@ class TestAgainstPlainBytes:
         kind = data.draw(st.sampled_from(["dynamic", "dynamic", "fixed", "raw"]))
         grain = data.draw(st.sampled_from([512, 4096]))
         sizes = sorted(data.draw(st.lists(st.integers(1, 200), min_size=depth, max_size=depth)), reverse=True)
+        # A disk that ends within a grain leaves bits that libvhdi misreads once they are in a larger one.
+        sizes = [-(-sectors * SECTOR // grain) * grain // SECTOR for sectors in sizes]
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
             paths: list[Path] = []
             model = bytearray()
