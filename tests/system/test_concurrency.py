@@ -107,11 +107,14 @@ def test_disk_that_qemu_writes_to_is_in_use(site: Site, random_file: Maker) -> N
     writer = subprocess.Popen(
         ["qemu-io", "-f", "vpc", str(vdi.file)],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: "lock" in qemu_io(vdi, "-c", "write 0 512").stderr, "qemu-io to open the disk")
+        # Its prompt comes when the disk is open. Trying to open it too could keep it from that.
+        assert writer.stdout is not None
+        assert writer.stdout.read(8) == b"qemu-io>"
+        assert "lock" in qemu_io(vdi, "-c", "write 0 512").stderr
         status, text = curl_upload(source, site.import_url(vdi, task_id=task))
         assert status == 409
         assert "in use" in text
