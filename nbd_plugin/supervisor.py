@@ -314,6 +314,8 @@ class Supervisor:
         self._remember_workers()
 
     def _remember_workers(self) -> None:
+        if self._lock < 0:
+            return  # the list is that of the supervisor that has taken over
         lines = []
         for worker in self._everybody():
             with contextlib.suppress(OSError):
@@ -355,6 +357,7 @@ class Supervisor:
                 # Who comes next is to know of those that stay.
                 self._remember_workers()
                 os.close(self._lock)
+                self._lock = -1
 
     def _take_lock(self) -> int:
         fd = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
