@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+from contextlib import suppress
 from typing import Final, NamedTuple, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -152,6 +153,14 @@ class FileCalls:
         Errors are ignored on purpose: whatever is wrong with the file, the sync that follows reports it.
         """
         _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    def forget(self, fd: int, offset: int, length: int) -> None:
+        """Let the page cache go of what it holds of the range, unless it has still to be written.
+
+        A hint; errors are ignored, for nothing depends on it.
+        """
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def datasync(self, fd: int) -> None:
         """Make the file's bytes and length durable."""

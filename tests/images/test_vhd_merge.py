@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,12 @@ def never() -> bool:
 def stop_after(blocks: int) -> Callable[[], bool]:
     calls = iter([False] * blocks)
     return lambda: next(calls, True)
+
+
+def cached(path: Path) -> int:
+    """How many bytes of a file are in the page cache."""
+    fincore = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(fincore, check=True, capture_output=True, text=True).stdout)
 
 
 @contextmanager
@@ -300,6 +307,21 @@ class TestWhatIsCopied:
         put(child, (0, noise(10 * MIB)))
         merge(child, parent, Watched())
         assert len(started) == 2
+
+    def test_the_page_cache_forgets_the_child_on_the_way(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(merge_module, "_WRITE_BACK", 4 * MIB)
+        parent, child = tmp_path / "p.vhd", tmp_path / "c.vhd"
+        create_dynamic(str(parent), 16 * MIB)
+        make_child(child, parent)
+        put(child, (0, noise(10 * MIB)))
+        with child.open("rb") as file:
+            os.fsync(file.fileno())  # what is still to be written stays
+        assert cached(child) >= 10 * MIB
+        merge(child, parent)
+        assert cached(child) <= 3 * MIB  # the last 2 MiB, and what lies around them
+        assert cached(parent) >= 10 * MIB
 
 
 class TestStopping:

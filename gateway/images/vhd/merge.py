@@ -8,6 +8,9 @@ no other child.
 
 Runs of sectors go from file to file (`copy_range`), so that whole blocks share their space where the file
 system can, and holes stay holes but hide what the parent had. Short ones are read together.
+
+The child goes away in the end, so the page cache forgets it on the way: a merge of terabytes must not drive
+out what the machine's users need, and pages just freed are the quickest to get for the parent.
 """
 
 import os
@@ -79,6 +82,7 @@ class Merge:
         self._prepared = False
         self._whole_bitmap = b"\xff" * child.bitmap_bytes
         self._not_written_back = 0
+        self._read: list[tuple[int, int]] = []  # ranges (start, stop) of the child's file since then
 
     @property
     def total(self) -> int:
@@ -107,6 +111,8 @@ class Merge:
             self._copy_block(self._blocks[self._next])
             self._target.relieve()
             self._next += 1
+            if self._not_written_back >= _WRITE_BACK:
+                self._write_back()
         return True
 
     def flush(self) -> None:
@@ -133,15 +139,16 @@ class Merge:
         data = place + child.bitmap_size
         start = block * child.block_size
         bitmap = child.read_bitmap(place)
+        self._note_read(place, data + child.block_size)
         if bitmap == self._whole_bitmap and start + child.block_size <= child.size:
             self._target.copy(start, child.fd, data, child.block_size)
-            self._wrote(child.block_size)
+            self._not_written_back += child.block_size
             return
         sectors = child.sectors_per_block
         mask = clip(int.from_bytes(bitmap, "big"), start, sectors, child.size)
         short: list[tuple[int, int]] = []
         for first, last in ((a * SECTOR, b * SECTOR) for a, b in bit_runs(mask, sectors)):
-            self._wrote(last - first)
+            self._not_written_back += last - first
             if last - first >= _LONG_RUN:
                 self._target.copy(start + first, child.fd, data + first, last - first)
             else:
@@ -163,11 +170,18 @@ class Merge:
         for first, last in runs:
             self._target.write(start + first, content[first - base : last - base])
 
-    def _wrote(self, length: int) -> None:
-        self._not_written_back += length
-        if self._not_written_back >= _WRITE_BACK:
-            self._not_written_back = 0
-            self._files.start_writeback(self._parent.fd, 0, 0)  # 0: up to the end of the file
+    def _note_read(self, start: int, stop: int) -> None:
+        """Note what was read of the child's file; blocks mostly lie there one after the other."""
+        if self._read and 0 <= start - self._read[-1][1] <= _PADDING:
+            start = self._read.pop()[0]
+        self._read.append((start, stop))
+
+    def _write_back(self) -> None:
+        self._not_written_back = 0
+        self._files.start_writeback(self._parent.fd, 0, 0)  # 0: up to the end of the file
+        for start, stop in self._read:
+            self._files.forget(self._child.fd, start, stop - start)
+        self._read.clear()
 
 
 def extra_space(child: VhdFile, parent: VhdFile) -> int:

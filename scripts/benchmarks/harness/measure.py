@@ -6,6 +6,7 @@ the machine falls on all of them. A ratio is made per round and its median is sh
 column says it and the reader decides.
 """
 
+import mmap
 import os
 import statistics
 import sys
@@ -126,6 +127,17 @@ def wait_for_quiet() -> None:
         busy_then, total_then = _processor_ticks()
         if busy_then - busy <= QUIET_BUSY * (total_then - total):
             return
+
+
+def touch_memory(length: int) -> None:
+    """Take `length` bytes of memory from the kernel, use them once, and give them back.
+
+    A virtual machine may have to get each free page from its host first, which takes longer than to copy a
+    page. Whoever runs after another one has freed its pages is spared that; this spares both.
+    """
+    with mmap.mmap(-1, length) as memory:
+        for offset in range(0, length, mmap.PAGESIZE):
+            memory[offset] = 1
 
 
 def _processor_ticks() -> tuple[int, int]:
