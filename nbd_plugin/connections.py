@@ -15,12 +15,14 @@ Address = tuple[int, object]
 _listened: Final[set[Address]] = set()
 
 
-def client_sockets() -> Iterator[socket.socket]:
-    """Duplicates of the clients' sockets, from the moment they were accepted; the caller's to close."""
+def client_sockets() -> Iterator[tuple[int, socket.socket]]:
+    """The clients' descriptors from the moment they were accepted, each with a duplicate that is the caller's
+    to close.
+    """
     remember_listening()
-    for _, each in _sockets():
+    for fd, each in _sockets():
         if not _listens(each) and _local_address(each) in _listened:
-            yield each
+            yield fd, each
         else:
             each.close()
 
@@ -28,7 +30,7 @@ def client_sockets() -> Iterator[socket.socket]:
 def count_clients() -> int:
     """How many clients are connected."""
     found = 0
-    for each in client_sockets():
+    for _, each in client_sockets():
         each.close()
         found += 1
     return found

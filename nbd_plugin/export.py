@@ -7,21 +7,17 @@ reads nothing but what the format needs.
 """
 
 import os
-import time
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from gateway.access.client import AccessDisk, AccessRefused, open_vdi
+from gateway.access.client import AccessDisk, open_vdi
 from gateway.images.disk import ExtentKind, FileRange
 from nbd_plugin.export_name import ExportName, ExportNameError, parse_export_name
+from nbd_plugin.patience import patiently
 
 # One answer to a block status request; what is left out the client asks for again.
 MOST_EXTENTS: Final = 8192
-
-# A client that comes and goes quickly is ahead of the gateway, which stores what its connections have done.
-PATIENCE_SECONDS: Final = 5.0
-RETRY_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +26,9 @@ class Parameters:
 
     `private` says that whoever can connect to this socket may have any disk, without a session. `purpose` is
     told to people who meet a lease. `outlive`: don't end with the process that started nbdkit. `leash` is the
-    descriptor of the supervisor, `clients` how many may be connected at a time (0: any number).
+    descriptor of the supervisor, `clients` how many may be connected at a time (0: any number), `handshake`
+    how many seconds a client may be connected that opens nothing (0: any time), `wait` how many seconds a
+    client is kept waiting while the gateway isn't there.
     """
 
     control: str = ""
@@ -39,6 +37,8 @@ class Parameters:
     outlive: bool = False
     leash: str = ""
     clients: str = "0"
+    handshake: str = "30"
+    wait: str = "5"
 
     def with_value(self, key: str, value: str) -> "Parameters":
         """These parameters and one more. Raises ValueError."""
@@ -84,20 +84,16 @@ class Export:
 
 
 def _opened(asked: ExportName, parameters: Parameters) -> AccessDisk:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return open_vdi(
-                parameters.control,
-                asked.vdi,
-                write=asked.write,
-                session=asked.session,
-                purpose=parameters.purpose,
-            )
-        except AccessRefused as refused:
-            if refused.code != "TOO_MANY_TRANSFERS" or time.monotonic() > deadline:
-                raise
-            time.sleep(RETRY_SECONDS)
+    def ask() -> AccessDisk:
+        return open_vdi(
+            parameters.control,
+            asked.vdi,
+            write=asked.write,
+            session=asked.session,
+            purpose=parameters.purpose,
+        )
+
+    return patiently(ask, float(parameters.wait))
 
 
 def _flag(key: str, value: str) -> bool:

@@ -5,8 +5,9 @@
 Parameters: `control=PATH` (the gateway's access socket; needed), `private=true|false` (default false: only
 names with a session_id are answered), `purpose=WORD` (default nbd; told to people who meet a lease),
 `outlive=true|false` (default false: nbdkit ends with the thread that started it), `clients=N` (more are
-turned away), `leash=DESCRIPTOR` (the supervisor's). No environment is needed:
-the repository's root is put on sys.path here.
+turned away), `handshake=SECONDS` (default 30: clients that open nothing for so long are disconnected; 0:
+none), `wait=SECONDS` (default 5: so long clients wait for a gateway that isn't there), `leash=DESCRIPTOR`
+(the supervisor's). No environment is needed: the repository's root is put on sys.path here.
 
 Under socket activation (LISTEN_FDS) `-U` is left out and nothing else changes. SIGTERM and SIGINT end nbdkit
 at once, whoever is connected; requests in flight are answered, images closed and leases ended before.
@@ -22,6 +23,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Final, NoReturn
 
 import nbdkit
@@ -31,9 +33,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gateway.access.client import list_vdis
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import connections, leash, pinning
+from nbd_plugin import connections, handshakes, leash, pinning
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.failures import nbd_errno
+from nbd_plugin.patience import patiently
 from nbd_plugin.pinning import local as this_thread
 from nbd_plugin.stopping import stop_at_signals
 
@@ -77,6 +80,7 @@ def after_fork() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
+    handshakes.watch(float(parameters.handshake))
     if parameters.leash:
         leash.follow(int(parameters.leash))
 
@@ -94,23 +98,35 @@ def cleanup() -> None:
 def preconnect(readonly: bool) -> None:
     if 0 < int(parameters.clients) < connections.count_clients():
         raise ConnectionRefusedError("too many clients are connected")
+    handshakes.clients_turn()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     # Who may see what is known only of a private socket: a list is asked for without a session.
-    return list_vdis(parameters.control) if parameters.private else []
+    if not parameters.private:
+        return []
+    return patiently(partial(list_vdis, parameters.control), float(parameters.wait))
 
 
 def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so
-    export = Export(nbdkit.export_name(), parameters)
+    handshakes.our_turn()
+    try:
+        export = Export(nbdkit.export_name(), parameters)
+    except BaseException:
+        handshakes.clients_turn()
+        raise
     _open.add(export)
     return export
 
 
 def close(export: Export) -> None:
     _open.discard(export)
-    with _told():
-        export.close()
+    try:
+        with _told():
+            export.close()
+    finally:
+        # After NBD_OPT_INFO the connection goes on; after requests its thread ends.
+        handshakes.clients_turn()
 
 
 def get_size(export: Export) -> int:

@@ -81,6 +81,7 @@ class Supervisor:
             access=os.path.join(options.state_dir, "access.sock"),
             private=True,
             clients=options.clients,
+            handshake=options.handshake,
             plugin=options.plugin,
         )
         of_public = WorkerOptions(
@@ -89,6 +90,7 @@ class Supervisor:
             access=options.access or common.access,
             private=False,
             clients=options.clients,
+            handshake=options.handshake,
             plugin=options.plugin,
             tls=options.tls,
             identity=identity,

@@ -12,6 +12,7 @@ from nbd_plugin.worker import SEARCH_PATH, Identity
 
 LINGER_SECONDS: Final = 60.0
 GRACE_SECONDS: Final = 10.0
+HANDSHAKE_SECONDS: Final = 30.0
 PACKAGES: Final = "nbdkit and nbdkit-plugin-python"
 
 
@@ -31,7 +32,8 @@ class Refused(Exception):  # noqa: N818  it says what happened
 class Options:
     """Times are seconds. `access` is the gateway's control socket for workers that run as `user`.
 
-    `stay`: never end by itself. `ready_fd` is where to say in JSON that clients are answered, or why not.
+    `handshake` is how long a client may take until it has opened a disk; 0: any time. `stay`: never end by
+    itself. `ready_fd` is where to say in JSON that clients are answered, or why not.
     """
 
     state_dir: str
@@ -40,6 +42,7 @@ class Options:
     insecure: bool
     workers: int
     clients: int
+    handshake: float
     tls: str | None
     user: str | None
     access: str | None
@@ -73,6 +76,7 @@ def read_arguments(arguments: list[str]) -> Options:
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--clients", type=int, default=0)
+    parser.add_argument("--handshake", type=float, default=HANDSHAKE_SECONDS)
     parser.add_argument("--tls")
     parser.add_argument("--user")
     parser.add_argument("--access")
@@ -93,6 +97,7 @@ def read_arguments(arguments: list[str]) -> Options:
         insecure=given.insecure,
         workers=given.workers,
         clients=given.clients,
+        handshake=given.handshake,
         tls=given.tls,
         user=given.user,
         access=given.access,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
+from nbd_plugin.proc import process_start
 from nbd_plugin.supervisor_log import Tracebacks
 
 THREADS: Final = 4  # for each connection: more only get in each other's way
@@ -43,6 +44,7 @@ class WorkerOptions:
     access: str
     private: bool
     clients: int
+    handshake: float
     tls: str | None = None
     plugin: str | None = None
     identity: Identity | None = None
@@ -135,7 +137,7 @@ class Worker:
     @property
     def mark(self) -> tuple[int, int]:
         """What tells this process from later ones with its number."""
-        return self.pid, _start_time(self.pid)
+        return self.pid, process_start(self.pid)
 
 
 def find_again(pid: int, start_time: int) -> Worker | None:
@@ -145,18 +147,12 @@ def find_again(pid: int, start_time: int) -> Worker | None:
     except OSError:
         return None
     try:
-        if _start_time(pid) == start_time:
+        if process_start(pid) == start_time:
             return Worker(pid, pidfd, ready=True, draining=True, clients=1)
     except OSError:
         pass
     os.close(pidfd)
     return None
-
-
-def _start_time(pid: int) -> int:
-    # proc(5): the 22nd field; the second is in brackets and may hold anything.
-    with open(f"/proc/{pid}/stat", "rb") as stat:
-        return int(stat.read().rpartition(b")")[2].split()[19])
 
 
 def start_worker(options: WorkerOptions, sockets: Sequence[socket.socket]) -> Worker:
@@ -200,6 +196,7 @@ def _command(options: WorkerOptions, leash: int) -> list[str]:
         "outlive=true",
         f"leash={leash}",
         f"clients={options.clients}",
+        f"handshake={options.handshake:g}",
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from nbd_plugin.pool import Pool
 from nbd_plugin.worker import Worker, WorkerOptions
 
-OPTIONS = WorkerOptions("/usr/bin/nbdkit", "/", "/access.sock", private=False, clients=0)
+OPTIONS = WorkerOptions("/usr/bin/nbdkit", "/", "/access.sock", private=False, clients=0, handshake=0)
 
 
 class Workers:

@@ -106,6 +106,25 @@ def test_a_read_goes_on_while_the_gateway_is_killed_and_back(own_nbd: Nbd, libnb
     assert stored_content(vdi) == b"1" * MIB + b"2" * MIB + bytes(6 * MIB)
 
 
+def test_an_open_waits_for_a_gateway_that_restarts(own_nbd: Nbd, libnbd: Any, tmp_path: Path) -> None:
+    patient = tmp_path / "patient"
+    patient.mkdir()
+    own = Nbd(own_nbd.site, patient, "wait=60")
+    vdi = own_nbd.site.create_vdi()
+    idle = status(own, "Threads")
+    own_nbd.site.gateway.kill()
+    client = libnbd.NBD()
+    client.aio_connect_uri(own.uri(vdi))
+    try:
+        wait_until(lambda: status(own, "Threads") > idle, "nbdkit to accept the client")
+        own_nbd.site.gateway.start()
+        while client.aio_is_connecting():
+            client.poll(-1)
+        assert client.pread(512, 0) == bytes(512)
+    finally:
+        assert own.stop() == 0, own.log()
+
+
 def test_filters_of_nbdkit_stand_in_front(nbd: Nbd, libnbd: Any, tmp_path: Path) -> None:
     own = Nbd(
         nbd.site, tmp_path, "error=ENOSPC", "error-pwrite-rate=40%", "wdelay=1ms", filters=["error", "delay"]
