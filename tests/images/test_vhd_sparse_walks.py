@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gateway.images.disk import Extent, ExtentKind, Hole
 from gateway.images.errors import CorruptImage
-from gateway.images.vhd import chain as chain_module
+from gateway.images.vhd import block_map as map_module
 from gateway.images.vhd import table as table_module
 from gateway.images.vhd.chain import VhdChain
 from gateway.images.vhd.create import create_dynamic, create_fixed
@@ -100,9 +100,9 @@ def test_passing_over_what_nobody_has_changes_no_answer(
         size = levels[-1][0] * SECTOR
         places = [tuple(sorted((size * a // 1024, size * b // 1024))) for a, b in cuts]
         ranges = [(0, size), *((first, last - first) for first, last in places)]
-        with mock.patch.object(chain_module, "_WORTH_SKIPPING", 1 << 40):
+        with mock.patch.object(map_module, "_WORTH_SKIPPING", 1 << 40):
             one_by_one = walk(paths[-1], ranges, writable=writable)
-        with mock.patch.object(chain_module, "_WORTH_SKIPPING", 0):
+        with mock.patch.object(map_module, "_WORTH_SKIPPING", 0):
             assert walk(paths[-1], ranges, writable=writable) == one_by_one
         assert walk(paths[-1], ranges, writable=writable) == one_by_one
 
@@ -122,7 +122,7 @@ def small_pieces(shift: int) -> AbstractContextManager[object]:
 
 def look_ups(disk: VhdChain) -> int:
     """How many granules were looked up in the files."""
-    return sum(place != 0 for place in disk._map)
+    return sum(place != 0 for place in disk._map.places)
 
 
 @pytest.mark.parametrize("writable", [False, True])

@@ -8,7 +8,7 @@ The trap: a small node hides what its parents have beyond its end, so each level
 import re
 from typing import Final, Protocol
 
-from gateway.images.files import Buffer
+from gateway.images.files import Buffer, next_data
 from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.writer import LeafWriter
@@ -28,10 +28,15 @@ class Level(Protocol):
         ...
 
     def next_stored(self, start: int) -> int:
-        """Return the first offset from `start` on where this level may have anything, or NOWHERE.
+        """Return the first offset from `start` on where this level may have anything, or NOWHERE."""
+        ...
 
-        Both are whole blocks of the smallest block size of the chain.
-        """
+
+class ReadLevel(Level, Protocol):
+    """A file that is only read: every one but a leaf that is open for writing."""
+
+    def stores(self, start: int, stop: int) -> bool:
+        """Return whether this level has anything in a range of whole sectors."""
         ...
 
 
@@ -64,11 +69,28 @@ class SparseLevel:
             return NOWHERE
         return max(start, found * image.block_size)
 
+    def stores(self, start: int, stop: int) -> bool:
+        """Return whether any sector of the range is there."""
+        image = self._image
+        stop = min(stop, self._visible)
+        while (start := self.next_stored(start)) < stop:
+            block, within = divmod(start, image.block_size)
+            offset = image.block_offset(block)
+            if offset is not None:
+                last = min(stop - block * image.block_size, image.block_size)
+                sectors = image.sectors_per_block
+                wanted = (1 << (sectors - within // SECTOR)) - (1 << (sectors - -(-last // SECTOR)))
+                if int.from_bytes(image.read_bitmap(offset), "big") & wanted:
+                    return True
+            start = (block + 1) * image.block_size
+        return False
+
 
 class FlatLevel:
-    """A raw parent, or a fixed VHD: everything up to its size lies there."""
+    """A raw parent, or a fixed VHD: everything up to its size lies there. Holes of the file are none."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
         self._size = size
 
     def find(self, start: int, sectors: int) -> tuple[int, int] | None:
@@ -78,8 +100,15 @@ class FlatLevel:
         return start, clip((1 << sectors) - 1, start, sectors, self._size)
 
     def next_stored(self, start: int) -> int:
-        """Return `start`, or NOWHERE at the end."""
-        return start if start < self._size else NOWHERE
+        """Return where the next data is, or NOWHERE."""
+        if start >= self._size:
+            return NOWHERE
+        found = next_data(self._fd, start, self._size)
+        return found if found < self._size else NOWHERE
+
+    def stores(self, start: int, stop: int) -> bool:
+        """Return whether there is any data in the range."""
+        return self.next_stored(start) < stop
 
 
 class WrittenLeaf:
