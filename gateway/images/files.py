@@ -42,6 +42,14 @@ def identity_of(fd: int) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino)
 
 
+def length_of(fd: int) -> int:
+    """Return the bytes of a file or of a block device, whose status tells no size.
+
+    It moves the file position, which nothing here uses.
+    """
+    return os.lseek(fd, 0, os.SEEK_END)
+
+
 def pread_exactly(fd: int, length: int, offset: int) -> bytes:
     """Read up to `length` bytes; fewer only if the file ends."""
     data = os.pread(fd, length, offset)
@@ -107,7 +115,8 @@ class FileCalls:
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Make the range read as zeroes and give its space back; the file's length stays.
 
-        Where the file system cannot do it, zeroes are written instead.
+        Where that cannot be done, zeroes are written instead: by a file system that knows no holes, or on a
+        block device for a range that is not made of its sectors.
         """
         if length <= 0:
             return
@@ -115,9 +124,9 @@ class FileCalls:
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
-            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            if code not in _NOT_OFFERED:
                 raise OSError(code, os.strerror(code))
-            self._write_zeroes(fd, offset, min(offset + length, os.fstat(fd).st_size))
+            self._write_zeroes(fd, offset, min(offset + length, length_of(fd)))
             return
 
     def copy_range(self, source_fd: int, source_offset: int, fd: int, offset: int, length: int) -> None:
@@ -134,7 +143,7 @@ class FileCalls:
                 self._make_hole(fd, position + shift, data + shift)
             position = next_hole(source_fd, data, stop) if data < stop else stop
             self._copy_data(source_fd, data, fd, data + shift, position - data)
-        if os.fstat(fd).st_size < offset + length:
+        if length_of(fd) < offset + length:
             self.truncate(fd, offset + length)
 
     def clone(self, source_fd: int, fd: int) -> bool:
@@ -199,7 +208,7 @@ class FileCalls:
             self.pwrite(fd, _ZEROES[: min(_COPY_PIECE, stop - position)], position)
 
     def _make_hole(self, fd: int, start: int, stop: int) -> None:
-        stop = min(stop, os.fstat(fd).st_size)
+        stop = min(stop, length_of(fd))
         if start < stop and next_data(fd, start, stop) < stop:
             self.punch(fd, start, stop - start)
 
@@ -210,11 +219,14 @@ class FileCalls:
             except OSError as error:
                 if error.errno not in _NOT_OFFERED:
                     raise
+                copied = 0
+            if copied == 0:  # some file systems say so instead of refusing
                 data = os.pread(source_fd, min(length, _COPY_PIECE), source_offset)
+                if not data:
+                    self._make_hole(fd, offset, offset + length)  # the source was cut shorter meanwhile
+                    return
                 self.pwrite(fd, data, offset)
                 copied = len(data)
-            if copied == 0:
-                return  # the source was cut shorter while it was copied
             source_offset += copied
             offset += copied
             length -= copied

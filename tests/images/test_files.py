@@ -1,12 +1,14 @@
 import ctypes
 import errno
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gateway.images import files as files_module
-from gateway.images.files import FILES, Buffer, FileCalls, identity_of, next_data, next_hole
+from gateway.images.files import FILES, Buffer, FileCalls, identity_of, length_of, next_data, next_hole
 
 MIB = 1 << 20
 
@@ -65,6 +67,45 @@ def test_punch_writes_zeroes_where_the_file_system_knows_no_holes(
     assert path.read_bytes() == b"x" * 100 + bytes(9900)
 
 
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 1 MiB full of data."""
+    if os.geteuid() != 0:
+        pytest.skip("loop devices need root")
+    file = tmp_path / "device"
+    file.write_bytes(b"x" * MIB)
+    command = ["losetup", "--find", "--show", "--nooverlap", str(file)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"this machine makes no loop device: {made.stderr.strip()}")
+    yield Path(made.stdout.strip())
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_punch_makes_zeroes_on_a_block_device(
+    device: Path, monkeypatch: pytest.MonkeyPatch, offered: bool
+) -> None:
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    if not offered:
+        monkeypatch.setattr(files_module, "_fallocate", refuse)
+    fd = os.open(device, os.O_RDWR)
+    FILES.punch(fd, 8192, 4096)
+    FILES.punch(fd, 65536 + 100, 1000)  # not made of sectors
+    FILES.punch(fd, MIB - 4096, MIB)  # beyond the end
+    FILES.copy_range(fd, 4096, fd, 16384, 8192)
+    assert length_of(fd) == MIB
+    os.fsync(fd)
+    os.close(fd)
+    expected = bytearray(b"x" * MIB)
+    expected[8192:12288] = expected[20480:24576] = expected[-4096:] = bytes(4096)
+    expected[65536 + 100 : 65536 + 1100] = bytes(1000)
+    assert device.read_bytes() == expected
+
+
 def test_other_failures_of_punch_are_raised(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.touch()
@@ -83,16 +124,17 @@ class Copying(FileCalls):
         super().pwrite(fd, data, offset)
 
 
-@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("kernel", ["copies", "refuses", "says that it copied nothing"])
 def test_copy_range_keeps_holes_and_makes_them_where_data_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
-    if not by_kernel:
-
-        def refuse(*_: object) -> int:
+    def copy_nothing(*_: object) -> int:
+        if kernel == "refuses":
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return 0
 
-        monkeypatch.setattr(os, "copy_file_range", refuse)
+    if kernel != "copies":
+        monkeypatch.setattr(os, "copy_file_range", copy_nothing)
     source, target = tmp_path / "s", tmp_path / "t"
     with source.open("wb") as file:
         file.seek(MIB)
@@ -104,7 +146,7 @@ def test_copy_range_keeps_holes_and_makes_them_where_data_was(
     calls.copy_range(source_fd, 0, fd, 4096, 4 * MIB)
     assert target.read_bytes() == b"o" * 4096 + bytes(MIB) + b"d" * MIB + bytes(2 * MIB)
     assert stored(target) <= MIB + 16384
-    assert (calls.written == 0) is by_kernel
+    assert calls.written == (0 if kernel == "copies" else MIB)
     os.close(source_fd)
     os.close(fd)
 
