@@ -5,6 +5,7 @@ Holes of the file are holes of the disk.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from os import preadv
 
@@ -34,6 +35,7 @@ class RawDisk:
         self._fd = fd
         self._path = path
         self._files = files
+        self._flush_lock = threading.Lock()
         self._dirty = False
         self._failed: OSError | None = None
         self._run = DataRun()
@@ -75,22 +77,30 @@ class RawDisk:
                 self._files.pwrite(self._fd, _ZEROES[: min(len(_ZEROES), stop - position)], position)
         self._dirty = True
 
+    def copy_in(self, offset: int, source_fd: int, source_offset: int, length: int) -> None:
+        """Copy a range of another file to `offset`; holes replace what was there."""
+        check_writable(self.read_only)
+        check_range(offset, length, self.size)
+        self._files.copy_range(source_fd, source_offset, self._fd, offset, length)
+        self._dirty = True
+
     def flush(self) -> None:
         """Make every completed write durable.
 
         A sync that failed fails for good: the kernel reports a lost page once, and a second sync would lie.
         """
-        if self._failed is not None:
-            raise OSError(
-                self._failed.errno, f"{self._path}: an earlier sync failed: {self._failed.strerror}"
-            )
-        if self._dirty:
-            self._dirty = False
-            try:
-                self._files.datasync(self._fd)
-            except OSError as error:
-                self._failed = error
-                raise
+        with self._flush_lock:  # who flushes while another sync runs has to wait for it: it may be his
+            if self._failed is not None:
+                raise OSError(
+                    self._failed.errno, f"{self._path}: an earlier sync failed: {self._failed.strerror}"
+                )
+            if self._dirty:
+                self._dirty = False
+                try:
+                    self._files.datasync(self._fd)
+                except OSError as error:
+                    self._failed = error
+                    raise
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the data and the holes of the range."""

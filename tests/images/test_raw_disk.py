@@ -1,5 +1,6 @@
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,30 @@ def test_a_sync_that_failed_fails_for_good_and_the_descriptor_is_closed(image: P
     with pytest.raises(OSError, match="earlier sync failed"):
         disk.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_flush_beside_another_one_waits_for_its_sync(image: Path) -> None:
+    outcomes: list[str] = []
+
+    class Failing(FileCalls):
+        def datasync(self, fd: int) -> None:
+            beside.start()
+            beside.join(timeout=0.3)  # who does not wait is done by then, and was told that all is durable
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def flush() -> None:
+        try:
+            disk.flush()
+            outcomes.append("durable")
+        except OSError as error:
+            outcomes.append(str(error))
+
+    beside = threading.Thread(target=flush)
+    disk = open_leaf(image, writable=True, files=Failing())
+    disk.pwrite(b"w" * 4096, 0)
+    flush()
+    beside.join()
+    assert outcomes[0] == f"[Errno {errno.EIO}] {os.strerror(errno.EIO)}"
+    assert "an earlier sync failed" in outcomes[1]
+    with pytest.raises(OSError, match="earlier sync failed"):
+        disk.close()
