@@ -419,6 +419,35 @@ class TestRefusals:
             Merge(upper, lower).copy_some(never)
         assert parent.read_bytes() == before
 
+    @pytest.mark.parametrize("create", [create_dynamic, create_fixed])
+    @pytest.mark.parametrize("when", ["before", "while"])
+    def test_a_child_that_loses_its_end_is_not_taken_for_zeroes(
+        self, tmp_path: Path, create: Callable[..., None], when: str
+    ) -> None:
+        class Cutting(FileCalls):
+            def copy_range(
+                self, source_fd: int, source_offset: int, fd: int, offset: int, length: int
+            ) -> None:
+                if when == "while":
+                    os.truncate(child, source_offset + 4096)
+                super().copy_range(source_fd, source_offset, fd, offset, length)
+
+        parent, child = tmp_path / "p.vhd", tmp_path / "c.vhd"
+        create(str(parent), 8 * MIB)
+        put(parent, (0, noise(8 * MIB)))
+        make_child(child, parent)
+        put(child, (0, noise(4 * MIB, 2)))
+        with opened(child, parent) as (upper, lower):
+            work = Merge(upper, lower, files=Cutting())
+            if when == "before":
+                os.truncate(child, entries(child)[1] * SECTOR + SECTOR + 4096)
+            with pytest.raises(CorruptImage, match=r"c\.vhd: the file was cut shorter"):
+                work.copy_some(never)
+            assert work.done == 0
+            work.finish()
+        if when == "before":
+            assert content(parent) == noise(8 * MIB)
+
     def test_a_full_disk_leaves_the_chain_as_it_was(self, tmp_path: Path) -> None:
         class Full(FileCalls):
             room = 3
@@ -448,7 +477,10 @@ class TestRefusals:
         merge(child, parent)
         assert content(parent) == noise(16 * MIB, 2)
 
-    def test_a_failed_sync_is_never_followed_by_a_good_one(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("create", [create_dynamic, create_fixed])
+    def test_a_failed_sync_is_never_followed_by_a_good_one(
+        self, tmp_path: Path, create: Callable[..., None]
+    ) -> None:
         class Failing(FileCalls):
             broken = False
 
@@ -459,7 +491,7 @@ class TestRefusals:
                 super().datasync(fd)
 
         parent, child = tmp_path / "p.vhd", tmp_path / "c.vhd"
-        create_dynamic(str(parent), 4 * MIB)
+        create(str(parent), 4 * MIB)
         make_child(child, parent)
         put(child, (0, noise(4 * MIB)))
         files = Failing()
@@ -471,6 +503,13 @@ class TestRefusals:
                 work.flush()
             with pytest.raises(OSError, match="earlier sync failed"):
                 work.flush()
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory that no disk has to be waited for: crashes are replayed, so nothing real is lost there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
 
 
 class TestCrashes:
@@ -509,7 +548,7 @@ class TestCrashes:
 
     def sweep(
         self,
-        tmp_path: Path,
+        scratch: Path,
         seed: int,
         block_sizes: tuple[int, int],
         kind: str,
@@ -518,7 +557,7 @@ class TestCrashes:
         look_closer_every: int,
     ) -> None:
         rng = random.Random(seed)
-        root = tmp_path / "sr"
+        root = scratch / "sr"
         root.mkdir()
         before = self.scene(root, rng, block_sizes, kind)
         files = RecordingFileCalls(root)
@@ -530,8 +569,8 @@ class TestCrashes:
             work.finish()
         files.mark("merged")
         states = [
-            files.kill_states(tmp_path / "kill"),
-            files.power_states(tmp_path / "power", rng, per_point),
+            files.kill_states(scratch / "kill"),
+            files.power_states(scratch / "power", rng, per_point),
         ]
         for number, state in enumerate(state for kind_of in states for state in kind_of):
             chain = [state.directory / name for name in self.NAMES if (state.directory / name).exists()]
@@ -549,15 +588,15 @@ class TestCrashes:
     @pytest.mark.parametrize("kind", ["sparse", "fixed"])
     @pytest.mark.parametrize("block_sizes", [(8192, 8192), (4096, 16384), (16384, 4096)])
     def test_the_chain_reads_the_same_after_a_crash_at_any_call(
-        self, tmp_path: Path, block_sizes: tuple[int, int], kind: str
+        self, in_memory: Path, block_sizes: tuple[int, int], kind: str
     ) -> None:
-        self.sweep(tmp_path, 1, block_sizes, kind, per_point=2, look_closer_every=5)
+        self.sweep(in_memory, 1, block_sizes, kind, per_point=2, look_closer_every=5)
 
     def test_the_chain_reads_the_same_when_metadata_was_written_before_the_data_is_safe(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, in_memory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("gateway.images.vhd.writer._UNSAVED_BLOCKS", 2)
-        self.sweep(tmp_path, 2, (8192, 8192), "sparse", per_point=4, look_closer_every=5)
+        self.sweep(in_memory, 2, (8192, 8192), "sparse", per_point=4, look_closer_every=5)
 
     @pytest.mark.long
     @pytest.mark.timeout(1800)

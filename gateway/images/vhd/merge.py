@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from gateway.images.errors import CorruptImage, ImageError, UnsupportedImage
-from gateway.images.files import FILES, Buffer, FileCalls, next_data, pread_exactly
+from gateway.images.files import FILES, FileCalls, length_of, next_data
+from gateway.images.raw import RawDisk, read_range
 from gateway.images.vhd.format import SECTOR, UNUSED, DiskType
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.levels import bit_runs, clip
@@ -108,7 +109,9 @@ class Merge:
             if stop():
                 return False
             self._prepare()
+            self._require_whole()
             self._copy_block(self._blocks[self._next])
+            self._require_whole()
             self._target.relieve()
             self._next += 1
             if self._not_written_back >= _WRITE_BACK:
@@ -156,6 +159,11 @@ class Merge:
         for group in _groups(short):
             self._copy_short(group, start, data)
 
+    def _require_whole(self) -> None:
+        """Raise CorruptImage when the child has lost its end: what is not there was copied as zeroes."""
+        if length_of(self._child.fd) < self._child.data_end:
+            raise CorruptImage(self._child.path, "the file was cut shorter while it was open")
+
     def _copy_short(self, runs: list[tuple[int, int]], start: int, data: int) -> None:
         """Copy runs that lie close together in one block by one read."""
         child = self._child
@@ -164,11 +172,10 @@ class Merge:
             for first, last in runs:
                 self._target.copy(start + first, child.fd, data + first, last - first)
             return
-        content = memoryview(pread_exactly(child.fd, end - base, data + base))
-        if len(content) < end - base:
-            raise CorruptImage(child.path, "the file was cut shorter while it was open")
+        view = memoryview(bytearray(end - base))
+        read_range(child.fd, view, data + base, child.path)
         for first, last in runs:
-            self._target.write(start + first, content[first - base : last - base])
+            self._target.write(start + first, view[first - base : last - base])
 
     def _note_read(self, start: int, stop: int) -> None:
         """Note what was read of the child's file; blocks mostly lie there one after the other."""
@@ -283,20 +290,20 @@ class _FixedTarget:
     def __init__(self, parent: VhdFile, files: FileCalls) -> None:
         if parent.footer_offset is None:
             raise CorruptImage(parent.path, "its footer is damaged; repair it before writing to it")
-        self._fd = parent.fd
-        self._files = files
+        # Never closed: the descriptor is the caller's.
+        self._disk = RawDisk(parent.fd, parent.size, read_only=False, path=parent.path, files=files)
 
     def copy(self, offset: int, source_fd: int, source_offset: int, length: int) -> None:
-        self._files.copy_range(source_fd, source_offset, self._fd, offset, length)
+        self._disk.copy_in(offset, source_fd, source_offset, length)
 
-    def write(self, offset: int, data: Buffer) -> None:
-        self._files.pwrite(self._fd, data, offset)
+    def write(self, offset: int, data: memoryview) -> None:
+        self._disk.pwrite(data, offset)
 
     def relieve(self) -> None:
         """There is no metadata."""
 
     def flush(self) -> None:
-        self._files.datasync(self._fd)
+        self._disk.flush()
 
     def finish(self) -> None:
         self.flush()
