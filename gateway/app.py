@@ -183,12 +183,13 @@ def _access_sockets(state: StateDirectory, nbd: NbdFiles | None, opened: ExitSta
 
 def _context(configuration: Configuration, state: StateDirectory) -> ReloadableContext:
     config = configuration.started
-    names = own_names(host for host, _ in (*config.https, *((config.nbd,) if config.nbd else ())))
+    hosts = [host for host, _ in (*config.https, *((config.nbd,) if config.nbd else ()))]
 
     def find() -> ServerCertificate:
         given = configuration.current.certificate
         if given is None:
-            return ensure_server_certificate(state.tls, names)
+            # The machine may have got other addresses since the last time.
+            return ensure_server_certificate(state.tls, own_names(hosts))
         chain, key = given
         return ServerCertificate(chain=chain, key=key, authority=None)
 

@@ -158,18 +158,19 @@ class Nbd:
             self._ended.set()
 
     async def renew(self) -> None:
-        """The certificate may be another one: clients that come from now on get it."""
-        if self._certificates is None or self._link is None or self._stopping:
+        """Tell clients that come from now on the certificate and the addresses as they are now."""
+        if self._link is None or self._stopping:
             return
-        try:
-            directory, chain = await trio.to_thread.run_sync(self._certificates)
-        except OSError as error:
-            log.warning("NBD keeps the old certificate", why=str(error))
-            return
-        if directory != self._directory:
-            self._directory, self._chain = directory, chain
-            self._link.send({"do": "renew", "tls": directory})
-            await self._tell_door()
+        if self._certificates is not None:
+            try:
+                directory, chain = await trio.to_thread.run_sync(self._certificates)
+            except OSError as error:
+                log.warning("NBD keeps the old certificate", why=str(error))
+                return
+            if directory != self._directory:
+                self._directory, self._chain = directory, chain
+                self._link.send({"do": "renew", "tls": directory})
+        await self._tell_door()
 
     def begin_stop(self) -> None:
         """Let the requests in flight end, and clients go. One that is to stay goes on."""

@@ -1,4 +1,10 @@
+import ipaddress
+import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +20,40 @@ def test_who_listens_on_one_address_is_reached_there(host: str) -> None:
     assert list(reachable_addresses(host)) == [host]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_who_listens_on_all_addresses_is_reached_at_one_of_this_machine(host: str) -> None:
-    (told,) = reachable_addresses(host)
-    family = socket.AF_INET6 if ":" in told else socket.AF_INET
-    if told == socket.gethostname():
-        return
-    with socket.socket(family) as bound:
-        bound.bind((told, 0))  # the kernel lets nobody bind an address that is not the machine's
+@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
+@pytest.mark.parametrize(("host", "family"), [("0.0.0.0", "inet"), ("::", "inet6")])
+def test_who_listens_on_all_addresses_is_reached_at_each_of_this_machine(host: str, family: str) -> None:
+    listed = subprocess.run(["ip", "-json", "addr", "show", "up"], capture_output=True, check=True)
+    held = [
+        ipaddress.ip_address(each["local"])
+        for link in json.loads(listed.stdout)
+        for each in link.get("addr_info", [])
+        if each["family"] == family
+    ]
+    expected = [str(each) for each in held if not each.is_loopback and not each.is_link_local]
+    found = list(reachable_addresses(host))
+    assert sorted(found) == sorted(expected or [socket.gethostname()])
+    assert sorted(nbd_service(host, 10809, None).addresses) == sorted(found)
+
+
+NAMESPACE = """
+ip link set lo up &&
+ip link add usual type veth peer name other &&
+ip addr add 198.18.0.1/24 dev other && ip addr add 198.18.0.2/24 dev other &&
+ip addr add 198.18.1.1/24 dev usual && ip addr add 2001:db8:1::1/64 dev usual nodad &&
+ip link set other up && ip link set usual up && ip route add default dev usual &&
+ip link add off type veth peer name end && ip addr add 198.18.2.1/24 dev off && exec "$@"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are made by root")
+def test_of_several_addresses_that_on_the_way_to_other_networks_is_the_first() -> None:
+    program = "from gateway.reachable import reachable_addresses as a; print(*a('0.0.0.0')); print(*a('::'))"
+    command = ["unshare", "-n", "sh", "-c", NAMESPACE, "sh", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("no network namespace can be made here")
+    assert done.stdout.splitlines() == ["198.18.1.1 198.18.0.1 198.18.0.2", "2001:db8:1::1"], done.stderr
 
 
 def test_a_service_without_tls_has_the_hosts_name_and_no_certificate() -> None:

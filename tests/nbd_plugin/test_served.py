@@ -32,7 +32,7 @@ class NbdSite(Site):
         return self.gateway.state_dir / "nbd-control.sock"
 
     def info(self, vdi: Vdi) -> dict[str, str]:
-        [info] = self.gateway.call("VDI.get_nbd_info", vdi.ref)
+        info, *_ = self.gateway.call("VDI.get_nbd_info", vdi.ref)
         return dict(info)
 
     def uri(self, vdi: Vdi, *, write: bool = False, scheme: str = "nbd", query: str = "") -> str:
