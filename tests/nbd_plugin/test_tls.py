@@ -1,0 +1,133 @@
+"""NBD with TLS as clients meet it: the gateway's authority is all that they need, and nobody does without.
+
+Where TLS is demanded, on an address that other machines reach, with a session in the export's name.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.certificates import ensure_server_certificate
+from tests.nbd_plugin.test_served import NbdSite, run, serving
+from tests.system.site import MIB, Vdi, stored_content
+
+pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
+
+SIZE = 6 * MIB
+
+
+@pytest.fixture(scope="module")
+def tls_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NbdSite]:
+    with serving(tmp_path_factory.mktemp("tls"), "--nbd", "0.0.0.0:0") as site:
+        yield site
+
+
+@pytest.fixture
+def authority(tls_site: NbdSite, tmp_path: Path) -> Path:
+    """What an administrator hands out: a directory with the authority's certificate and nothing else."""
+    return directory_of(tls_site.gateway.ca_file, tmp_path / "trusted")
+
+
+@pytest.fixture
+def stranger(tls_site: NbdSite, tmp_path: Path) -> Path:
+    """Another authority, which has signed no certificate of the gateway's."""
+    made = ensure_server_certificate(str(tmp_path / "elsewhere"), ["localhost"])
+    assert made.authority is not None
+    return directory_of(Path(made.authority), tmp_path / "strange")
+
+
+def directory_of(certificate: Path, directory: Path) -> Path:
+    directory.mkdir()
+    shutil.copy(certificate, directory / "ca-cert.pem")
+    return directory
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.raw"
+    path.write_bytes(os.urandom(3 * MIB + 512) + bytes(SIZE - 3 * MIB - 512))
+    return path
+
+
+def refused(*command: str | Path) -> str:
+    """What a program says, which must fail."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode != 0, done.stdout
+    return done.stderr
+
+
+def tls_uri(site: NbdSite, vdi: Vdi, authority: Path, *, write: bool = False) -> str:
+    return site.uri(vdi, write=write, scheme="nbds", query=f"?tls-certificates={authority}")
+
+
+def qemu(site: NbdSite, vdi: Vdi, *, write: bool = False) -> str:
+    """QEMU's name of an export, for credentials that are called tls."""
+    info = site.info(vdi)
+    export = info["exportname"] + ("&mode=rw" if write else "")
+    return f"driver=nbd,host={info['address']},port={info['port']},tls-creds=tls,export={export}"
+
+
+def credentials(authority: Path) -> list[str]:
+    return ["--object", f"tls-creds-x509,id=tls,endpoint=client,dir={authority}"]
+
+
+def test_nbdcopy_writes_and_reads(tls_site: NbdSite, authority: Path, image: Path, tmp_path: Path) -> None:
+    vdi = tls_site.create_vdi(SIZE)
+    run("nbdcopy", "--flush", image, tls_uri(tls_site, vdi, authority, write=True))
+    assert stored_content(vdi) == image.read_bytes()
+    run("nbdcopy", tls_uri(tls_site, vdi, authority), tmp_path / "back.raw")
+    assert (tmp_path / "back.raw").read_bytes() == image.read_bytes()
+
+
+def test_nbdinfo_sees_that_it_is_encrypted(tls_site: NbdSite, authority: Path) -> None:
+    vdi = tls_site.create_vdi(SIZE)
+    told = json.loads(run("nbdinfo", "--json", "--no-content", tls_uri(tls_site, vdi, authority)))
+    assert told["TLS"] is True
+    assert told["exports"][0]["export-size"] == SIZE
+
+
+def test_qemu_needs_the_authority_alone(
+    tls_site: NbdSite, authority: Path, image: Path, tmp_path: Path
+) -> None:
+    vdi = tls_site.create_vdi(SIZE)
+    tls = credentials(authority)
+    into = ["--target-image-opts", qemu(tls_site, vdi, write=True)]
+    run("qemu-img", "convert", *tls, "-n", "-f", "raw", image, *into)
+    assert stored_content(vdi) == image.read_bytes()
+    told = json.loads(run("qemu-img", "info", "--output=json", *tls, "--image-opts", qemu(tls_site, vdi)))
+    assert told["virtual-size"] == SIZE
+    run("qemu-img", "convert", *tls, "-O", "qcow2", "--image-opts", qemu(tls_site, vdi), tmp_path / "b.qcow2")
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, tmp_path / "b.qcow2")
+
+
+def test_who_does_not_encrypt_is_refused(tls_site: NbdSite, libnbd: Any) -> None:
+    vdi = tls_site.create_vdi(SIZE)
+    info = tls_site.info(vdi)
+    client = libnbd.NBD()
+    client.set_export_name(info["exportname"])
+    with pytest.raises(libnbd.Error) as error:
+        client.connect_tcp(info["address"], info["port"])
+    # What libnbd makes of the answer that TLS is required; a name that is refused is ENOENT.
+    assert error.value.errno == "ENOTSUP"
+    assert "Operation not supported" in refused("nbdinfo", tls_site.uri(vdi))
+    assert "Operation not supported" in refused("nbdcopy", tls_site.uri(vdi), "null:")
+    plain = qemu(tls_site, vdi).replace(",tls-creds=tls", "")
+    assert "TLS" in refused("qemu-img", "info", "--image-opts", plain)
+    assert tls_site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
+
+
+def test_clients_refuse_a_gateway_of_another_authority(tls_site: NbdSite, stranger: Path) -> None:
+    vdi = tls_site.create_vdi(SIZE)
+    assert "certificate" in refused("nbdinfo", tls_uri(tls_site, vdi, stranger)).lower()
+    assert "certificate" in refused("nbdcopy", tls_uri(tls_site, vdi, stranger), "null:").lower()
+    told = refused("qemu-img", "info", *credentials(stranger), "--image-opts", qemu(tls_site, vdi))
+    assert "certificate" in told.lower()
+    assert tls_site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
