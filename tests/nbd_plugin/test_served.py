@@ -19,6 +19,7 @@ from gateway.reachable import reachable_addresses
 from tests.conftest import RunningGateway, clean_environment, program
 from tests.nbd_plugin.supervised import ended
 from tests.system.site import MIB, Site, Vdi, wait_until
+from tests.system.test_coalesce import depth
 
 pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are made by root")
@@ -102,7 +103,15 @@ def run(*command: str | Path) -> str:
 def copying(source: str | Path, target: str | Path) -> "subprocess.Popen[str]":
     """nbdcopy with four connections, slow enough to be met on its way by a small window of requests."""
     return subprocess.Popen(
-        ["nbdcopy", "--connections=4", "--requests=1", "--request-size=65536", str(source), str(target)],
+        [
+            "nbdcopy",
+            "--connections=4",
+            "--threads=4",
+            "--requests=1",
+            "--request-size=65536",
+            str(source),
+            str(target),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -134,49 +143,116 @@ def test_what_the_api_says_of_a_disk_is_what_clients_connect_to(nbd_site: NbdSit
 def test_kill_9_of_the_gateway_during_a_copy_harms_nobody_and_the_next_one_knows_it_all(
     nbd_site: NbdSite, tmp_path: Path, libnbd: Any
 ) -> None:
-    vdi, content = filled(nbd_site, tmp_path, 64 * MIB)
+    vdi, content = filled_for_four(nbd_site, tmp_path)
+    gateway = nbd_site.gateway
     workers, supervisors = nbd_site.workers(), nbd_site.supervisors()
-    copy = tmp_path / "copy.raw"
-    # A reader that has its task before the crash and is there after it.
+    # The chain is one level longer than need be, and waits to be merged for those who read it.
+    snapshot = gateway.call("VDI.snapshot", vdi.ref)
     reader = libnbd.NBD()
     reader.connect_uri(nbd_site.uri(vdi))
-    assert reader.pread(MIB, 0) == content.read_bytes()[:MIB]
-    wait_until(lambda: pending(nbd_site, vdi) != [], "the task of the reader")
+    beginning = bytes(reader.pread(MIB, 0))
+    wait_until(lambda: len(pending(nbd_site, vdi)) == 1, "the task of the reader")
     [task] = pending(nbd_site, vdi)
-    with copying(nbd_site.uri(vdi), copy) as process:
-        wait_until(lambda: copy.exists() and copy.stat().st_blocks > 0, "the copy to begin")
-        nbd_site.gateway.kill()
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (0, "")
-    assert copy.read_bytes() == content.read_bytes()
-    nbd_site.gateway.start()
-    assert nbd_site.supervisors() == supervisors
-    assert nbd_site.workers() == workers
-    wait_until(lambda: pending(nbd_site, vdi) == [task], "the task to be there again")
-    assert reader.pread(MIB, 0) == content.read_bytes()[:MIB]
-    nbd_site.gateway.call("task.cancel", task)
-    assert nbd_site.finished_task(task)["status"] == "cancelled"
-
-    def taken_away() -> bool:
+    gateway.call("VDI.destroy", snapshot)
+    copy = tmp_path / "copy.raw"
+    with slow_target(copy, vdi.size) as target, copying(nbd_site.uri(vdi), target.uri) as process:
         try:
-            reader.pread(MIB, 0)
-        except libnbd.Error as refused:
-            assert refused.errno == "ESHUTDOWN"
-            return True
-        return False
-
-    # A task that nobody works on yet is cancelled before its holder hears of it.
-    wait_until(taken_away, "the disk to be taken away")
-    assert nbd_site.gateway.stop() == 0
+            wait_until(lambda: copy.stat().st_blocks > 0, "the copy to begin")
+            target.pause()
+            wait_until(lambda: len(pending(nbd_site, vdi)) == 5, "the tasks of the copy's connections")
+            before = set(pending(nbd_site, vdi))
+            gateway.kill()
+            arrived = copy.stat().st_blocks
+            target.go_on()
+            wait_until(lambda: copy.stat().st_blocks > arrived + 100, "the copy to go on without the gateway")
+            # What has not arrived yet waits, with the connections, for the next gateway.
+            target.pause()
+            assert process.poll() is None
+            gateway.start()
+            assert (nbd_site.supervisors(), nbd_site.workers()) == (supervisors, workers)
+            wait_until(lambda: set(pending(nbd_site, vdi)) == before, "the tasks to be there again")
+            wait_until(lambda: depth(nbd_site, vdi) == 2, "the chain to be known")
+            asked = gateway.command("sr-coalesce", gateway.call("SR.get_uuid", nbd_site.repository))
+            assert (asked.returncode, depth(nbd_site, vdi)) == (3, 2), asked.stdout + asked.stderr
+            assert re.search(r"waits for read by root at \S+ \(nbd, process", asked.stdout), asked.stdout
+            assert reader.pread(MIB, 0) == beginning
+            gateway.call("task.cancel", task)
+            wait_until(partial(is_shut_down, libnbd, reader), "the disk to be taken away")
+            assert nbd_site.finished_task(task)["status"] == "cancelled"
+            assert set(pending(nbd_site, vdi)) == before - {task}
+            target.go_on()
+            _, error = process.communicate(timeout=60)
+            assert (process.returncode, error) == (0, "")
+        finally:
+            process.kill()
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", content, copy)
+    wait_until(lambda: depth(nbd_site, vdi) == 1, "the merge, when nobody reads any more")
+    run("qemu-img", "compare", "-f", "raw", "-F", "raw", content, nbd_site.uri(vdi))
+    assert gateway.stop() == 0
     assert all(ended(each) for each in workers + supervisors)
 
 
+def filled_for_four(site: NbdSite, tmp_path: Path) -> tuple[Vdi, Path]:
+    """A disk with data for each of four connections: nbdcopy gives 128 MiB at a time to one."""
+    vdi = site.create_vdi(512 * MIB)
+    content = tmp_path / "content.raw"
+    with content.open("wb") as file:
+        for number in range(4):
+            file.seek(number * 128 * MIB)
+            file.write(os.urandom(8 * MIB))
+        file.truncate(vdi.size)
+    run("nbdcopy", "--flush", "--destination-is-zero", content, site.private_uri(vdi, write=True))
+    return vdi, content
+
+
+def is_shut_down(libnbd: Any, client: Any) -> bool:
+    """Whether requests are refused because the lease has ended."""
+    try:
+        client.pread(512, 0)
+    except libnbd.Error as refused:
+        assert refused.errno == "ESHUTDOWN"
+        return True
+    return False
+
+
+class SlowTarget:
+    """An NBD server of nbdkit's own that takes its time for each write, and can be stopped."""
+
+    def __init__(self, file: Path, size: int) -> None:
+        with file.open("wb") as made:
+            made.truncate(size)
+        socket = file.with_suffix(".sock")
+        self.uri = f"nbd+unix:///?socket={socket}"
+        command = ["nbdkit", "-f", "-U", str(socket), "--filter=delay", "file", str(file), "wdelay=5ms"]
+        self.process = subprocess.Popen(command)
+        wait_until(socket.exists, "the target")
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def slow_target(file: Path, size: int) -> Iterator[SlowTarget]:
+    target = SlowTarget(file, size)
+    try:
+        yield target
+    finally:
+        target.process.kill()
+        target.process.wait()
+
+
 def pending(site: NbdSite, vdi: Vdi) -> list[str]:
+    """The tasks of those who have the disk open over NBD."""
     records: dict[str, Any] = site.gateway.call("task.get_all_records")
     return [
         ref
         for ref, record in records.items()
-        if record["status"] == "pending" and vdi.uuid in record["name_description"] + record["name_label"]
+        if record["status"] == "pending"
+        and record["name_label"].startswith("nbd ")
+        and vdi.uuid in record["name_description"]
     ]
 
 
