@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.nbd_plugin.conftest import Nbd, run
-from tests.system.site import MIB, stored_content, wait_until
+from tests.system.site import MIB, Vdi, stored_content, wait_until
 
 SIZE = 24 * MIB
 
@@ -18,7 +19,7 @@ def image(tmp_path: Path) -> Path:
     """Data, a hole, zeroes that are written, data up to the last byte."""
     path = tmp_path / "image"
     with path.open("wb") as file:
-        file.write(os.urandom(5 * MIB + 4096))
+        file.write(os.urandom(5 * MIB + 65536))
         file.seek(12 * MIB)
         file.write(bytes(3 * MIB))
         file.write(os.urandom(SIZE - 15 * MIB))
@@ -91,23 +92,100 @@ def test_nbdinfo_tells_what_an_export_can(nbd: Nbd) -> None:
         assert writing[ability] is True, ability
 
 
+def test_nbdsh_scripts_run(nbd: Nbd) -> None:
+    vdi = nbd.site.create_vdi(SIZE)
+    script = (
+        "assert (h.get_size(), h.can_zero(), h.is_read_only()) == (25165824, True, False)",
+        "h.pwrite(b'a' * 4096, 4096)",
+        "h.zero(512, 4608)",
+        "h.flush()",
+        "assert h.pread(2048, 4096) == b'a' * 512 + bytes(512) + b'a' * 1024",
+    )
+    commands = [part for line in script for part in ("-c", line)]
+    # It runs the first python3 of the path, and only Debian's own has the module.
+    run("env", "PATH=/usr/bin:/bin", "nbdsh", "-u", nbd.uri(vdi, write=True), *commands)
+    assert stored_content(vdi)[4096:5632] == b"a" * 512 + bytes(512) + b"a" * 512
+
+
+def test_fio_verifies_what_it_has_written(nbd: Nbd, tmp_path: Path) -> None:
+    if shutil.which("fio") is None or "nbd" not in run("fio", "--enghelp"):
+        pytest.skip("fio with its engine nbd is not installed")
+    vdi = nbd.site.create_vdi(SIZE)
+    job = ["--name=verify", f"--aux-path={tmp_path}", "--ioengine=nbd", f"--uri={nbd.uri(vdi, write=True)}"]
+    work = ["--rw=randwrite", "--bsrange=512-64k", f"--size={SIZE}", "--iodepth=16", "--fsync=64"]
+    told = run("fio", *job, *work, "--verify=crc32c", "--verify_fatal=1", "--output-format=json")
+    [result] = json.loads(told[told.index("{") :])["jobs"]
+    assert result["error"] == 0
+    assert result["read"]["io_bytes"] == result["write"]["io_bytes"] >= SIZE // 2
+
+
 @pytest.mark.parametrize("image_format", ["vhd", "raw"])
 def test_maps_tell_the_holes_of_a_disk(nbd: Nbd, image: Path, image_format: str) -> None:
     vdi = nbd.site.create_vdi(SIZE, image_format)
+    # Zeroes that are written become holes as well.
     run("nbdcopy", "--flush", "--destination-is-zero", image, nbd.uri(vdi, write=True))
-    content = image.read_bytes()
-    stop = 0
-    for extent in json.loads(run("nbdinfo", "--map", "--json", nbd.uri(vdi))):
-        assert extent["offset"] == stop
-        stop += extent["length"]
-        if extent["type"] & 2:
-            assert not any(content[extent["offset"] : stop])
-    assert stop == SIZE
-    mapped = json.loads(run("qemu-img", "map", "--output=json", nbd.uri(vdi)))
-    data = sum(extent["length"] for extent in mapped if extent["data"])
-    zeroes = sum(extent["length"] for extent in mapped if extent["zero"])
-    assert data + zeroes == SIZE
-    assert zeroes >= 6 * MIB
+    data = [(0, 5 * MIB + 65536), (15 * MIB, SIZE)]
+    assert data_by_nbdinfo(nbd, vdi) == data_by_qemu(nbd, vdi) == data
+
+
+def test_maps_of_a_chain_tell_what_a_child_hides_and_adds_and_it_converts_to_qcow2(
+    nbd: Nbd, libnbd: Any, image: Path, tmp_path: Path
+) -> None:
+    vdi = nbd.site.create_vdi(SIZE)
+    run("nbdcopy", "--flush", "--destination-is-zero", image, nbd.uri(vdi, write=True))
+    content = bytearray(image.read_bytes())
+    for level in (1, 2):
+        nbd.site.gateway.call("VDI.snapshot", vdi.ref)
+        writer = nbd.connect(libnbd, vdi, write=True)
+        place = level * MIB
+        writer.trim(512 * 1024, place)
+        content[place : place + 512 * 1024] = bytes(512 * 1024)
+        place = (7 + 3 * level) * MIB + 65536  # where no level below has anything
+        writer.pwrite(b"c" * 65536, place)
+        content[place : place + 65536] = b"c" * 65536
+        writer.shutdown()
+    kib = 1024
+    data = [
+        (0, MIB),
+        (MIB + 512 * kib, 2 * MIB),
+        (2 * MIB + 512 * kib, 5 * MIB + 65536),
+        (10 * MIB + 64 * kib, 10 * MIB + 128 * kib),
+        (13 * MIB + 64 * kib, 13 * MIB + 128 * kib),
+        (15 * MIB, SIZE),
+    ]
+    assert data_by_nbdinfo(nbd, vdi) == data_by_qemu(nbd, vdi) == data
+    flat = tmp_path / "flat.qcow2"
+    run("qemu-img", "convert", "-O", "qcow2", nbd.uri(vdi), flat)
+    truth = tmp_path / "truth.raw"
+    truth.write_bytes(content)
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", truth, flat)
+    # Holes take no space there either.
+    assert flat.stat().st_size < sum(stop - start for start, stop in data) + MIB
+
+
+def data_by_nbdinfo(nbd: Nbd, vdi: Vdi) -> list[tuple[int, int]]:
+    told = json.loads(run("nbdinfo", "--map", "--json", nbd.uri(vdi)))
+    return joined([(each["offset"], each["length"], not each["type"] & 2) for each in told])
+
+
+def data_by_qemu(nbd: Nbd, vdi: Vdi) -> list[tuple[int, int]]:
+    told = json.loads(run("qemu-img", "map", "--output=json", nbd.uri(vdi)))
+    return joined([(each["start"], each["length"], each["data"] and not each["zero"]) for each in told])
+
+
+def joined(told: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+    """Where a map sees data, from and to; it has to tell of every byte of the disk, once and in order."""
+    found: list[tuple[int, int]] = []
+    position = 0
+    for offset, length, is_data in told:
+        assert offset == position
+        position += length
+        if is_data and found and found[-1][1] == offset:
+            found[-1] = (found[-1][0], position)
+        elif is_data:
+            found.append((offset, position))
+    assert position == SIZE
+    return found
 
 
 def test_nbdfuse_mounts_a_disk_and_qemu_nbd_exports_it_again(nbd: Nbd, image: Path, tmp_path: Path) -> None:
