@@ -1,9 +1,9 @@
 """After a crash: what SM or a gateway had begun in an SR and left a journal of is finished or undone.
 
-A relink is finished, a leaf on its way into its parent is put back (as SM does), a copy is forgotten, for it
-can begin anew, and a snapshot that FileSR had begun is undone. Each step may crash in its turn: the journal
-goes last, and the next recovery begins with what the files say then. All calls here block; nobody else names
-files in the SR meanwhile.
+A relink is finished, a leaf on its way into its parent is put back (as SM does, unless the parent has the
+name already and was written to), a copy is forgotten, for it can begin anew, a snapshot of FileSR is undone.
+Each step may crash in its turn: the journal goes last, and the next recovery begins with what the files say
+then. All calls here block; nobody else names files in the SR meanwhile.
 
 The trap: a journal tells what was meant, not what is there. Every step first looks whether the files are
 those that it means, and touches nothing that anybody has open; in doubt all stays as it is, with the reason.
@@ -36,6 +36,7 @@ from gateway.repository.relink_steps import (
     children_to_relink,
     ensure_hidden,
     finish_inline_relink,
+    finish_leaf_relink,
     kept_header,
     kept_headers,
     opened,
@@ -213,6 +214,11 @@ class _Recovery:
             child_path = old_path if at_old else leaf_path
             below_path = next(path for path in there if path != child_path)
             self._require_child(child_path, below_path)
+            if below_path == leaf_path and _written_since(leaf_path, old_path):
+                # The parent has all that the leaf had, and by now more than that.
+                ensure_hidden(leaf_path, False, self._files)
+                finish_leaf_relink(directory, leaf=leaf, files=self._files)
+                return f"finished: {leaf}.vhd was written to since {parent}.vhd took its name"
             undo_leaf_relink(directory, leaf=leaf, parent=parent, files=self._files)
         return f"undone: {leaf}.vhd stands on {parent}.vhd again"
 
@@ -292,3 +298,12 @@ class _Recovery:
         finally:
             for fd in opened:
                 os.close(fd)
+
+
+def _written_since(leaf_path: str, old_path: str) -> bool:
+    """Whether the file that took a leaf's name was written to after the leaf had been moved aside.
+
+    A coalesce doesn't: its last write to the parent comes before both renames, and a rename counts as a
+    change of the file that is renamed.
+    """
+    return os.lstat(leaf_path).st_mtime_ns > os.lstat(old_path).st_ctime_ns
