@@ -122,7 +122,7 @@ class Fork:
                 self._publish_with_base(child)
             except BaseException:
                 # What can't be recovered now, will be at the next scan.
-                with suppress(OSError, ImageError):
+                with suppress(OSError, DirectoryUnavailable):
                     recover_forks(self._directory, self._files)
                     if os.path.lexists(intended_path(self._directory, self._journal.child)):
                         self._take_back(child)
@@ -236,16 +236,23 @@ def unfinished_forks(directory: SRDirectory) -> list[str]:
     return []
 
 
-def recover_forks(directory: SRDirectory, files: FileCalls) -> None:
+def recover_forks(directory: SRDirectory, files: FileCalls) -> dict[str, str]:
     """Undo or finish every fork that was interrupted. Doing so again after a crash is safe.
 
-    Raises DirectoryUnavailable for a journal that cannot be understood, ImageError, OSError.
+    Where an image can't be used, all stays as it is: which journals are there still, by name, and why.
+    Raises DirectoryUnavailable for a journal that cannot be understood, OSError.
     """
+    unresolved: dict[str, str] = {}
     for name in unfinished_forks(directory):
         path = os.path.join(directory.service, name)
-        _recover(directory, _read_journal(path), files)
+        try:
+            _recover(directory, _read_journal(path), files)
+        except ImageError as error:
+            unresolved[name] = f"{os.path.basename(error.path)}: {error.problem}"
+            continue
         files.unlink(path)
         files.sync_directory(directory.service)
+    return unresolved
 
 
 def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> None:

@@ -60,6 +60,7 @@ class Survey:
         self._restructuring = False
         self._names_taken = 0
         self._unresolved: dict[str, str] = {}
+        self._unresolved_forks: tuple[str, ...] = ()
         self._threads = trio.CapacityLimiter(8)
 
     @property
@@ -114,6 +115,7 @@ class Survey:
             # What was there at that look, and owned neither before it nor after, isn't a coalesce of ours.
             owned |= self.coalescing
             journals = tuple(name for name in journals if child_of(name) not in owned)
+            journals += self._unresolved_forks
             return replace(result, images=images, journals=journals, unresolved=self._unresolved)
 
     async def restructure(self, change: Callable[[], object], uuids: Sequence[str]) -> None:
@@ -180,14 +182,14 @@ class Survey:
 
     async def _recover(self) -> None:
         """Recover from what is half done and nobody's here; one that is under way has the lock."""
+        forks: dict[str, str] = {}
         if await self._in_thread(unfinished_forks, self.directory):
-            await self.restructure(lambda: recover_forks(self.directory, self._files), ())
+            await self.restructure(lambda: forks.update(recover_forks(self.directory, self._files)), ())
+        found = [Recovery()]
         if await self._in_thread(self._has_leftovers):
-            found: list[Recovery] = []
             await self.restructure(lambda: found.append(self._recovered()), ())
-            self._tell(*found)
-        else:
-            self._unresolved = {}
+        self._tell(replace(found[-1], unresolved={**found[-1].unresolved, **forks}))
+        self._unresolved_forks = tuple(forks)
 
     def _has_leftovers(self) -> bool:
         self._require_available()
