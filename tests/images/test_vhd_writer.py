@@ -175,6 +175,34 @@ def test_leftovers_of_a_crash_are_cut_off_before_growing(image: Path) -> None:
     assert not any(image.read_bytes()[block + 512 + 1536 : -512])
 
 
+def test_leftovers_of_a_crash_are_cut_off_also_when_that_failed_at_first(tmp_path: Path, image: Path) -> None:
+    class FullAtFirst(FileCalls):
+        refusals = 1
+
+        def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+            if self.refusals:
+                self.refusals -= 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().pwrite(fd, data, offset)
+
+    parent = open_leaf(image, writable=True)
+    parent.pwrite(DATA, 0)
+    parent.close()
+    child = tmp_path / "b.vhd"
+    make_child(child, image)
+    footer, end = inspect(child).footer, inspect(child).data_end
+    with child.open("r+b") as file:
+        file.seek(end)
+        file.write(b"\xff" * (3 * MIB) + footer.pack())
+    disk = open_leaf(child, writable=True, files=FullAtFirst())
+    with pytest.raises(OSError, match="No space"):
+        disk.pwrite(b"x" * 512, 0)
+    disk.zero(0, 2 * MIB, trim=True)
+    assert not any(read(disk, 0, 2 * MIB))
+    disk.close()
+    assert not any(libvhdi_reads([child, image]))
+
+
 def test_partial_first_write_marks_only_its_sectors(tmp_path: Path, image: Path) -> None:
     parent = open_leaf(image, writable=True)
     parent.pwrite(DATA, 0)
@@ -269,6 +297,24 @@ def test_a_false_batmap_is_cleared_before_a_block_is_added(image: Path) -> None:
     assert content[map_at : map_at + 512] == bytes(512)
     batmap = BatmapHeader.unpack(content[header.table_end : map_at], "x")
     assert batmap.map_checksum == 0xFFFFFFFF
+
+
+def test_a_batmap_that_claims_most_of_a_huge_file_is_cleared_in_no_memory(image: Path) -> None:
+    header, footer = inspect(image).header, inspect(image).footer
+    assert header is not None
+    map_at, end = header.table_end + 512, 1 << 40
+    with image.open("r+b") as file:
+        file.seek(header.table_end)
+        file.write(BatmapHeader(map_at, (end - map_at) // SECTOR, ~0xF0 & 0xFFFFFFFF).pack() + b"\xf0")
+        file.seek(end)
+        file.write(footer.pack())
+    disk = open_leaf(image, writable=True)
+    disk.pwrite(b"x" * 512, 0)
+    disk.close()
+    with image.open("rb") as file:
+        file.seek(map_at)
+        assert not any(file.read(4096))
+    assert image.stat().st_blocks * 512 < MIB
 
 
 def test_overlapping_blocks_can_be_read_but_not_written(image: Path) -> None:

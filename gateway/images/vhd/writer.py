@@ -12,6 +12,7 @@ must never be followed by one that succeeds.
 """
 
 import errno
+import sys
 import threading
 from array import array
 from bisect import bisect_left
@@ -253,9 +254,9 @@ class LeafWriter:
         if self._growing:
             return
         self._clear_false_batmap()
-        self._growing = True
         if self._end < self._footer_at:
             self._cut()
+        self._growing = True  # only now: after a failure the next block tries it again
 
     def _cut(self) -> None:
         self._files.pwrite(self._fd, self._footer, self._end)
@@ -297,7 +298,7 @@ class LeafWriter:
             assert image.header is not None
             cleared = BatmapHeader(batmap.map_offset, batmap.map_sectors, reserved=batmap.reserved)
             self._files.pwrite(self._fd, cleared.pack(), image.header.table_end)
-            self._files.pwrite(self._fd, bytes(batmap.map_sectors * SECTOR), batmap.map_offset)
+            self._files.punch(self._fd, batmap.map_offset, batmap.map_sectors * SECTOR)
 
     # Metadata
 
@@ -354,7 +355,8 @@ class LeafWriter:
         table = self._image.header.table_offset
         for first, last in _runs(entries):
             values = array("I", self._bat[first:last])
-            values.byteswap()
+            if sys.byteorder == "little":
+                values.byteswap()
             self._files.pwrite(self._fd, values.tobytes(), table + 4 * first)
         if sync:
             self._sync()
