@@ -90,11 +90,26 @@ def with_a_header_across_sectors(path: Path) -> None:
         out.write(bytes(412) + image.header.pack() + bytes(100) + footer)
 
 
+def with_a_locator_over_the_header(path: Path) -> None:
+    """The header moves behind the blocks, and the first locator says that its place is there."""
+    image = inspect(path)
+    assert image.header is not None
+    assert image.footer_offset is not None
+    place = image.footer_offset
+    locators = (replace(image.header.locators[0], data_offset=place), *image.header.locators[1:])
+    footer = replace(image.footer, data_offset=place).pack()
+    with path.open("r+b") as out:
+        out.write(footer)
+        out.seek(place)
+        out.write(replace(image.header, locators=locators).pack() + footer)
+
+
 FOREIGN = [
     without_locators,
     with_one_locator_and_no_name,
     with_locators_without_room,
     with_a_header_across_sectors,
+    with_a_locator_over_the_header,
 ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from gateway.images.vhd.check_parent import LOCATOR_PLATFORMS, locator_text
 from gateway.images.vhd.format import (
+    HEADER_SIZE,
     LOCATORS,
     SECTOR,
     UNUSED,
@@ -57,7 +58,8 @@ def _has_room(
     end = header.table_end
     if image.batmap is not None:
         end = image.batmap.map_offset + image.batmap.map_sectors * SECTOR
-    if start < end:
+    header_start = image.footer.data_offset  # usually before the table, but it may be anywhere
+    if start < end or (start < header_start + HEADER_SIZE and header_start < stop):
         return False
     others = [other for other in header.locators if other != locator and other.platform]
     if any(start < other.data_offset + other.space_bytes and other.data_offset < stop for other in others):
