@@ -106,7 +106,12 @@ class Operation:
 
     def current_details(self) -> Mapping[str, str]:
         """What else there is to tell now."""
-        return self.details()
+        try:
+            return self.details()
+        except Exception:
+            log.exception("a function for the details of a task failed", task=self.task)
+            self.details = dict
+            return {}
 
     def current_progress(self) -> float:
         """How far the work is, 0 to 1."""

@@ -357,6 +357,15 @@ async def test_what_an_operation_tells_is_in_other_config_while_it_runs_and_stay
     assert board.tasks.get(task.ref).other_config == {"vdi": "v", "moved": "2", "a": "b"}
 
 
+async def test_an_operation_that_fails_to_tell_details_ends_as_if_it_had_none(board: Board) -> None:
+    task = await board.tasks.create("t", other_config={"vdi": "v"}, client_made=False)
+    async with board.tasks.operation(task, nothing) as operation:
+        operation.details = lambda: {"moved": str(1 / 0)}
+        assert board.tasks.get(task.ref).other_config == {"vdi": "v"}
+        operation.details = lambda: {"moved": str(1 / 0)}
+    assert board.tasks.get(task.ref).status is TaskStatus.SUCCESS
+
+
 async def test_what_an_operation_tells_is_an_event_also_without_progress(
     board: Board, mock_clock: MockClock
 ) -> None:
