@@ -285,10 +285,11 @@ def _overlaps(image: VhdFile) -> Iterator[tuple[int, int]]:
     short = image.size % image.block_size  # the last block of some writers ends with the disk
     window = max(_WINDOW, len(bat))
     windows = sorted({entry // length // window for entry in bat if entry != UNUSED})
+    slots_in_all = max((entry for entry in bat if entry != UNUSED), default=0) // length + 1
     before: int | None = None
     for number in windows:
         first_slot = number * window
-        slots = array("I", bytes(4 * window))  # block number + 1
+        slots = array("I", bytes(4 * min(window, slots_in_all - first_slot)))  # block number + 1
         for block, entry in enumerate(bat):
             if entry == UNUSED or (short and block == last):
                 continue
