@@ -37,7 +37,6 @@ _LOCATOR: Final = struct.Struct(">IIIIQ")
 _BATMAP: Final = struct.Struct(">8sQIII484s")
 _FOOTER_CHECKSUM: Final = 64
 _HEADER_CHECKSUM: Final = 36
-_HIDDEN: Final = 85
 _TAP_OLD_HIDDEN: Final = (0x00000001, 0x00010001)  # these flipped the hidden flag without a new checksum
 
 CREATOR_TAP: Final = b"tap\0"
@@ -96,11 +95,6 @@ def geometry(size: int) -> tuple[int, int, int]:
 def vhd_timestamp(unix_time: float) -> int:
     """Return seconds since 2000 for a Unix time: never in the future, never before 2000."""
     return max(0, min(int(min(unix_time, time.time())) - EPOCH, 0xFFFFFFFF))
-
-
-def unix_timestamp(vhd_time: int) -> int:
-    """Return the Unix time of a VHD timestamp."""
-    return vhd_time + EPOCH
 
 
 def round_up_virtual_size(size: int) -> int:
