@@ -72,7 +72,13 @@ MESSAGES: Final[dict[str, str]] = {
     "EXPORT_ERROR_CLIENT_STALLED": "The client took no data for {0} seconds; download the disk again.",
     "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "A transfer-encoding is not accepted; send the body as it is, "
     "with a Content-Length.",
-    "IMPORT_ERROR_UNKNOWN_FORMAT": "There is no format {0!r}; use raw.",
+    "IMPORT_ERROR_UNKNOWN_FORMAT": "The format {0!r} is not known here; use another one.",
+    "IMPORT_ERROR_WRONG_FORMAT": "What was sent is not in the format {0} ({1}); "
+    "nothing was changed: name the format that it has.",
+    "IMPORT_ERROR_CORRUPT_IMAGE": "The {0} image that was sent is damaged ({1}); "
+    "nothing was changed: look at the file, and send it again.",
+    "IMPORT_ERROR_UNSUPPORTED_IMAGE": "The {0} image that was sent cannot be read here ({1}); "
+    "nothing was changed: convert it, or send a raw disk.",
     "TOO_MANY_TRANSFERS": "{0} transfers are running, the most that this gateway allows; try again later.",
     # Tasks.
     "TASK_CANCELLED": "The task {0} was cancelled; start the operation again if you still want it.",

@@ -1,4 +1,4 @@
-"""PUT /import_raw_vdi: a raw disk from the body into a VDI, as the Xen proposal states it.
+"""PUT /import_raw_vdi: a disk from the body into a VDI, raw as the Xen proposal states it, or as an image.
 
 The answer begins before the body is read, since some clients send nothing before it; so a status can't tell
 how the import ended. What tells is one last line of a length that the head has promised: it comes whole only
@@ -7,6 +7,7 @@ every client that checks lengths reports an error. The trap: 200 alone is no suc
 """
 
 import contextlib
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +18,11 @@ from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
+from gateway.http.import_request import format_of
 from gateway.http.wire import WireBroken
 from gateway.images.errors import ImageError
+from gateway.transfers.formats import BodyFormat
+from gateway.transfers.import_disk import IntoVDI, Sent, import_disk
 from gateway.transfers.import_raw import import_raw
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from gateway.core.tasks import Task
     from gateway.http.connection import Connection
     from gateway.http.request import Request
+    from gateway.transfers.body import Body
 
 log = structlog.get_logger("gateway.http.import")
 
@@ -56,7 +61,7 @@ class ImportRawVDI:
         task = asked.task(identity)
         if request.transfer_encoding is not None:
             raise Refusal(HTTPStatus.FORBIDDEN, XenAPIError("IMPORT_ERROR_CANNOT_HANDLE_CHUNKED"))
-        asked.require_raw()
+        form = format_of(request)
         asked.require_here(vdi)
         if vdi.read_only or vdi.is_a_snapshot or not vdi.managed:
             raise Refusal(HTTPStatus.CONFLICT, XenAPIError("VDI_READONLY", vdi.ref))
@@ -69,39 +74,50 @@ class ImportRawVDI:
             try:
                 task = task or await asked.new_task(identity, "import", f"import into VDI {vdi.uuid}")
                 lease.work_under(task.ref)
-                line = await self._import(connection, request, vdi, task, lease)
+                line = await self._import(_Upload(connection, request, form, vdi, lease), task)
             finally:
                 lease.release()
         await connection.send(line)
 
-    async def _import(
-        self, connection: "Connection", request: "Request", vdi: "VDI", task: "Task", lease: "Lease"
-    ) -> bytes:
+    async def _import(self, upload: "_Upload", task: "Task") -> bytes:
         """Answer the head, receive the body, and return the last line."""
-        services = self._services
+        connection, vdi = upload.connection, upload.vdi
         body = connection.take_body()
         try:
             await self._begin(connection, task)
-            await import_raw(
-                services.inventory,
-                services.tasks,
-                task,
-                vdi=vdi,
-                lease=lease,
-                body=body,
-                length=request.content_length,
-                publications=services.publications,
-                excess_wait=services.limits.excess_wait,
-                threads=services.threads,
-            )
+            await self._receive(upload, body, task)
         except (OSError, ImageError, XenAPIError) as failure:
             error = as_xenapi_error(failure)
             log.info("import failed", vdi=vdi.uuid, task=task.ref, error=error.error_info)
             return failure_line(error)
         finally:
             body.close()
-        log.info("imported", vdi=vdi.uuid, task=task.ref)
+        log.info("imported", vdi=vdi.uuid, format=str(upload.form), task=task.ref)
         return success_line(vdi)
+
+    async def _receive(self, upload: "_Upload", body: "Body", task: "Task") -> None:
+        services = self._services
+        if upload.form is not BodyFormat.RAW:
+            await import_disk(
+                services.tasks,
+                task,
+                sent=Sent(body, upload.form, upload.request.content_length),
+                target=IntoVDI(services.inventory, services.publications, upload.vdi, upload.lease),
+                threads=services.threads,
+            )
+            return
+        await import_raw(
+            services.inventory,
+            services.tasks,
+            task,
+            vdi=upload.vdi,
+            lease=upload.lease,
+            body=body,
+            length=upload.request.content_length,
+            publications=services.publications,
+            excess_wait=services.limits.excess_wait,
+            threads=services.threads,
+        )
 
     @staticmethod
     async def _begin(connection: "Connection", task: "Task") -> None:
@@ -115,6 +131,17 @@ class ImportRawVDI:
         with contextlib.suppress(WireBroken, trio.TooSlowError):
             await connection.continue_body()
             await connection.respond_head(HTTPStatus.OK, head, close=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """One admitted request with its lease."""
+
+    connection: "Connection"
+    request: "Request"
+    form: BodyFormat
+    vdi: "VDI"
+    lease: "Lease"
 
 
 def success_line(vdi: "VDI") -> bytes:

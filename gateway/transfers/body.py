@@ -1,11 +1,14 @@
 """What a transfer needs of the other side: a body that comes in, a sink that goes out.
 
 Both are used by exactly one worker thread at a time, and both can be aborted from any other thread. A
-transfer knows nothing of sockets, HTTP or TLS. The trap: no method may block for longer than the idle time-
-out, because a thread that sleeps in the kernel can be woken but not cancelled.
+transfer knows nothing of sockets, HTTP or TLS. `BodyReader` gives a body by exact amounts to those that
+parse it. The trap: no method may block for longer than the idle time-out, because a thread that sleeps in the
+kernel can be woken but not cancelled.
 """
 
-from typing import Protocol
+from typing import Final, Protocol
+
+_SKIP_BYTES: Final = 256 << 10
 
 Bytes = bytes | bytearray | memoryview
 
@@ -24,6 +27,15 @@ class BodyStalled(Exception):  # noqa: N818 - a state of the transfer
     def __init__(self, seconds: float) -> None:
         super().__init__(f"nothing arrived for {seconds:g} s")
         self.seconds = seconds
+
+
+class BodyEnded(Exception):  # noqa: N818 - a state of the transfer
+    """The body ended after `count` bytes, and at least `needed` were expected."""
+
+    def __init__(self, needed: int, count: int) -> None:
+        super().__init__(f"the body ended after {count} of {needed} bytes")
+        self.needed = needed
+        self.count = count
 
 
 class SinkClosed(Exception):  # noqa: N818 - a state of the transfer
@@ -72,3 +84,82 @@ class Sink(Protocol):
 
     def abort(self) -> None:
         """As Body.abort."""
+
+
+class BodyReader:
+    """A body read by exact amounts. `position` is how many bytes have been taken, `received` how many came.
+
+    `length` is the length of the whole body in bytes, None if nobody knows it; then `end_is_told` says
+    whether the protocol tells the end, so that a body that was cut off can't be taken for a whole one.
+    Everything raises what Body.recv_into raises, but a reset ends the body as its end does: `broken` tells.
+    """
+
+    def __init__(self, body: Body, length: int | None, *, end_is_told: bool = False) -> None:
+        self.body: Final = body
+        self.length: Final = length
+        self.end_is_told: Final = end_is_told
+        self.position = 0
+        self.received = 0
+        self.broken = False
+        self._ahead = b""
+        self._ended = False
+
+    def peek(self, count: int) -> bytes:
+        """The next `count` bytes, which stay there; fewer only where the body ends."""
+        missing = count - len(self._ahead)
+        if missing > 0:
+            more = bytearray(missing)
+            with memoryview(more) as view:
+                got = self._receive(view)
+            self._ahead += more[:got]
+        return self._ahead[:count]
+
+    def fill(self, view: memoryview) -> int:
+        """Fill `view`; how many bytes came, fewer only where the body ends."""
+        filled = min(len(view), len(self._ahead))
+        if filled:
+            view[:filled] = self._ahead[:filled]
+            self._ahead = self._ahead[filled:]
+        filled += self._receive(view[filled:])
+        self.position += filled
+        return filled
+
+    def fill_whole(self, view: memoryview) -> None:
+        """Fill all of `view`. Raises BodyEnded."""
+        needed = self.position + len(view)
+        if self.fill(view) < len(view):
+            raise BodyEnded(needed, self.position)
+
+    def read(self, count: int) -> bytes:
+        """Exactly `count` bytes. Raises BodyEnded."""
+        data = bytearray(count)
+        with memoryview(data) as view:
+            self.fill_whole(view)
+        return bytes(data)
+
+    def skip(self, count: int) -> None:
+        """Throw `count` bytes away. Raises BodyEnded."""
+        needed = self.position + count
+        if self.length is not None and needed > self.length:
+            raise BodyEnded(needed, self.length)
+        scratch = memoryview(bytearray(min(count, _SKIP_BYTES)))
+        while self.position < needed:
+            if not self.fill(scratch[: needed - self.position]):
+                raise BodyEnded(needed, self.position)
+
+    def _receive(self, view: memoryview) -> int:
+        wanted = len(view)
+        if self.length is not None:
+            wanted = min(wanted, self.length - self.received)
+        filled = 0
+        while filled < wanted and not self._ended:
+            try:
+                got = self.body.recv_into(view[filled:wanted])
+            except BodyReset:
+                got = 0
+                self.broken = True
+            if not got:
+                self._ended = True
+            filled += got
+            self.received += got
+        return filled

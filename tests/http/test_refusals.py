@@ -165,12 +165,12 @@ async def test_any_transfer_encoding_is_403(gate: Gate, coding: str) -> None:
 async def test_format_is_raw_in_any_case_or_404(gate: Gate) -> None:
     vdi = await gate.vdi()
     assert (await gate.ask("PUT", gate.target(vdi, format="RaW"), body=bytes(4 * MIB))).whole
-    await refused(gate, 404, "IMPORT_ERROR_UNKNOWN_FORMAT", gate.target(vdi, format="vmdk"))
+    await refused(gate, 404, "IMPORT_ERROR_UNKNOWN_FORMAT", gate.target(vdi, format="tar"))
 
 
 async def test_chunks_and_deltas_are_never_taken_for_a_raw_disk(gate: Gate) -> None:
     vdi = await gate.vdi()
-    for parameter in ("chunked", "chunked=false", "base=" + UNKNOWN):
+    for parameter in ("chunked=false", "chunked=0", "format=vhd&chunked", "base=" + UNKNOWN):
         await refused(gate, 404, "VALUE_NOT_SUPPORTED", f"{gate.target(vdi)}&{parameter}")
 
 

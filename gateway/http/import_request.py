@@ -1,0 +1,41 @@
+"""What PUT /import_raw_vdi is asked beside the questions for every disk: what the body is and how it ends.
+
+The parameter `chunked` switches the pieces of XenServer's hosts on, as xapi has it. The traps: there is a
+transfer-encoding of the same name, which is another thing; and xapi looks for the parameter alone, so that
+`chunked=false` means true there: here that is refused, since either meaning would surprise somebody.
+"""
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from gateway.core.errors import XenAPIError
+from gateway.http.disk_request import Refusal
+from gateway.transfers.formats import BodyFormat, body_format
+
+if TYPE_CHECKING:
+    from gateway.http.request import Request
+
+
+def format_of(request: "Request") -> BodyFormat:
+    """The format of the body: raw when none is named. Raises Refusal (404)."""
+    name = request.parameter("format")
+    try:
+        wanted = BodyFormat.RAW if name is None else body_format(name)
+    except XenAPIError as error:
+        raise Refusal(HTTPStatus.NOT_FOUND, error) from error
+    if "base" in request.query or "base" in request.cookies:
+        reason = "a delta is sent as a differencing VHD, leave the parameter out"
+        raise _unsupported(request, "base", reason)
+    if "chunked" not in request.query and "chunked" not in request.cookies:
+        return wanted
+    value = request.query.get("chunked", request.cookies.get("chunked", "")).lower()
+    if value in ("false", "0", "no"):
+        raise _unsupported(request, "chunked", "its presence means pieces of a disk; leave it out")
+    if wanted not in (BodyFormat.RAW, BodyFormat.CHUNKED):
+        raise _unsupported(request, "chunked", f"pieces of a {wanted} image cannot be taken")
+    return BodyFormat.CHUNKED
+
+
+def _unsupported(request: "Request", name: str, reason: str) -> Refusal:
+    value = (request.parameter(name) or "")[:50]
+    return Refusal(HTTPStatus.NOT_FOUND, XenAPIError("VALUE_NOT_SUPPORTED", name, value, reason))
