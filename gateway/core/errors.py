@@ -69,6 +69,9 @@ MESSAGES: Final[dict[str, str]] = {
     "IMPORT_ERROR_LENGTH_REQUIRED": "The body had no length and ended after {1} of the {0} bytes that "
     "the VDI holds, so it may be cut short; nothing was changed: send it with a Content-Length.",
     "IMPORT_ERROR_CLIENT_STALLED": "No data came for {0} seconds; nothing was changed: send the disk again.",
+    "EXPORT_ERROR_UNKNOWN_FORMAT": "There is no format {0!r} to export to; use raw, vhd or qcow2.",
+    "EXPORT_ERROR_BASE_UNRELATED": "The VDI {0} can't be the base of a delta of {1}: {2}; "
+    "name a snapshot of the same disk, or export the whole of it.",
     "EXPORT_ERROR_CLIENT_STALLED": "The client took no data for {0} seconds; download the disk again.",
     "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "A transfer-encoding is not accepted; send the body as it is, "
     "with a Content-Length.",

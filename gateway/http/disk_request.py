@@ -217,12 +217,22 @@ class DiskRequest:
         raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error)
 
     async def lease(
-        self, vdi: "VDI", mode: LeaseMode, identity: "Identity", task: "Task | None", operation: str
+        self,
+        vdi: "VDI",
+        mode: LeaseMode,
+        identity: "Identity",
+        task: "Task | None",
+        operation: str,
+        *,
+        wait: float | None = None,
     ) -> Lease:
-        """The lease of a VDI that this gateway reaches; waits for others as long as the limits say."""
+        """The lease of a VDI that this gateway reaches.
+
+        Waits for others `wait` seconds, unless given as long as the limits say.
+        """
         holder = Holder(identity.user, operation, vdi.ref, None if task is None else task.ref)
         try:
-            return await self._services.inventory.lease(vdi, mode, holder)
+            return await self._services.inventory.lease(vdi, mode, holder, wait)
         except (OSError, ImageError, XenAPIError) as failure:
             error = as_xenapi_error(failure)
             raise Refusal(

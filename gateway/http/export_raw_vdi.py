@@ -1,9 +1,12 @@
-"""GET and HEAD /export_raw_vdi: a disk, or one range of it, as it is.
+"""GET and HEAD /export_raw_vdi: a disk in some format, what differs from another one, or one range of that.
 
 Everything is known before the first byte: size, ETag, what is asked for. So an interrupted download goes on,
 and a connection is kept for the next range. Whole disks are sent under a task; a range only if the client
-brought one, since programs that read a disk piece by piece would fill the list of tasks. The trap: clients
-drop downloads on purpose, and often; that cancels the task and is no error.
+brought one, since programs that read a disk piece by piece would fill the list of tasks.
+
+The traps: clients drop downloads on purpose, and often; that cancels the task and is no error. And a delta
+needs leases of two chains with files in common: whoever holds one and waits for the other may wait for
+somebody who waits for the first.
 """
 
 from contextlib import AsyncExitStack
@@ -19,10 +22,21 @@ from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
 from gateway.http.byte_ranges import ByteRange, UnsatisfiableRange, is_unchanged, requested_range
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
+from gateway.http.export_choice import ExportChoice, export_choice, unrelated
 from gateway.http.wire import WireBroken
-from gateway.images.errors import ImageError
+from gateway.images.allocation import UnrelatedChains
+from gateway.images.errors import ImageError, ImageTooLarge
+from gateway.images.vhd.format import MAX_VIRTUAL_SIZE
 from gateway.transfers.body import SinkClosed, SinkStalled
-from gateway.transfers.export_raw import RawExport, open_raw_export, raw_entity_tag
+from gateway.transfers.export_formats import (
+    Base,
+    ExportFormat,
+    OpenExport,
+    Source,
+    base_under,
+    open_export,
+    raw_entity_tag,
+)
 
 if TYPE_CHECKING:
     from gateway.core.leases import Lease
@@ -35,7 +49,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway.http.export")
 
 PERMISSION: Final = Permission("http/get_export_raw_vdi", Role.VM_ADMIN)
-OCTETS: Final = "application/octet-stream"
 
 
 class ExportRawVDI:
@@ -56,29 +69,73 @@ class ExportRawVDI:
         identity = await asked.identity()
         vdi = asked.vdi()
         task = asked.task(identity)
-        asked.require_raw()
+        choice = export_choice(request, vdi, self._services.inventory.records.vdis)
         asked.require_here(vdi)
-        tag = raw_entity_tag(vdi.content_id)
-        if is_unchanged(request.headers, tag):
-            await connection.respond_head(HTTPStatus.NOT_MODIFIED, [("etag", tag)])
-        elif request.method == "HEAD":
-            await connection.respond_head(HTTPStatus.OK, _headers(vdi, vdi.virtual_size))
-        else:
-            with self._services.slot(identity):
-                vdi, lease = await self._lease(asked, vdi.ref, identity, task)
-                try:
-                    await self._answer(_Download(connection, request, asked, identity, vdi, lease), task)
-                finally:
-                    lease.release()
+        if choice.image_format is ExportFormat.RAW:
+            tag = raw_entity_tag(vdi.content_id)
+            if await _is_answered_by(
+                connection, request, _Head(vdi, choice.image_format, tag), vdi.virtual_size
+            ):
+                return
+        with self._services.slot(identity):
+            asking = _Asking(asked, identity, task)
+            vdi, lease, base = await self._leases(asking, vdi, choice)
+            try:
+                source = Source(lease, vdi.content_id, choice.image_format, base)
+                download = _Download(connection, request, asked, identity, vdi, choice, source)
+                await self._answer(download, task)
+            finally:
+                lease.release()
 
-    async def _lease(
-        self, asked: DiskRequest, ref: str, identity: "Identity", task: "Task | None"
-    ) -> "tuple[VDI, Lease]":
+    async def _leases(
+        self, asking: "_Asking", vdi: "VDI", choice: ExportChoice
+    ) -> "tuple[VDI, Lease, Base | None]":
+        """A read lease of the VDI, and of its base what a delta has to know."""
+        if choice.base is None:
+            return *await self._lease(asking, vdi.ref), None
+        vdi, lease, base, base_lease = await self._lease_both(asking, vdi.ref, choice.base.ref)
+        try:
+            return vdi, lease, await base_under(base_lease, base.uuid, base.content_id)
+        except BaseException as error:
+            lease.release()
+            if isinstance(error, (OSError, ImageError)):
+                raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(error)) from error
+            raise
+        finally:
+            base_lease.release()
+
+    async def _lease_both(self, asking: "_Asking", ref: str, base: str) -> "tuple[VDI, Lease, VDI, Lease]":
+        """Read leases of two VDIs at the same time.
+
+        The second is never waited for while the first is held; instead they change places, and everybody who
+        waits is let in between.
+        """
+        deadline = trio.current_time() + self._services.limits.lease_wait
+        first, second = ref, base
+        while True:
+            left = max(0.0, deadline - trio.current_time())
+            record, lease = await self._lease(asking, first, left)
+            try:
+                other, other_lease = await self._lease(asking, second, 0)
+            except BaseException as error:
+                lease.release()
+                if not isinstance(error, Refusal) or trio.current_time() >= deadline:
+                    raise
+                await lease.released()
+                first, second = second, first
+                continue
+            if first == ref:
+                return record, lease, other, other_lease
+            return other, other_lease, record, lease
+
+    async def _lease(self, asking: "_Asking", ref: str, wait: float | None = None) -> "tuple[VDI, Lease]":
         """A read lease, with the record whose content id names the leased bytes."""
         records = self._services.inventory.records.vdis
         while True:
             before = records.get(ref)
-            lease = await asked.lease(before, LeaseMode.READ, identity, task, "export_raw_vdi")
+            lease = await asking.request.lease(
+                before, LeaseMode.READ, asking.identity, asking.task, "export_raw_vdi", wait=wait
+            )
             try:
                 await self._services.publications.settled(ref, lease.chain.nodes[0].identity)
                 vdi = records.get(ref)
@@ -91,31 +148,29 @@ class ExportRawVDI:
 
     async def _answer(self, download: "_Download", task: "Task | None") -> None:
         async with AsyncExitStack() as stack:
+            export = await self._open(stack, download)
+            vdi, size, headers = download.vdi, export.body.size, download.request.headers
+            head = _Head(vdi, download.choice.image_format, export.tag)
+            if await _is_answered_by(download.connection, download.request, head, size):
+                return
             try:
-                export = await stack.enter_async_context(
-                    open_raw_export(download.lease, self._services.threads)
-                )
-            except (OSError, ImageError) as error:
-                raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(error)) from error
-            vdi, size, headers = download.vdi, export.size, download.request.headers
-            try:
-                wanted = requested_range(headers, size, raw_entity_tag(vdi.content_id))
+                wanted = requested_range(headers, size, export.tag)
             except UnsatisfiableRange:
                 await download.connection.respond(
                     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
-                    f"The disk has {size} bytes; ask for a range inside of it.\n".encode(),
+                    f"There are {size} bytes; ask for a range inside of them.\n".encode(),
                     headers=[("content-range", f"bytes */{size}"), ("accept-ranges", "bytes")],
                 )
                 return
             if wanted is None and task is None:
                 text = f"export of VDI {vdi.uuid}"
                 task = await download.asked.new_task(download.identity, "export_raw_vdi", text)
-                download.lease.work_under(task.ref)
+                download.source.lease.work_under(task.ref)
             try:
                 if task is None:
-                    await self._send(download, export, vdi, wanted, None)
+                    await self._send(download, export, head, wanted, None)
                 else:
-                    await self._send_under(task, download, export, vdi, wanted)
+                    await self._send_under(task, download, export, head, wanted)
             except (OSError, ImageError, XenAPIError) as failure:
                 # The client sees it by the missing bytes; there is no other way to say it any more.
                 download.connection.break_off()
@@ -123,42 +178,56 @@ class ExportRawVDI:
                 say = log.debug if told.code == "TASK_CANCELLED" else log.info
                 say("export ended early", vdi=vdi.uuid, error=told.error_info)
 
+    async def _open(self, stack: AsyncExitStack, download: "_Download") -> OpenExport:
+        vdi, choice = download.vdi, download.choice
+        try:
+            return await stack.enter_async_context(open_export(download.source, self._services.threads))
+        except UnrelatedChains as error:
+            assert choice.base is not None
+            raise unrelated(vdi, choice.base, "no file is part of both their chains") from error
+        except ImageTooLarge as error:
+            size = XenAPIError("VDI_TOO_LARGE", str(vdi.virtual_size), str(MAX_VIRTUAL_SIZE))
+            raise Refusal(HTTPStatus.CONFLICT, size) from error
+        except (OSError, ImageError) as error:
+            raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(error)) from error
+
     async def _send_under(
-        self, task: "Task", download: "_Download", export: RawExport, vdi: "VDI", wanted: ByteRange | None
+        self, task: "Task", download: "_Download", export: OpenExport, head: "_Head", wanted: ByteRange | None
     ) -> None:
-        length = export.size if wanted is None else wanted.stop - wanted.start
+        body = export.body
+        length = body.size if wanted is None else wanted.stop - wanted.start
         cancellation = trio.CancelScope()
         async with self._services.tasks.operation(task, cancellation.cancel) as operation:
-            operation.progress = lambda: export.sent / length
+            operation.progress = lambda: body.sent / length
             with cancellation:
-                await self._send(download, export, vdi, wanted, task)
+                await self._send(download, export, head, wanted, task)
             if cancellation.cancelled_caught:
                 raise XenAPIError("TASK_CANCELLED", task.ref)
 
     async def _send(
         self,
         download: "_Download",
-        export: RawExport,
-        vdi: "VDI",
+        export: OpenExport,
+        head: "_Head",
         wanted: ByteRange | None,
         task: "Task | None",
     ) -> None:
         """Send head and body. Raises XenAPIError, OSError, ImageError when less than that was sent."""
-        connection = download.connection
-        start, stop = (0, export.size) if wanted is None else (wanted.start, wanted.stop)
-        headers = _headers(vdi, stop - start)
+        connection, body, vdi = download.connection, export.body, download.vdi
+        start, stop = (0, body.size) if wanted is None else (wanted.start, wanted.stop)
+        headers = head.headers(stop - start)
         if task is not None:
             headers.append(("task-id", task.ref))
         status = HTTPStatus.OK
         if wanted is not None:
             status = HTTPStatus.PARTIAL_CONTENT
-            headers.append(("content-range", wanted.content_range(export.size)))
+            headers.append(("content-range", wanted.content_range(body.size)))
         sink = connection.take_sink()
         try:
             await connection.respond_head(status, headers)
-            await export.transfer(sink, start, stop, self._services.threads)
+            await body.transfer(sink, start, stop, self._services.threads)
         except (SinkClosed, WireBroken, trio.TooSlowError) as closed:
-            log.debug("the client dropped its download", vdi=vdi.uuid, sent=export.sent, why=str(closed))
+            log.debug("the client dropped its download", vdi=vdi.uuid, sent=body.sent, why=str(closed))
             connection.break_off()
             if task is not None:
                 raise XenAPIError("TASK_CANCELLED", task.ref) from closed
@@ -172,6 +241,15 @@ class ExportRawVDI:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asking:
+    """For whom, and under which task, something is leased."""
+
+    request: DiskRequest
+    identity: "Identity"
+    task: "Task | None"
+
+
+@dataclass(frozen=True, slots=True)
 class _Download:
     """One admitted request with its lease."""
 
@@ -180,15 +258,36 @@ class _Download:
     asked: DiskRequest
     identity: "Identity"
     vdi: "VDI"
-    lease: "Lease"
+    choice: ExportChoice
+    source: Source
 
 
-def _headers(vdi: "VDI", length: int) -> list[tuple[str, str]]:
-    return [
-        ("content-type", OCTETS),
-        ("content-length", str(length)),
-        ("content-disposition", f'attachment; filename="{vdi.uuid}.raw"'),
-        ("accept-ranges", "bytes"),
-        ("etag", raw_entity_tag(vdi.content_id)),
-        ("cache-control", "no-cache"),
-    ]
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What the head of an answer says of an export."""
+
+    vdi: "VDI"
+    image_format: ExportFormat
+    tag: str
+
+    def headers(self, length: int) -> list[tuple[str, str]]:
+        """For `length` bytes of it."""
+        return [
+            ("content-type", self.image_format.content_type),
+            ("content-length", str(length)),
+            ("content-disposition", f'attachment; filename="{self.vdi.uuid}.{self.image_format.value}"'),
+            ("accept-ranges", "bytes"),
+            ("etag", self.tag),
+            ("cache-control", "no-cache"),
+        ]
+
+
+async def _is_answered_by(connection: "Connection", request: "Request", head: _Head, size: int) -> bool:
+    """Whether no body was asked for: the client has it already, or wants to know its head alone."""
+    if is_unchanged(request.headers, head.tag):
+        await connection.respond_head(HTTPStatus.NOT_MODIFIED, [("etag", head.tag)])
+    elif request.method == "HEAD":
+        await connection.respond_head(HTTPStatus.OK, head.headers(size))
+    else:
+        return False
+    return True

@@ -1,8 +1,9 @@
 """A disk becoming a stream of bytes: an ordered list of parts with known offsets and a known total size.
 
-Every format that goes out is a Layout: literal bytes and ranges of disks, one after another. The size and
-all offsets are known before the first byte, so one implementation gives Content-Length, Range and HEAD.
-Segments are made lazily, as they are sent: a Layout of a 2 TiB disk costs nothing.
+Every format that goes out is a Layout: literal bytes, tables that are made when they are sent, and ranges or
+blocks of disks, one after another. The size and all offsets are known before the first byte, so one
+implementation gives Content-Length, Range and HEAD. Segments are made lazily, as they are sent: a Layout of a
+2 TiB disk costs no more than the numbers of its blocks.
 
 The trap: a chain of sparse bitmaps can cut a block into sector-sized runs, and one `sendfile` for each would
 drown in system calls. Short neighbours are therefore handed out together, as one `Gather` to be read into
@@ -12,13 +13,16 @@ one buffer; only runs of SENDFILE_MINIMUM bytes and more are handed out as range
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gateway.images.disk import Disk, FileRange, Hole, Literal, Segment
+
+if TYPE_CHECKING:
+    from array import array
 
 SENDFILE_MINIMUM: Final = 64 * 1024
 """From this length on (bytes) a run of an image file is cheaper to send by `sendfile` than to read."""
@@ -39,7 +43,37 @@ class DiskRange:
     length: int
 
 
-Part = Literal | DiskRange
+@dataclass(frozen=True, slots=True)
+class DiskBlocks:
+    """A part of a Layout: many blocks of a disk, in the order of their numbers, each behind the same bytes.
+
+    What the last block of a disk has beyond the disk's end is sent as zeroes.
+    """
+
+    disk: Disk
+    blocks: "array[int]"
+    block_size: int
+    prefix: bytes = b""
+
+    @property
+    def length(self) -> int:
+        """Return the number of bytes."""
+        return len(self.blocks) * (len(self.prefix) + self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A part of a Layout: bytes that are made when they are sent, because all at once they would be many.
+
+    `make(n)` returns the bytes from `n * piece` on: `piece` of them, or what is left of `length`.
+    """
+
+    length: int
+    piece: int
+    make: Callable[[int], bytes]
+
+
+Part = Literal | DiskRange | DiskBlocks | Computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +121,16 @@ class Layout:
         while start < stop:
             part, part_start = self._parts[index], self._starts[index]
             first, last = start - part_start, min(stop - part_start, part.length)
-            if isinstance(part, Literal):
-                yield Literal(part.data[first:last]) if last - first < part.length else part
-            elif last > first:
-                yield from part.disk.segments(part.offset + first, last - first)
+            if last > first:
+                match part:
+                    case Literal():
+                        yield Literal(part.data[first:last]) if last - first < part.length else part
+                    case DiskRange():
+                        yield from part.disk.segments(part.offset + first, last - first)
+                    case DiskBlocks():
+                        yield from _of_blocks(part, first, last)
+                    case Computed():
+                        yield from _computed(part, first, last)
             start = part_start + last
             index += 1
 
@@ -103,10 +143,38 @@ def raw_layout(disk: Disk) -> Layout:
 def entity_tag(content_ids: Iterable[str], image_format: str) -> str:
     """The strong ETag (RFC 9110, section 8.8.3, quotes included) of an export in `image_format`.
 
-    `content_ids` name the contents that went into it in their order: one for a whole disk, two for a delta.
+    `content_ids` name all that went into it, in its order: the content of a whole disk, the two of a delta,
+    and what else has a say in the bytes.
     """
     text = "\0".join((str(LAYOUT_VERSION), image_format, *content_ids))
     return f'"{sha256(text.encode()).hexdigest()[:32]}"'
+
+
+def _of_blocks(part: DiskBlocks, first: int, last: int) -> Iterator[Segment]:
+    prefix = len(part.prefix)
+    stride = prefix + part.block_size
+    for index in range(first // stride, -(-last // stride)):
+        begin = max(0, first - index * stride)
+        end = min(stride, last - index * stride)
+        if begin < prefix:
+            yield Literal(part.prefix[begin:end])
+        position = part.blocks[index] * part.block_size + max(0, begin - prefix)
+        stop = part.blocks[index] * part.block_size + end - prefix
+        there = min(stop, part.disk.size)
+        if position < there:
+            yield from part.disk.segments(position, there - position)
+            position = there
+        if position < stop:
+            yield Hole(stop - position)
+
+
+def _computed(part: Computed, first: int, last: int) -> Iterator[Segment]:
+    for number in range(first // part.piece, -(-last // part.piece)):
+        start = number * part.piece
+        data = part.make(number)
+        if first > start or last < start + len(data):
+            data = data[max(0, first - start) : last - start]
+        yield Literal(data)
 
 
 def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:

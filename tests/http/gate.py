@@ -235,6 +235,7 @@ async def open_gate(
     tls: ssl.SSLContext | None = None,
     *,
     files: FileCalls = FILES,
+    coalesces: bool = False,
     **changed_limits: float,
 ) -> AsyncIterator[Gate]:
     limits = replace(LIMITS, **changed_limits)  # type: ignore[arg-type]
@@ -247,7 +248,10 @@ async def open_gate(
     await users.create("reader", "secret", Role.READ_ONLY)
     sessions = await Sessions.load(database, users, limits=limits)
     tasks = await Tasks.load(database, events, limits=limits)
-    async with Inventory.open(records, Leases(limits), events, who="test", files=files) as inventory:
+    leases, coalescing = Leases(limits), tasks if coalesces else None
+    async with Inventory.open(
+        records, leases, events, who="test", files=files, tasks=coalescing, limits=limits
+    ) as inventory:
         gate = Gate(inventory, tasks, users, sessions)
         gate.directory = directory / "sr"
         gate.sr = await inventory.sr_create("local", str(gate.directory))

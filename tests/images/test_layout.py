@@ -1,5 +1,6 @@
 import os
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from gateway.images.files import Buffer
 from gateway.images.layout import (
     GATHER_MAXIMUM,
     SENDFILE_MINIMUM,
+    Computed,
+    DiskBlocks,
     DiskRange,
     Gather,
     Layout,
@@ -173,15 +176,45 @@ def test_an_image_file_that_ends_early_is_an_error_and_no_endless_loop(file: int
         gather.read_into(memoryview(bytearray(512)))
 
 
+BLOCK = 4096
+
+
+def computed(data: bytes) -> Computed:
+    return Computed(len(data), 100, lambda number: data[100 * number : 100 * number + 100])
+
+
+def test_blocks_and_tables_are_asked_for_only_where_they_are_wanted(file: int) -> None:
+    disk = FakeDisk(file, [(BLOCK, True)] * 8)
+    made: list[int] = []
+
+    def make(number: int) -> bytes:
+        made.append(number)
+        return bytes([number]) * 100
+
+    layout = Layout([Computed(1000, 100, make), DiskBlocks(disk, array("I", [1, 4, 6]), BLOCK, b"p" * 8)])
+    assert layout.size == 1000 + 3 * (8 + BLOCK)
+    assert content(layout, 350, 450) == bytes([3]) * 50 + bytes([4]) * 50
+    assert (made, disk.asked) == ([3, 4], [])
+    start = 1000 + 8 + BLOCK
+    assert content(layout, start + 4, start + 108) == b"p" * 4 + all_of(disk)[4 * BLOCK : 4 * BLOCK + 100]
+    assert disk.asked[0] == (4 * BLOCK, 100)
+
+
 RUNS = st.lists(
     st.tuples(st.sampled_from([1, 511, 512, 4096, 65535, 65536, 70000]), st.booleans()), max_size=7
 )
-PARTS = st.lists(st.one_of(st.binary(max_size=600), RUNS), max_size=5)
+BLOCKS = st.tuples(RUNS, st.sets(st.integers(0, 9)), st.sampled_from([b"", b"prefix"]))
+COMPUTED = st.builds(bytearray, st.binary(max_size=600))
+PARTS = st.lists(st.one_of(st.binary(max_size=600), RUNS, BLOCKS, COMPUTED), max_size=5)
 
 
 @given(PARTS, st.data())
 def test_any_range_gives_the_bytes_of_the_whole(
-    file: int, description: list[bytes | list[tuple[int, bool]]], data: st.DataObject
+    file: int,
+    description: list[
+        bytes | bytearray | list[tuple[int, bool]] | tuple[list[tuple[int, bool]], set[int], bytes]
+    ],
+    data: st.DataObject,
 ) -> None:
     parts: list[Part] = []
     whole = b""
@@ -189,6 +222,16 @@ def test_any_range_gives_the_bytes_of_the_whole(
         if isinstance(item, bytes):
             parts.append(Literal(item))
             whole += item
+        elif isinstance(item, bytearray):
+            parts.append(computed(bytes(item)))
+            whole += item
+        elif isinstance(item, tuple):
+            disk = FakeDisk(file, item[0])
+            part = DiskBlocks(disk, array("I", sorted(item[1])), BLOCK, item[2])
+            parts.append(part)
+            padded = all_of(disk).ljust(10 * BLOCK, b"\0")
+            for number in part.blocks:
+                whole += item[2] + padded[number * BLOCK : (number + 1) * BLOCK]
         else:
             disk = FakeDisk(file, item)
             first = data.draw(st.integers(0, disk.size))

@@ -21,15 +21,16 @@ from gateway.core.leases import Holder, LeaseMode
 from gateway.core.task import Operation
 from gateway.images.chain import open_chain_files
 from gateway.images.files import Buffer, FileCalls
+from gateway.images.layout import raw_layout
 from gateway.images.vhd.check import check_vhd
 from gateway.repository.coalescer import PAUSED_KEY
 from gateway.transfers.copy_disk import copy_disk
-from gateway.transfers.export_raw import RawExport
+from gateway.transfers.export_disk import DiskExport
 from gateway.transfers.publications import Publications
 from tests.images.disks import inspect
 from tests.repository.coalesce_house import House, open_house_in, until
 from tests.repository.test_repository import read
-from tests.transfers.test_export_raw import Collected
+from tests.transfers.test_export_disk import Collected
 
 MIB: Final = 1 << 20
 SIZE: Final = 4 * MIB
@@ -222,7 +223,7 @@ class Story:
         lease = await self.inventory.lease(ref, LeaseMode.READ, Holder("root", "export", ref))
         disk = await trio.to_thread.run_sync(lease.open_disk)
         sink = Collected()
-        await trio.to_thread.run_sync(RawExport(disk).send, sink, 0, disk.size)
+        await trio.to_thread.run_sync(DiskExport(raw_layout(disk)).send, sink, 0, disk.size)
         disk.close()
         lease.release()
         await lease.released()

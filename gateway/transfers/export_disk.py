@@ -1,4 +1,4 @@
-"""A disk becoming a raw body: any range of it, sent by one worker thread.
+"""A disk becoming a body in any format, or any range of it, sent by one worker thread.
 
 Long runs of an image file go by sendfile, short ones are gathered into one buffer, holes are sent without
 being read. The trap: an image file that ends too early must break the answer off, never shorten it silently.
@@ -9,20 +9,15 @@ of a body, as much as may be on its way then, is copied out of the file.
 """
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
-from gateway.images.disk import Disk, FileRange, Hole, Literal
-from gateway.images.layout import GATHER_MAXIMUM, Gather, entity_tag, raw_layout
+from gateway.images.disk import FileRange, Hole, Literal
+from gateway.images.layout import GATHER_MAXIMUM, Gather, Layout
 from gateway.transfers.body import Sink
 from gateway.transfers.thread import run_abortable
-
-if TYPE_CHECKING:
-    from gateway.core.leases import Lease
 
 # A run of a file or a hole may be terabytes: it is sent in pieces, so that the progress moves.
 _PIECE: Final = 16 << 20
@@ -49,17 +44,12 @@ COPIED_BYTES: Final = _most_on_its_way()
 """So many bytes at the end of a body are copied: then nobody waits for pages of a file any more."""
 
 
-def raw_entity_tag(content_id: str) -> str:
-    """The strong ETag of the raw bytes of a VDI whose content is `content_id`."""
-    return entity_tag([content_id], "raw")
+class DiskExport:
+    """The bytes of a layout on their way. `size` in bytes."""
 
-
-class RawExport:
-    """An open disk as raw bytes. `size` in bytes."""
-
-    def __init__(self, disk: Disk) -> None:
-        self._layout: Final = raw_layout(disk)
-        self.size: Final = self._layout.size
+    def __init__(self, layout: Layout) -> None:
+        self._layout: Final = layout
+        self.size: Final = layout.size
         self.sent = 0
         self._buffer: memoryview | None = None
 
@@ -116,16 +106,3 @@ class RawExport:
     ) -> None:
         """`send` in a worker thread; cancellation ends it at once."""
         await run_abortable(lambda: self.send(sink, start, stop), sink, threads)
-
-
-@asynccontextmanager
-async def open_raw_export(
-    lease: "Lease", threads: trio.CapacityLimiter | None = None
-) -> AsyncIterator[RawExport]:
-    """The disk of a read lease, opened for as long as the block lasts. Raises ImageError, OSError."""
-    disk = await trio.to_thread.run_sync(lease.open_disk, limiter=threads)
-    try:
-        yield RawExport(disk)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(disk.close, limiter=threads)

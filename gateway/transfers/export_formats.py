@@ -1,0 +1,129 @@
+"""The formats that a VDI goes out in: how its leased chain becomes a layout, and what the ETag of that says.
+
+A sparse format has the blocks that any file of the chain has, a delta those that a file has which only one of
+two chains has. A delta names what it stands on by the id and the file name that a full export of the base
+has, so that deltas of deltas fit together.
+
+The trap: the bytes of an export follow from more than the content. A hole that somebody made in a raw image
+changes no byte of the disk, but its blocks; so the ETag is of the blocks' numbers, too, and a download that
+was begun before isn't gone on with.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import trio
+
+from gateway.images.allocation import NodeBlocks, chain_blocks, differing_blocks, stored_blocks
+from gateway.images.layout import Layout, entity_tag, raw_layout
+from gateway.images.qcow2.layout import Backing, qcow2_layout
+from gateway.images.vhd.layout import VhdParent, vhd_id, vhd_layout
+from gateway.transfers.export_disk import DiskExport
+
+if TYPE_CHECKING:
+    from gateway.core.leases import Lease
+    from gateway.images.disk import Disk
+
+
+class ExportFormat(Enum):
+    """A format, by the name that requests and file names have for it."""
+
+    RAW = "raw"
+    VHD = "vhd"
+    QCOW2 = "qcow2"
+
+    @property
+    def content_type(self) -> str:
+        """What xapi calls it in its answers (importexport.ml)."""
+        return _CONTENT_TYPES[self]
+
+
+_CONTENT_TYPES = {
+    ExportFormat.RAW: "application/octet-stream",
+    ExportFormat.VHD: "application/vhd",
+    ExportFormat.QCOW2: "application/x-qemu-disk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a delta stands on: a VDI, its content, and the blocks of the files of its chain."""
+
+    uuid: str
+    content_id: str
+    nodes: tuple[NodeBlocks, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is exported: the content under a lease, as a whole or as what differs from `base`."""
+
+    lease: "Lease"
+    content_id: str
+    image_format: ExportFormat
+    base: Base | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenExport:
+    """An export that can begin, and its ETag."""
+
+    body: DiskExport
+    tag: str
+
+
+def raw_entity_tag(content_id: str) -> str:
+    """The strong ETag of the raw bytes of a VDI whose content is `content_id`."""
+    return entity_tag([content_id], ExportFormat.RAW.value)
+
+
+@asynccontextmanager
+async def open_export(
+    source: Source, threads: trio.CapacityLimiter | None = None
+) -> AsyncIterator[OpenExport]:
+    """The disk of a read lease, opened in its format for as long as the block lasts.
+
+    Raises UnrelatedChains, ImageTooLarge for what the format can't hold, ImageError, OSError.
+    """
+    disk, opened = await trio.to_thread.run_sync(_open, source, limiter=threads)
+    try:
+        yield opened
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(disk.close, limiter=threads)
+
+
+async def base_under(lease: "Lease", uuid: str, content_id: str) -> Base:
+    """The VDI `uuid` with this content, under its lease, as what a delta stands on. ImageError, OSError."""
+    return Base(uuid, content_id, await trio.to_thread.run_sync(chain_blocks, lease.chain))
+
+
+def _open(source: Source) -> "tuple[Disk, OpenExport]":
+    nodes = () if source.image_format is ExportFormat.RAW else chain_blocks(source.lease.chain)
+    disk = source.lease.open_disk()
+    try:
+        layout, tag = _layout(disk, nodes, source)
+    except BaseException:
+        disk.close()
+        raise
+    return disk, OpenExport(DiskExport(layout), tag)
+
+
+def _layout(disk: "Disk", nodes: tuple[NodeBlocks, ...], source: Source) -> tuple[Layout, str]:
+    if source.image_format is ExportFormat.RAW:
+        return raw_layout(disk), raw_entity_tag(source.content_id)
+    base = source.base
+    blocks = stored_blocks(nodes) if base is None else differing_blocks(nodes, base.nodes)
+    named = [source.content_id, sha256(blocks).hexdigest()]
+    if base is not None:
+        named += [base.content_id, base.uuid]
+    tag = entity_tag(named, source.image_format.value)
+    if source.image_format is ExportFormat.VHD:
+        parent = None if base is None else VhdParent(vhd_id(base.content_id), f"{base.uuid}.vhd")
+        return vhd_layout(disk, blocks, vhd_id(source.content_id), parent), tag
+    backing = None if base is None else Backing(f"{base.uuid}.qcow2")
+    return qcow2_layout(disk, blocks, backing), tag
