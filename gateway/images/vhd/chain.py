@@ -28,7 +28,6 @@ from gateway.images.raw import DataRun, file_extents, read_range
 from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
-from gateway.images.vhd.scattered import MANY, fill_zeroes, read_scattered
 from gateway.images.vhd.writer import LeafWriter
 
 _ZEROES: Final = bytes(1 << 20)
@@ -166,17 +165,15 @@ class VhdChain:
 
     def _read_pieces(self, buf: bytearray | memoryview, offset: int) -> None:
         view = memoryview(buf)
-        pieces = list(self._map.pieces(offset, len(view)))
-        if len(pieces) >= MANY:
-            read_scattered(view, pieces, self._fds, self._paths)
-            return
         done = 0
-        for level, position, size in pieces:
+        for level, position, size in self._map.pieces(offset, len(view)):
             part = view[done : done + size]
             if level:
                 read_range(self._fds[level], part, position, self._paths[level])
             else:
-                fill_zeroes(part)
+                for start in range(0, size, len(_ZEROES)):
+                    piece = min(len(_ZEROES), size - start)
+                    part[start : start + piece] = _ZEROES[:piece]
             done += size
 
     def _joined(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
