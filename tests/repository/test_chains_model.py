@@ -40,10 +40,12 @@ def test_any_order_of_operations_gives_every_vdi_its_bytes(story: list[Step]) ->
         trio.run(play, Path(directory), story)
 
 
+# In parts, so that several workers can have them; each looks for examples of its own.
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@settings(max_examples=400, deadline=None)
-@given(st.lists(steps, min_size=10, max_size=60))
-def test_any_long_order_of_operations_gives_every_vdi_its_bytes(story: list[Step]) -> None:
+@pytest.mark.parametrize("part", range(8))
+@settings(max_examples=50, deadline=None)
+@given(story=st.lists(steps, min_size=10, max_size=60))
+def test_any_long_order_of_operations_gives_every_vdi_its_bytes(part: int, story: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         trio.run(play, Path(directory), story)
