@@ -10,6 +10,7 @@ be somebody else's file a moment later. So closing, replacing and announcing tak
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -140,8 +141,20 @@ class AccessDisk:
         # Guards the numbers of the descriptors, the link and `_closing`.
         self._guard = threading.Lock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name=f"lease of {hold.vdi}", daemon=True)
-        self._thread.start()
+        # The thread gets its link here: in `_link` a `close` that comes before the thread does leaves none.
+        self._thread = threading.Thread(
+            target=self._listen, args=(link,), name=f"lease of {hold.vdi}", daemon=True
+        )
+        try:
+            _dead_descriptor()
+            self._thread.start()
+        except BaseException:
+            # No more threads or descriptors, or Ctrl-C: the thread must not hold what nobody will ever close.
+            self._closing.set()
+            self._link = None
+            disk.close()
+            link.end()
+            raise
 
     @property
     def connected(self) -> bool:
@@ -253,14 +266,16 @@ class AccessDisk:
 
     # The gateway
 
-    def _listen(self) -> None:
+    def _listen(self, first: ClientLink) -> None:
         """Obey the gateway until the disk is closed or revoked; find the next one when it goes."""
-        link = self._link
+        link: ClientLink | None = first
         while link is not None:
-            self._follow(link)
-            with self._guard:
-                self._link = None
-            link.close()
+            try:
+                self._follow(link)
+            finally:
+                with self._guard:
+                    self._link = None
+                link.close()
             if self._closing.is_set() or self.revoked is not None:
                 break
             link = self._come_back()
@@ -268,11 +283,13 @@ class AccessDisk:
             self._on_revoke(self.revoked)
 
     def _follow(self, link: ClientLink) -> None:
+        """Until the gateway goes or revokes the disk, or has let others in after it was closed."""
         while True:
+            closed = self._closing.is_set()
             try:
-                message = link.receive(RELEASE_SECONDS if self._closing.is_set() else REPORT_SECONDS)
+                message = link.receive(RELEASE_SECONDS if closed else REPORT_SECONDS)
             except TimeoutError:
-                if self._closing.is_set():
+                if closed:
                     return
                 with self._guard:
                     if self._link is link:
@@ -304,9 +321,14 @@ class AccessDisk:
                 link = ClientLink.connect(self._hold.control_socket)
             except OSError:
                 continue
-            if self._announce(link):
+            announced = False
+            try:
+                announced = self._announce(link)
+            finally:
+                if not announced:
+                    link.close()
+            if announced:
                 return link
-            link.close()
             if self.revoked is not None:
                 return None
         return None
@@ -344,13 +366,17 @@ class AccessDisk:
             self.revoked = reason
             if self._closing.is_set():
                 return
-            # Reads and writes on a descriptor that is open as a mere path are EBADF.
-            dead = os.open("/", os.O_PATH | os.O_CLOEXEC)
-            try:
-                for fd in self._fds:
-                    os.dup2(dead, fd, inheritable=False)
-            finally:
-                os.close(dead)
+            for fd in self._fds:
+                os.dup2(_dead_descriptor(), fd, inheritable=False)
+
+
+@functools.cache
+def _dead_descriptor() -> int:
+    """What takes the place of files that are given up: one for the process, which may have none left by then.
+
+    Reads and writes on a descriptor that is open as a mere path are EBADF.
+    """
+    return os.open("/", os.O_PATH | os.O_CLOEXEC)
 
 
 def _chain(granted: Granted, fds: list[int], *, write: bool) -> ChainFiles:

@@ -4,7 +4,9 @@ The trap: descriptors come beside the bytes of a message; what nobody takes is c
 """
 
 import contextlib
+import errno
 import os
+import select
 import socket
 import time
 from collections import deque
@@ -54,7 +56,6 @@ class ClientLink:
     def send(self, message: Message, descriptors: list[int] | None = None) -> None:
         """Send a message, with descriptors or without. Raises OSError."""
         data = encode(message)
-        self._socket.settimeout(ANSWER_SECONDS)
         sent = self._socket.sendmsg([data], pack_descriptors(descriptors) if descriptors else [])
         if sent < len(data):
             self._socket.sendall(data[sent:])
@@ -63,7 +64,7 @@ class ClientLink:
         """The next message, None at the end. Raises TimeoutError after `seconds`, OSError, ProtocolError."""
         deadline = time.monotonic() + seconds
         while not self._messages:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._wait(deadline - time.monotonic())
             data, ancillary, flags, _ = self._socket.recvmsg(16384, ANCILLARY_SPACE, socket.MSG_CMSG_CLOEXEC)
             self._descriptors += unpack_descriptors(ancillary)
             if flags & socket.MSG_CTRUNC:
@@ -72,6 +73,16 @@ class ClientLink:
                 return None
             self._messages += self._decoder.feed(data)
         return self._messages.popleft()
+
+    def _wait(self, seconds: float) -> None:
+        """Until something comes. The socket's own time-out is that of `send`, in another thread perhaps."""
+        waiting = select.poll()
+        try:
+            waiting.register(self._socket, select.POLLIN)
+        except ValueError as closed:
+            raise OSError(errno.EBADF, "the connection was closed here") from closed
+        if not waiting.poll(max(seconds, 0) * 1000):
+            raise TimeoutError("the gateway says nothing")
 
     def take_descriptors(self) -> list[int]:
         """What came along with the messages so far; the caller's to close."""
