@@ -1,9 +1,12 @@
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gateway.cli.main import COMMANDS
+from gateway.cli.main import COMMANDS, application
+from gateway.cli.words import translated
 from gateway.core.errors import MESSAGES
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +41,33 @@ def test_every_command_is_documented() -> None:
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text())
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def command_lines(document: Path) -> Iterator[list[str]]:
+    """The arguments of each `vdi-gateway` that stands in a block of commands or between backquotes."""
+    text = document.read_text().replace("\\\n", " ")
+    blocks = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+    inline = re.findall(r"`vdi-gateway ([a-z-]+ [^`]+)`", text)
+    for found in [*re.findall(r"(?<![\w/-])vdi-gateway (.+)", blocks), *inline]:
+        words = shlex.split(re.split(r"[|>)]| 2>| &", found)[0], comments=True)
+        yield words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_are_understood(document: Path) -> None:
+    app = application()
+    for words in command_lines(document):
+        # CycloptsError or UsageError names what is wrong.
+        app.parse_args(translated(app, words), print_error=False, exit_on_error=False)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_that_are_named_exist(document: Path) -> None:
+    named = re.findall(
+        r"`((?:sr|vdi|vhd|task|user|session|host|config)-(?!gateway\b)[a-z-]+)(?: [^`]*)?`",
+        document.read_text(),
+    )
+    assert set(named) - {*COMMANDS, "task-id"} == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
