@@ -15,9 +15,10 @@ import structlog
 import trio
 
 from gateway.access.protocol import Closed, Moved, ProtocolError, Revoke, Working
-from gateway.access.server_link import Link, Peer, printable
+from gateway.access.server_link import Link, printable
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Lease
+from gateway.core.peer import Peer
 
 if TYPE_CHECKING:
     from gateway.core.records import VDI

@@ -30,9 +30,10 @@ from gateway.access.protocol import (
     ProtocolError,
     close_descriptors,
 )
-from gateway.access.server_link import Link, Peer, printable
+from gateway.access.server_link import Link, printable
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import Holder, LeaseMode
+from gateway.core.peer import Peer
 from gateway.core.refs import new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity

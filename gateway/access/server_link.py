@@ -6,9 +6,7 @@ connection.
 
 import contextlib
 import socket
-import struct
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -26,18 +24,10 @@ from gateway.access.protocol import (
     unpack_descriptors,
 )
 from gateway.core.errors import XenAPIError
+from gateway.core.peer import Peer, peer_of
 
 _SEND_SECONDS: Final = 30.0
 _PIECE: Final = 16384
-_PEER: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, as the kernel says."""
-
-    process: int
-    uid: int
 
 
 class Link:
@@ -49,8 +39,7 @@ class Link:
         self._messages: deque[Message] = deque()
         self._descriptors: list[int] = []
         self._sending = trio.Lock()
-        process, uid, _ = _PEER.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        self.peer: Final = Peer(process, uid)
+        self.peer: Final[Peer] = peer_of(accepted)
 
     async def receive(self) -> Message | None:
         """The next message, None at the end. Raises ProtocolError, OSError."""

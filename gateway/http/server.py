@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import ssl
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import structlog
 import trio
 
 from gateway.core.network import network_of
+from gateway.core.peer import peer_of
 from gateway.http.connection import Connection
 from gateway.http.wire import Wire, peer_address
 
@@ -31,8 +31,6 @@ log = structlog.get_logger("gateway.http")
 
 _BACKLOG: Final = 256
 _PAUSE_WITHOUT_DESCRIPTORS: Final = 0.1
-# struct ucred of socket(7): process, user, group.
-_PEER: Final = struct.Struct("iII")
 _BUSY: Final = b"Too many connections are open; try again later.\n"
 _BUSY_ANSWER: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nretry-after: 5\r\nconnection: close\r\n"
@@ -196,10 +194,10 @@ def _is_welcome(accepted: socket.socket) -> bool:
     """
     if accepted.family != socket.AF_UNIX:
         return True
-    pid, uid, _ = _PEER.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    if uid in {0, os.geteuid()}:
+    peer = peer_of(accepted)
+    if peer.uid in {0, os.geteuid()}:
         return True
-    log.warning("another user came to the local socket and was sent away", uid=uid, process=pid)
+    log.warning("another user came to the local socket and was sent away", uid=peer.uid, process=peer.process)
     return False
 
 

@@ -33,7 +33,10 @@ from gateway.xenapi.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.core import records
+    from gateway.xenapi.datamodel import Message, Run
     from gateway.xenapi.estate import Estate
 
 VDI_TYPE: Final = Choice(
@@ -225,28 +228,33 @@ _FORK_ERRORS: Final = (
 _DRIVER_PARAMS: Final = Parameter("driver_params", STRING_MAP, "not used", default={})
 
 
-@message(
+def _fork(name: str, doc: str, vdi: str) -> Callable[[Run], Message]:
+    """A message that makes a VDI which shares its bytes with `vdi`, of which it says what that may be."""
+    return message(
+        name,
+        doc,
+        Parameter("vdi", Reference("VDI"), vdi),
+        _DRIVER_PARAMS,
+        result=Reference("VDI"),
+        role=Role.VM_ADMIN,
+        errors=_FORK_ERRORS,
+    )
+
+
+@_fork(
     "snapshot",
     "Keep the VDI as it is now, as a read-only VDI. Nobody may be writing; who reads is not disturbed.",
-    Parameter("vdi", Reference("VDI"), "the VDI"),
-    _DRIVER_PARAMS,
-    result=Reference("VDI"),
-    role=Role.VM_ADMIN,
-    errors=_FORK_ERRORS,
+    "the VDI",
 )
 async def snapshot(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
     with call.operating(_sr_of(call, vdi), "vdi_snapshot"):
         return await call.estate.inventory.vdi_snapshot(vdi, who=call.who, task=call.task)
 
 
-@message(
+@_fork(
     "clone",
     "Make a writable VDI with the bytes of this one, which share what they have in common.",
-    Parameter("vdi", Reference("VDI"), "the VDI, or a snapshot"),
-    _DRIVER_PARAMS,
-    result=Reference("VDI"),
-    role=Role.VM_ADMIN,
-    errors=_FORK_ERRORS,
+    "the VDI, or a snapshot",
 )
 async def clone(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
     with call.operating(_sr_of(call, vdi), "vdi_clone"):

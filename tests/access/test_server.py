@@ -31,6 +31,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.core.limits import Limits
 from gateway.core.nbd_service import NbdService
+from gateway.core.peer import Peer
 from gateway.core.records import VDI
 from gateway.core.roles import Role
 from gateway.core.tasks import TaskStatus
@@ -283,20 +284,16 @@ async def test_a_refusal_says_why_and_ends_the_connection(
 
 async def test_another_user_needs_a_session(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     vdi = await room.vdi()
-    monkeypatch.setattr("gateway.access.server_link._PEER", Strangers())
+    monkeypatch.setattr("gateway.access.server_link.peer_of", stranger)
     talk = room.connect()
     await talk.send(Open(vdi.uuid, False, "test", None))
     assert refused(await talk.receive()).code == "SESSION_AUTHENTICATION_FAILED"
     await opened(room, vdi, session=await room.session(Role.VM_ADMIN))
 
 
-class Strangers:
-    """Stands for the kernel's word when another user is at the other end."""
-
-    size = 12
-
-    def unpack(self, _data: bytes) -> tuple[int, int, int]:
-        return 1, os.geteuid() + 4711, 0
+def stranger(_: object) -> Peer:
+    """The kernel's word when another user is at the other end."""
+    return Peer(1, os.geteuid() + 4711)
 
 
 # Lists
@@ -347,7 +344,7 @@ async def test_what_nobody_could_open_is_not_listed(room: Room) -> None:
 
 async def test_a_list_takes_the_role_that_opening_takes(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     vdi = await room.vdi()
-    monkeypatch.setattr("gateway.access.server_link._PEER", Strangers())
+    monkeypatch.setattr("gateway.access.server_link.peer_of", stranger)
     for session, code in (
         (None, "SESSION_AUTHENTICATION_FAILED"),
         ("OpaqueRef:no-session", "SESSION_INVALID"),

@@ -13,6 +13,7 @@ import trio
 import trustme
 
 from gateway.core.limits import Limits
+from gateway.core.peer import Peer
 from gateway.http import server as server_module
 from gateway.http.connection import Connection
 from gateway.http.request import Request
@@ -119,8 +120,7 @@ async def test_another_user_is_sent_away_from_the_unix_socket(
 ) -> None:
     path = str(tmp_path / "xapi.sock")
     bound = listen_locally(path)
-    stranger = server_module._PEER.pack(1, os.geteuid() + 12345, 1)
-    monkeypatch.setattr(socket.socket, "getsockopt", lambda *_: stranger)
+    monkeypatch.setattr(server_module, "peer_of", lambda _: Peer(1, os.geteuid() + 12345))
     async with served(Listener(bound)) as waiting:
         stream = await trio.open_unix_socket(path)
         assert await stream.receive_some() == b""
