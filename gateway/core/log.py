@@ -25,6 +25,8 @@ _SECRETS_IN_TEXT: Final = (
         re.IGNORECASE,
     ),
 )
+# What a terminal obeys instead of showing it, and what turns the direction of the text that follows.
+_COMMANDS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SECRET_KEYS: Final = frozenset(
     {"password", "authorization", "cookie", "session_id", "session_ref", "secret", "password_hash"}
 )
@@ -62,6 +64,16 @@ def mask_secrets(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> 
     """A structlog processor: the line without its secrets. Runs after tracebacks have become text."""
     for key, value in line.items():
         line[key] = MASK if _is_secret(key) else _mask(value)
+    return line
+
+
+def show_controls(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A structlog processor for terminals: whoever may choose a name, or only a user's, must not move the
+    cursor of the person who watches. JSON escapes by itself.
+    """
+    for key, value in line.items():
+        if isinstance(value, str):
+            line[key] = _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
     return line
 
 
@@ -112,6 +124,7 @@ def configure(level: str = "info", stream: TextIO | None = None, *, form: str = 
         mask_secrets,
     ]
     if form == "console" or (form == "auto" and output.isatty()):
+        processors.append(show_controls)
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
         processors.append(structlog.processors.JSONRenderer())

@@ -126,3 +126,18 @@ def test_the_form_can_be_chosen() -> None:
     assert "for people" in stream.getvalue()
     with pytest.raises(ValueError, match="Expecting value"):
         json.loads(stream.getvalue())
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_what_a_stranger_chose_gives_the_terminal_no_commands(form: str) -> None:
+    stream = io.StringIO()
+    configure("info", stream, form=form)
+    chosen = "a\x1b[2J\x1b]0;title\x07\rb\x9b2Jc\u202ed\x7f\nwrong password address=10.0.0.1"
+    log = structlog.get_logger()
+    log.warning("wrong password", user=chosen)
+    log.error("failed", exc_info=ValueError(chosen))
+    # structlog itself writes colours, which end in m.
+    assert not set("\x07\r\x7f\x9b\u202e") & set(stream.getvalue())
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\x1b]" not in stream.getvalue()
+    assert "\nwrong password" not in stream.getvalue().partition("ValueError")[0]
