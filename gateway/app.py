@@ -73,6 +73,10 @@ _M_MMAP_THRESHOLD: Final = -3
 MMAP_THRESHOLD: Final = 256 << 10
 
 
+class _ToldToStop(Exception):  # noqa: N818  nothing has failed
+    """A signal came before the gateway was ready."""
+
+
 class ServeRefused(Exception):  # noqa: N818  it says what happened, like the errors of the core
     """The gateway can't start: one line that says why and what to do."""
 
@@ -209,6 +213,18 @@ def _urls(scheme: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
     return tuple(f"{scheme}://{_host_port(*one.getsockname()[:2])}" for one in sockets)
 
 
+async def _told_to_stop(signals: AsyncIterator[int]) -> None:
+    async for number in signals:
+        if number != signal.SIGHUP:  # what it would have read anew is being read
+            _say_stopping(number)
+            return
+
+
+def _say_stopping(number: int) -> None:
+    notify("STOPPING=1")
+    log.info("stopping", signal=signal.Signals(number).name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Gateway:
     """One run of the gateway, from a locked state directory and listening sockets to the end."""
@@ -232,11 +248,17 @@ class _Gateway:
     async def run(self) -> None:
         """Everything, until it is told to stop."""
         async with self._estate() as estate:
-            nbd = await self._start_nbd(estate)
-            await self._serve(estate, nbd)
+            # From here on there may be a process that has to be told of the end.
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                try:
+                    nbd = await self._start_nbd(estate, signals)
+                except _ToldToStop:
+                    pass
+                else:
+                    await self._serve(estate, nbd, signals)
         log.info("stopped")
 
-    async def _serve(self, estate: Estate, nbd: Nbd | None) -> None:
+    async def _serve(self, estate: Estate, nbd: Nbd | None, signals: AsyncIterator[int]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(estate.tasks.run)
             nursery.start_soon(estate.sessions.run)
@@ -255,7 +277,7 @@ class _Gateway:
             if nbd is not None:
                 nursery.start_soon(nbd.run)
             server = Server(self._routes(estate, nursery), self.limits)
-            nursery.start_soon(self._obey_signals, server, nbd, nursery.cancel_scope)
+            nursery.start_soon(self._obey_signals, signals, server, nbd, nursery.cancel_scope)
             if self.context is not None:
                 nursery.start_soon(self._renew, self.context, nbd)
             async with trio.open_nursery() as serving:
@@ -266,8 +288,8 @@ class _Gateway:
                 await nbd.stopped()
             nursery.cancel_scope.cancel()
 
-    async def _start_nbd(self, estate: Estate) -> Nbd | None:
-        """NBD, from its first client on; None where it isn't served. Raises ServeRefused."""
+    async def _start_nbd(self, estate: Estate, signals: AsyncIterator[int]) -> Nbd | None:
+        """NBD, from its first client on; None where it isn't served. Raises ServeRefused, _ToldToStop."""
         if self.nbd_files is None:
             return None
         files, config = self.nbd_files, self.configuration.started
@@ -279,7 +301,8 @@ class _Gateway:
             shutdown_seconds=lambda: self.limits.shutdown_seconds,
         )
         try:
-            await nbd.start()
+            if not await nbd.start(unless=partial(_told_to_stop, signals)):
+                raise _ToldToStop
         except (NbdRefused, OSError) as refused:
             name = config.named("listen.nbd")
             if isinstance(refused, NbdRefused) and refused.is_address:
@@ -429,24 +452,27 @@ class _Gateway:
         self.state.announce(running)
         return running
 
-    async def _obey_signals(self, server: Server, nbd: Nbd | None, everything: trio.CancelScope) -> None:
+    async def _obey_signals(
+        self,
+        signals: AsyncIterator[int],
+        server: Server,
+        nbd: Nbd | None,
+        everything: trio.CancelScope,
+    ) -> None:
         asked_to_stop = False
-        receiver = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         # Reading a configuration may wait for the resolver of names; being told to stop doesn't wait for it.
         async with trio.open_nursery() as reloads:
-            with receiver as received:
-                async for number in received:
-                    if number == signal.SIGHUP:
-                        reloads.start_soon(self._reload, nbd)
-                    elif asked_to_stop:
-                        everything.cancel()
-                    else:
-                        asked_to_stop = True
-                        notify("STOPPING=1")
-                        log.info("stopping", signal=signal.Signals(number).name)
-                        server.stop()
-                        if nbd is not None:
-                            nbd.begin_stop()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    reloads.start_soon(self._reload, nbd)
+                elif asked_to_stop:
+                    everything.cancel()
+                else:
+                    asked_to_stop = True
+                    _say_stopping(number)
+                    server.stop()
+                    if nbd is not None:
+                        nbd.begin_stop()
 
     async def _reload(self, nbd: Nbd | None) -> None:
         async with self.configuration.reloading:

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
@@ -123,8 +123,40 @@ class Nbd:
             for host, port in self._addresses
         )
 
-    async def start(self) -> None:
-        """Find a supervisor, or start one; clients are answered then. Raises NbdRefused, OSError."""
+    async def start(self, *, unless: Callable[[], Awaitable[None]]) -> bool:
+        """Find a supervisor, or start one; clients are answered then. Raises NbdRefused, OSError.
+
+        False if `unless` returns first; then what had begun has been ended.
+        """
+        failed: NbdRefused | OSError | None = None
+        given_up = False
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                nonlocal given_up
+                await unless()
+                given_up = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            try:
+                await self._start()
+            except (NbdRefused, OSError) as error:
+                failed = error
+            nursery.cancel_scope.cancel()
+        if given_up:
+            self.begin_stop()
+            async with trio.open_nursery() as nursery:
+                if self._link is not None:
+                    nursery.start_soon(self._follow_to_the_end, self._link)
+                await self.stopped()
+                nursery.cancel_scope.cancel()
+            return False
+        if failed is not None:
+            raise failed
+        return True
+
+    async def _start(self) -> None:
         if self._certificates is not None:
             self._directory, self._chain = await trio.to_thread.run_sync(self._certificates)
         if not await self._adopt():
@@ -149,7 +181,7 @@ class Nbd:
                     if trio.current_time() - began > _LONGEST_PAUSE:
                         pause = _FIRST_PAUSE
                 try:
-                    await self.start()
+                    await self._start()
                 except (NbdRefused, OSError) as error:
                     log.warning("NBD is not served", why=str(error), again_in_seconds=pause)
                     await trio.sleep(pause)
@@ -232,37 +264,42 @@ class Nbd:
     async def _launch(self) -> None:
         await trio.to_thread.run_sync(self._files.prepare)
         reading, writing = os.pipe2(os.O_CLOEXEC)
-        try:
-            command = self._files.command(self._directory, self._version, "--ready-fd", str(writing))
-            # Not ended with the gateway: that is what it is for.
-            process = await trio.lowlevel.open_process(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(writing,),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
-        answer = b""
+        # The supervisor ends if nobody reads any more and no gateway is connected yet.
         async with trio.lowlevel.FdStream(reading) as stream:
-            with trio.move_on_after(_START_SECONDS):
+            try:
+                command = self._files.command(self._directory, self._version, "--ready-fd", str(writing))
+                # Not ended with the gateway: that is what it is for.
+                process = await trio.lowlevel.open_process(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(writing,),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(writing)
+            self._process = process
+            answer = b""
+            with trio.move_on_after(_START_SECONDS) as waiting:
                 while not answer.endswith(b"\n") and (piece := await stream.receive_some(_PIECE)):
                     answer += piece
-        told = json.loads(answer) if answer else {"refused": "its supervisor has ended", "kind": "other"}
-        self._process = process
-        if "refused" in told:
-            await self._reap()
-            raise NbdRefused(told["refused"], is_address=told["kind"] == "listen")
-        try:
-            link = await _Link.connect(self._files.control_socket)
-        except OSError as error:
-            raise NbdRefused(f"its supervisor doesn't answer: {error.strerror}") from error
-        status = await link.status()
+            if waiting.cancelled_caught:
+                raise NbdRefused("its supervisor doesn't say that it is ready")
+            told = json.loads(answer) if answer else {"refused": "its supervisor has ended", "kind": "other"}
+            if "refused" in told:
+                await self._reap()
+                raise NbdRefused(told["refused"], is_address=told["kind"] == "listen")
+            try:
+                link = await _Link.connect(self._files.control_socket)
+            except OSError as error:
+                raise NbdRefused(f"its supervisor doesn't answer: {error.strerror}") from error
+            try:
+                status = await link.status()
+            except BaseException:
+                link.close()
+                raise
         if status is None:
+            link.close()
             raise NbdRefused("its supervisor has ended")
         self._take(link, status)
         log.info("NBD is served", supervisor=process.pid, urls=self.urls)
@@ -289,6 +326,10 @@ class Nbd:
             service = None
         if not self._stopping:
             self._door.serve(service)
+
+    async def _follow_to_the_end(self, link: _Link) -> None:
+        await self._follow(link)
+        self._ended.set()
 
     async def _follow(self, link: _Link) -> None:
         while (message := await link.receive()) is not None:

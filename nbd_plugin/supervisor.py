@@ -51,6 +51,8 @@ class Supervisor:
         self._leaving: str | None = None
         self._kill_at: float | None = None
         self._begun = False
+        self._starter = options.ready_fd
+        self._starter_ended = False
         now = time.monotonic()
         self._needed_at = now
         self._count_at = now + COUNT_SECONDS
@@ -105,6 +107,8 @@ class Supervisor:
     def run(self, announce: Callable[[str], None]) -> int:
         """Until everything has ended. `announce` gets one line when clients are answered. Raises Refused."""
         self._events.watch_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._signalled)
+        if self._starter is not None:
+            self._events.watch(self._starter, self._starter_reads_no_more)
         while True:
             now = time.monotonic()
             self._due(now)
@@ -117,9 +121,27 @@ class Supervisor:
             if not self._begun and self._public.is_ready:
                 self._begun = self._workers.begun = True
                 announce(self._ready_line())
+            self._look_for_starter()
             self._links.tell_status()
         self._links.end()
         return 0
+
+    def _starter_reads_no_more(self) -> None:
+        """Nobody reads any more whether it is ready. A gateway is connected before it stops doing so."""
+        assert self._starter is not None
+        self._events.forget(self._starter)
+        self._starter_ended = True
+
+    def _look_for_starter(self) -> None:
+        """Once all that has come at the same time is known: whether anybody wants this supervisor."""
+        if self._starter is None or not (self._links or self._starter_ended):
+            return
+        self._events.forget(self._starter)
+        os.close(self._starter)
+        self._starter = None
+        if not self._links and not self._leaving:
+            self._log.info("the gateway that started it has ended")
+            self._needed_at = time.monotonic() - self._options.linger
 
     # Time
 
@@ -274,8 +296,6 @@ def _say(ready_fd: int | None, refused: Refused) -> int:
 def _write(fd: int | None, text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(1 if fd is None else fd, text.encode() + b"\n")
-        if fd is not None and fd > 2:
-            os.close(fd)
 
 
 if __name__ == "__main__":

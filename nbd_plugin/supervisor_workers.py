@@ -105,7 +105,8 @@ class Workers:
                     self._events.forget(each.fileno())
             pool.stop(how)
         if how == "stop":
-            for worker in self._orphans:
+            # Orphans can't be told otherwise, and one that is only starting listens to nothing else.
+            for worker in self._orphans | {each for each in self.present if not each.ready}:
                 worker.signal(signal.SIGTERM)
 
     def kill(self) -> None:

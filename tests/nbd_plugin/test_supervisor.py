@@ -2,6 +2,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.nbd_plugin.supervised import ROOT, Supervised, ended, eventually
+from tests.nbd_plugin.supervised import ROOT, SUPERVISOR, TINY_PLUGIN, Supervised, ended, eventually
 
 SIZE = 1 << 20
 
@@ -282,3 +284,47 @@ def test_a_gateway_that_reads_nothing_holds_nobody_up(supervisor: Supervised, li
         threading.Thread(target=come_and_go).start()
         assert done.wait(30)
         assert supervisor.stop() == 0
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_it_ends_at_once_when_who_started_it_has_gone_without_a_word(tmp_path: Path, ready: bool) -> None:
+    """A gateway that is ended while it starts."""
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    state = tmp_path / "state"
+    command = [sys.executable, "-I", "-S", str(SUPERVISOR), "--state-dir", str(state), "--linger", "600"]
+    command += ["--listen", "127.0.0.1:0", "--plugin", str(TINY_PLUGIN), "--ready-fd", str(writing)]
+    with subprocess.Popen(command, pass_fds=(writing,)) as process:
+        try:
+            os.close(writing)
+            if ready:
+                assert b"NBD ready: nbd://127.0.0.1:" in os.read(reading, 4096)
+            else:
+                eventually((state / "nbd-workers").exists, "the first worker")
+            os.close(reading)
+            assert process.wait(30) == 0
+            left = [int(each) for each in (state / "nbd-workers").read_text().split()[::2]]
+            assert left == []
+        finally:
+            process.kill()
+
+
+def test_it_goes_on_when_who_started_it_is_connected(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    state = tmp_path / "state"
+    command = [sys.executable, "-I", "-S", str(SUPERVISOR), "--state-dir", str(state)]
+    command += ["--listen", "127.0.0.1:0", "--plugin", str(TINY_PLUGIN), "--ready-fd", str(writing)]
+    with subprocess.Popen(command, pass_fds=(writing,)) as process, socket.socket(socket.AF_UNIX) as gateway:
+        try:
+            os.close(writing)
+            eventually((state / "nbd-control.sock").exists, "the control socket")
+            gateway.connect(str(state / "nbd-control.sock"))
+            os.close(reading)
+            with gateway.makefile("r") as messages:
+                while '"ready": true' not in messages.readline():
+                    pass
+                gateway.sendall(b'{"do": "stop"}\n')
+                assert process.wait(30) == 0
+        finally:
+            process.kill()
