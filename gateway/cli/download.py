@@ -6,6 +6,7 @@ went into a pipe can't be taken back, so there another content is a failure.
 """
 
 import time
+from dataclasses import dataclass
 from typing import Final
 
 from gateway.cli.connection import CallRefusedError, Connection
@@ -21,15 +22,30 @@ FIRST_PAUSE_SECONDS: Final = 0.5
 BUFFER_BYTES: Final = 1 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is fetched: a VDI (uuid) in a format, with `base` (uuid) only what differs from that one."""
+
+    vdi: str
+    image_format: str = "raw"
+    base: str | None = None
+
+    def target(self, task: TransferTask) -> str:
+        """The request target. uuids, references and names of formats need no quoting."""
+        chosen = "" if self.image_format == "raw" else f"&format={self.image_format}"
+        chosen += "" if self.base is None else f"&base={self.base}"
+        return target_of("/export_raw_vdi", self.vdi, task) + chosen
+
+
 def download(
-    connection: Connection, vdi: str, target: ExportTarget, display: Display, transfer: Transfer
+    connection: Connection, wanted: Wanted, target: ExportTarget, display: Display, transfer: Transfer
 ) -> None:
-    """Bring the whole disk into the target, durably. Raises CommandError, OSError of the target.
+    """Bring all of it into the target, durably. Raises CommandError, OSError of the target.
 
     When it ends early, what can be gone on with is kept, and the message says so.
     """
     try:
-        _until_whole(connection, vdi, target, display, transfer)
+        _until_whole(connection, wanted, target, display, transfer)
         target.finish()
     except KeyboardInterrupt:
         display.note(f"interrupted{_kept(target)}")
@@ -48,7 +64,7 @@ def _kept(target: ExportTarget) -> str:
 
 
 def _until_whole(
-    connection: Connection, vdi: str, target: ExportTarget, display: Display, transfer: Transfer
+    connection: Connection, wanted: Wanted, target: ExportTarget, display: Display, transfer: Transfer
 ) -> None:
     failures = 0
     if target.offset:
@@ -56,7 +72,7 @@ def _until_whole(
     while True:
         before = target.offset
         try:
-            _Download(connection, vdi, target, display, transfer).run()
+            _Download(connection, wanted, target, display, transfer).run()
         except (ConnectionLostError, DoorClosedError) as lost:
             failures = 1 if target.offset > before else failures + 1
             if failures >= TRIES:
@@ -73,10 +89,16 @@ class _Download:
     """One request, and the bytes that it brings."""
 
     def __init__(
-        self, connection: Connection, vdi: str, target: ExportTarget, display: Display, transfer: Transfer
+        self,
+        connection: Connection,
+        wanted: Wanted,
+        target: ExportTarget,
+        display: Display,
+        transfer: Transfer,
     ) -> None:
         self._connection = connection
-        self._vdi = vdi
+        self._wanted = wanted
+        self._vdi = wanted.vdi
         self._target = target
         self._display = display
         self._transfer = transfer
@@ -88,7 +110,7 @@ class _Download:
         try:
             with Exchange(self._connection.door) as exchange:
                 try:
-                    exchange.request("GET", target_of("/export_raw_vdi", self._vdi, task), self._headers())
+                    exchange.request("GET", self._wanted.target(task), self._headers())
                     head = exchange.answer()
                     stop = self._begin(exchange, head)
                     begun = True

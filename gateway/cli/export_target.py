@@ -231,8 +231,11 @@ class FileTarget(ExportTarget):
             os.unlink(self._note)
 
 
-def open_target(name: str, vdi: str, *, force: bool) -> ExportTarget:
-    """Open where the disk `vdi` (uuid) goes. CommandError for a file that exists, unless `force`; OSError."""
+def open_target(name: str, vdi: str, *, force: bool, image_format: str = "raw") -> ExportTarget:
+    """Open where the disk `vdi` (uuid) goes in a format. OSError.
+
+    CommandError for a file that exists, unless `force`, and for a device that is to hold an image file.
+    """
     if name == STDOUT:
         if os.isatty(1):
             raise CommandError("stdout is a terminal; give a file, or send the disk into a pipe")
@@ -242,12 +245,16 @@ def open_target(name: str, vdi: str, *, force: bool) -> ExportTarget:
     except FileNotFoundError:
         return FileTarget(name, vdi)
     if stat.S_ISDIR(mode):
-        raise CommandError(f"{name} is a directory; give a file in it, as in {os.path.join(name, vdi)}.raw")
+        raise CommandError(
+            f"{name} is a directory; give a file in it, as in {os.path.join(name, vdi)}.{image_format}"
+        )
     if stat.S_ISREG(mode):
         if not force:
             raise CommandError(f"{name} exists already; give another name, or --force to replace it")
         return FileTarget(os.path.realpath(name), vdi)
     if stat.S_ISBLK(mode):
+        if image_format != "raw":
+            raise CommandError(f"{name} is a block device, which takes the disk itself; give format=raw")
         # O_EXCL: not a device that is mounted.
         return DeviceTarget(os.open(name, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC), name)
     return StreamTarget(os.open(name, os.O_WRONLY | os.O_CLOEXEC), name)

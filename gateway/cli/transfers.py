@@ -1,13 +1,14 @@
 """`vdi-gateway vdi-import` and `vdi-export`: whole disks between a gateway and this machine."""
 
 import contextlib
+import os
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from gateway.cli.arguments import FileName, Flag
 from gateway.cli.connection import GatewayChoice
-from gateway.cli.download import download
+from gateway.cli.download import Wanted, download
 from gateway.cli.export_target import open_target
 from gateway.cli.output import CommandError, UsageError, parse_size
 from gateway.cli.progress import Display, ProgressForm, Transfer
@@ -79,12 +80,13 @@ def vdi_export(
     file: File,
     *,
     force: Flag = False,
-    format: Literal["raw"] = "raw",  # noqa: A002 - xe's key
+    format: Literal["raw", "vhd", "qcow2"] | None = None,  # noqa: A002 - xe's key
+    base: str | None = None,
     progress: Progress = "auto",
     quiet: Flag = False,
     gateway: GatewayChoice | None = None,
 ) -> int:
-    """Fetch a virtual disk as a raw file, sparse where the disk has zeroes.
+    """Fetch a virtual disk as a file, sparse where the disk has zeroes.
 
     Until it is whole it is called FILE.part. A broken connection is tried again; when the command ends early,
     the same command goes on where it stopped, unless the disk has changed.
@@ -98,25 +100,46 @@ def vdi_export(
     force
         Replace a file that exists.
     format
-        raw is the only one.
+        raw is what is meant without it; a VHD or a qcow2 image is asked for by name.
+    base
+        Uuid or name of another disk, usually a snapshot: only what differs from it is fetched, as a VHD or
+        qcow2 image that stands on a file with the base's uuid as its name.
     progress
         What to show on stderr: a bar, a line of JSON each second, or nothing. auto is a bar on a terminal,
         else JSON.
     quiet
         Show nothing but errors.
     """
+    image_format = _export_format(file, format, base)
     with (gateway or GatewayChoice()).connect() as connection:
         _, record = find_vdi(connection, disk)
         uuid: str = record["uuid"]
+        wanted = Wanted(uuid, image_format, None if base is None else find_vdi(connection, base)[1]["uuid"])
         try:
-            target = open_target(file, uuid, force=force)
+            target = open_target(file, uuid, force=force, image_format=image_format)
         except OSError as error:
             raise CommandError(f"{error.filename or file}: {error.strerror}") from None
         with contextlib.closing(target):
             transfer = Transfer("export", uuid)
             with Display(transfer, form_of(progress, quiet=quiet)) as display:
-                download(connection, uuid, target, display, transfer)
+                if wanted.base is not None and not quiet:
+                    display.note(f"it stands on {wanted.base}.{image_format} in the same directory")
+                download(connection, wanted, target, display, transfer)
     return 0
+
+
+def _export_format(file: str, image_format: str | None, base: str | None) -> str:
+    """The format, if it goes with the file's name and with a base. Raises UsageError."""
+    chosen = image_format or "raw"
+    if base is not None and chosen == "raw":
+        raise UsageError("base: a raw disk can't stand on another; give format=vhd or format=qcow2, too")
+    named = os.path.splitext(file)[1].lower().removeprefix(".")
+    if named in ("vhd", "qcow2") and chosen != named and image_format != "raw":
+        raise UsageError(
+            f"{file} is named like a {named} image, but {chosen} is what it would be;"
+            f" give format={named}, or another name, or format=raw for a raw disk of that name"
+        )
+    return chosen
 
 
 def form_of(progress: Progress, *, quiet: bool) -> ProgressForm:
