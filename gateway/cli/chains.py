@@ -1,5 +1,6 @@
 """The commands of chains: snapshots, clones, reverts, and vdi-chain, which shows what stands on what."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -8,51 +9,47 @@ from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice
 from gateway.cli.output import print_json, print_note, size_text
 from gateway.cli.sr import find_sr
-from gateway.cli.vdi import Disk, find_vdi
-
-NewName = Annotated[str | None, Parameter(name=["--new-name-label", "--name"])]
+from gateway.cli.vdi import Disk, find_vdi, print_made
 
 
-def vdi_snapshot(
-    disk: Disk,
-    *,
-    name: NewName = None,
-    json: Flag = False,
-    gateway: GatewayChoice | None = None,
-) -> int:
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NewDisk:
+    """What a disk that is made of another one is called, and how it is told."""
+
+    name: Annotated[str | None, Parameter(name=["--new-name-label", "--name"])] = None
+    """Name of what is made; else it is called like the disk."""
+
+    json: Flag = False
+    """Print a JSON document."""
+
+
+def vdi_snapshot(disk: Disk, *, new: NewDisk | None = None, gateway: GatewayChoice | None = None) -> int:
     """Keep a virtual disk as it is now, and print the snapshot's uuid. Nobody may be writing to it.
 
     Parameters
     ----------
     disk
         Uuid or name of the disk.
-    name
-        Name of the snapshot; else it is called like the disk.
-    json
-        Print a JSON document.
     """
-    return _fork("VDI.snapshot", disk, name, json, gateway)
+    return _fork("VDI.snapshot", disk, new or NewDisk(), gateway)
 
 
-def vdi_clone(
-    disk: Disk,
-    *,
-    name: NewName = None,
-    json: Flag = False,
-    gateway: GatewayChoice | None = None,
-) -> int:
+def vdi_clone(disk: Disk, *, new: NewDisk | None = None, gateway: GatewayChoice | None = None) -> int:
     """Make a writable disk with the bytes of a disk or snapshot, and print its uuid.
 
     Parameters
     ----------
     disk
         Uuid or name of the disk or snapshot.
-    name
-        Name of the new disk; else it is called like the old one.
-    json
-        Print a JSON document.
     """
-    return _fork("VDI.clone", disk, name, json, gateway)
+    return _fork("VDI.clone", disk, new or NewDisk(), gateway)
+
+
+def _fork(method: str, disk: str, new: NewDisk, gateway: GatewayChoice | None) -> int:
+    with (gateway or GatewayChoice()).connect() as connection:
+        made = connection.call(method, find_vdi(connection, disk)[0], {})
+        return print_made(connection, made, new.name, json=new.json)
 
 
 def vdi_revert(
@@ -71,19 +68,6 @@ def vdi_revert(
     """
     with (gateway or GatewayChoice()).connect() as connection:
         connection.call("VDI.revert", find_vdi(connection, snapshot)[0], {})
-    return 0
-
-
-def _fork(method: str, disk: str, name: str | None, json: bool, gateway: GatewayChoice | None) -> int:
-    with (gateway or GatewayChoice()).connect() as connection:
-        made = connection.call(method, find_vdi(connection, disk)[0], {})
-        if name is not None:
-            connection.call("VDI.set_name_label", made, name)
-        uuid = connection.call("VDI.get_uuid", made)
-    if json:
-        print_json({"uuid": uuid, "ref": made})
-    else:
-        print(uuid)
     return 0
 
 
@@ -113,7 +97,7 @@ def vdi_chain(
         states: dict[str, str] = {}
         for each in sorted(srs):
             states |= connection.call("SR.get_coalesce_state", each)
-    nodes = [node for root in _roots(records) for node in _below(root, records, 1)]
+    nodes = trees(records)
     for node in nodes:
         node["coalesce"] = states.pop(node["uuid"], None)
     if wanted is not None:
@@ -146,8 +130,20 @@ def _parent(record: dict[str, Any]) -> str | None:
     return uuid
 
 
-def _roots(records: dict[str, dict[str, Any]]) -> list[str]:
-    return sorted(uuid for uuid, record in records.items() if _parent(record) not in records)
+def trees(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """All nodes, each before its children; last those that stand on each other in a circle."""
+    children: dict[str | None, list[str]] = {}
+    for uuid in sorted(records, reverse=True):
+        parent = _parent(records[uuid])
+        children.setdefault(parent if parent in records else None, []).append(uuid)
+    nodes = []
+    left = [(uuid, 1) for uuid in children.get(None, ())]
+    while left:
+        uuid, depth = left.pop()
+        nodes.append(_node(uuid, records[uuid], depth))
+        left += [(child, depth + 1) for child in children.get(uuid, ())]
+    shown = {node["uuid"] for node in nodes}
+    return nodes + [_node(uuid, records[uuid], 1) for uuid in sorted(records.keys() - shown)]
 
 
 def _root_of(uuid: str, records: dict[str, dict[str, Any]]) -> str:
@@ -158,10 +154,8 @@ def _root_of(uuid: str, records: dict[str, dict[str, Any]]) -> str:
     return uuid
 
 
-def _below(uuid: str, records: dict[str, dict[str, Any]], depth: int) -> list[dict[str, Any]]:
-    """A node and all that stand on it, each before its children."""
-    record = records[uuid]
-    node = {
+def _node(uuid: str, record: dict[str, Any], depth: int) -> dict[str, Any]:
+    return {
         "uuid": uuid,
         "name_label": record["name_label"],
         "parent": _parent(record),
@@ -181,8 +175,6 @@ def _below(uuid: str, records: dict[str, dict[str, Any]], depth: int) -> list[di
             f"{operation} by {_who(task)}" for task, operation in record["current_operations"].items()
         ],
     }
-    children = sorted(other for other, candidate in records.items() if _parent(candidate) == uuid)
-    return [node, *(below for child in children for below in _below(child, records, depth + 1))]
 
 
 def _who(task: str) -> str:

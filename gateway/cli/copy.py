@@ -17,11 +17,11 @@ from cyclopts import Parameter
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import CallRefusedError, Connection, GatewayChoice, error_text
 from gateway.cli.door import DoorClosedError
-from gateway.cli.output import CommandError, UsageError, print_json
+from gateway.cli.output import CommandError, UsageError
 from gateway.cli.progress import Display, Transfer, figures_text
 from gateway.cli.sr import find_sr
 from gateway.cli.transfers import Progress, form_of
-from gateway.cli.vdi import NULL_REF, Disk, find_vdi
+from gateway.cli.vdi import NULL_REF, Disk, find_vdi, print_made
 
 _LOOK_SECONDS: Final = 0.1
 _CANCEL_SECONDS: Final = 10.0
@@ -74,14 +74,7 @@ def vdi_copy(
         with Display(transfer, form_of(progress, quiet=quiet), figures=figures) as display:
             copy = _Copy(connection, (reference, place, NULL_REF, target), transfer)
             made = copy.reference(display)
-        if name is not None:
-            connection.call("VDI.set_name_label", made, name)
-        uuid = connection.call("VDI.get_uuid", made)
-    if json:
-        print_json({"uuid": uuid, "ref": made})
-    else:
-        print(uuid)
-    return 0
+        return print_made(connection, made, name, json=json)
 
 
 class _Copy:

@@ -73,6 +73,18 @@ def vdi_create(
     return 0
 
 
+def print_made(connection: Connection, made: str, name: str | None, *, json: bool) -> int:
+    """Give a disk that was made of another one its `name`, if there is one, and print its uuid."""
+    if name is not None:
+        connection.call("VDI.set_name_label", made, name)
+    uuid: str = connection.call("VDI.get_uuid", made)
+    if json:
+        print_json({"uuid": uuid, "ref": made})
+    else:
+        print(uuid)
+    return 0
+
+
 def _note_rounding(wanted: int, given: int) -> None:
     if given != wanted:
         print_note(f"the size was rounded up from {wanted} to {given} bytes, a multiple of 2 MiB")

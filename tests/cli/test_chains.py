@@ -1,5 +1,7 @@
 import json
+from typing import Any
 
+from gateway.cli.chains import trees
 from tests.cli.test_transfers import error
 from tests.conftest import RunningGateway
 
@@ -29,3 +31,35 @@ def test_what_cannot_be_a_snapshot_is_said(house: RunningGateway) -> None:
     house.command("vdi-create", "flat", "1MiB", "sm-config:image-format=raw")
     assert "raw image has no snapshots" in error(house.command("vdi-snapshot", "flat"))
     assert "there is no disk" in error(house.command("vdi-chain", "nowhere"))
+
+
+def record(uuid: str, parent: str | None) -> dict[str, Any]:
+    return {
+        "uuid": uuid,
+        "name_label": uuid,
+        "sm_config": {} if parent is None else {"vhd-parent": parent},
+        "virtual_size": "0",
+        "physical_utilisation": "0",
+        "managed": True,
+        "is_a_snapshot": False,
+        "missing": False,
+        "current_operations": {},
+    }
+
+
+def test_trees_of_any_height_and_circles_are_shown_whole() -> None:
+    tall = {str(number): record(str(number), str(number - 1) if number else None) for number in range(5000)}
+    assert [(node["uuid"], node["depth"]) for node in trees(tall)] == [
+        (str(number), number + 1) for number in range(5000)
+    ]
+    pairs = {"root": None, "b": "root", "a": "root", "c": "a", "lost": "gone", "x": "y", "y": "x"}
+    mixed = {uuid: record(uuid, parent) for uuid, parent in pairs.items()}
+    assert [(node["uuid"], node["depth"]) for node in trees(mixed)] == [
+        ("lost", 1),
+        ("root", 1),
+        ("a", 2),
+        ("c", 3),
+        ("b", 2),
+        ("x", 1),
+        ("y", 1),
+    ]
