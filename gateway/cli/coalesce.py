@@ -6,6 +6,7 @@ It ends when all else is done, and says for whom the rest waits.
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 from gateway.cli.arguments import Flag
@@ -21,6 +22,7 @@ WAITS: Final = 3
 """The exit code when all is done but what waits for people."""
 
 _POLL_SECONDS: Final = 0.2
+_CANCEL_SECONDS: Final = 5.0
 _STEPS: Final = 1000
 _TASKS: Final = 'field "name__label" = "coalesce"'
 
@@ -35,8 +37,9 @@ def sr_coalesce(
 ) -> int:
     """Merge what destroyed snapshots have left behind into what it stands on, now.
 
-    A gateway does so by itself, whenever nobody uses a chain. Exit code 0 when nothing is left to merge, 3
-    when the rest waits for people who use the disks (vdi-chain shows for whom), 1 when something failed.
+    A gateway does so by itself, whenever nobody uses a chain, and Ctrl-C here doesn't stop it. Exit code 0
+    when nothing is left to merge, 3 when the rest waits for people who use the disks (vdi-chain shows for
+    whom), 1 when something failed.
 
     Parameters
     ----------
@@ -61,7 +64,12 @@ def sr_coalesce(
         uuid: str = connection.call("SR.get_uuid", reference)
         known = _tasks(connection, uuid)
         asked = connection.call("Async.SR.coalesce", reference)
-        record = _follow(connection, asked, uuid)
+        try:
+            record = _follow(connection, asked, uuid)
+        except KeyboardInterrupt:
+            _stop_waiting(connection, asked)
+            print_note(f"the gateway goes on merging; vdi-gateway sr-coalesce {uuid} --pause would stop it")
+            raise
         connection.call("task.destroy", asked)
         tasks = {
             ref: task
@@ -72,6 +80,15 @@ def sr_coalesce(
     if record["status"] != "success":
         raise CommandError(_error(record) or f"the task is {record['status']}")
     return _report(list(tasks.values()), left, json=json)
+
+
+def _stop_waiting(connection: Connection, asked: str) -> None:
+    """End the task of the question. The merges have tasks of their own."""
+    # The connection may be in the middle of a call.
+    connection.restart(_CANCEL_SECONDS)
+    with suppress(CommandError):
+        connection.call("task.cancel", asked)
+        connection.call("task.destroy", asked)
 
 
 def _follow(connection: Connection, asked: str, sr_uuid: str) -> dict[str, Any]:

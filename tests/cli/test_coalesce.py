@@ -1,11 +1,13 @@
 import json
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
 
 from gateway.access.client import open_vdi
 from tests.cli.test_transfers import error
-from tests.conftest import RunningGateway
+from tests.conftest import RunningGateway, clean_environment, program
 
 
 def make(house: RunningGateway, name: str) -> str:
@@ -74,3 +76,45 @@ def test_what_it_merged_and_what_failed_is_listed(house: RunningGateway) -> None
     merged = json.loads(done.stdout)["merged"]
     assert merged in ([], [{"vdi": disk, "into": base}])
     assert [node["uuid"] for node in nodes_of(house, disk)] == [disk]
+
+
+def test_ctrl_c_ends_the_waiting_for_merges_and_says_that_they_go_on(house: RunningGateway) -> None:
+    def write(number: int) -> None:
+        with closing(open_vdi(control, disk, write=True)) as opened:
+            opened.pwrite(bytes([number]) * 4096, 0)
+
+    control = str(house.state_dir / "access.sock")
+    assert house.command("sr-coalesce", "disks", "--pause").returncode == 0
+    disk = house.command("vdi-create", "tall", "4MiB").stdout.strip()
+    taken = []
+    for number in range(24):
+        write(number)
+        taken.append(house.call("VDI.snapshot", house.call("VDI.get_by_uuid", disk), {}))
+    house.call("VDI.destroy", taken[3])
+    other = house.command("vdi-create", "other", "4MiB").stdout.strip()
+    with closing(open_vdi(control, disk)):
+        assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
+
+        def goes_first() -> bool:
+            # It tries again when any lease ends; then it goes before those who come, and waits for minutes.
+            open_vdi(control, other).close()
+            return "coalescing goes first" in house.log()
+
+        until(goes_first)
+        process = subprocess.Popen(
+            [program(), "sr-coalesce", "disks"],
+            env={**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(house.state_dir)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: bool(house.call("task.get_by_name_label", "Async.SR.coalesce")))
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+        assert (process.returncode, out) == (130, "")
+        going_on, interrupted = said.splitlines()
+        assert going_on.startswith("the gateway goes on merging; vdi-gateway sr-coalesce ")
+        assert interrupted == "interrupted"
+        assert house.call("task.get_by_name_label", "Async.SR.coalesce") == []
+        assert len(nodes_of(house, disk)) == 48
+    until(lambda: len(nodes_of(house, disk)) == 47)
