@@ -6,6 +6,7 @@ the gateway itself.
 """
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -92,10 +93,19 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(name, str(error), 2)
     except CommandError as error:
         return _complain(name, str(error), 1)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if _is_open(sys.stdout.fileno()):
+            return _complain(name, f"a connection was broken off: {error.strerror}; try again", 1)
         # The reader of our output has seen enough (`| head`).
         return 0
     return code if isinstance(code, int) else 0
+
+
+def _is_open(descriptor: int) -> bool:
+    """Whether there is somebody still to read what is written there."""
+    asked = select.poll()
+    asked.register(descriptor, 0)  # errors and hang-ups are told in any case
+    return not asked.poll(0)
 
 
 def _one_line(error: CycloptsError) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -42,8 +43,12 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def print_note(text: str) -> None:
-    """A remark beside the result: on stderr, so that a script that reads stdout gets the result alone."""
-    sys.stderr.write(text + "\n")
+    """A remark beside the result: on stderr, so that a script that reads stdout gets the result alone.
+
+    That nobody reads it is no failure.
+    """
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

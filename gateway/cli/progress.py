@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
@@ -142,7 +143,7 @@ class Display:
         elif self._form is ProgressForm.JSON:
             self._write({"operation": self._transfer.operation, "vdi": self._transfer.vdi, "note": text})
         else:
-            self._stream.write(text + "\n")
+            self._say(text)
 
     def _run(self) -> None:
         # A bar moves ten times a second; lines are for logs.
@@ -156,8 +157,13 @@ class Display:
         self._write(self._transfer.document(state))
 
     def _write(self, document: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(document, ensure_ascii=False) + "\n")
-        self._stream.flush()
+        self._say(json.dumps(document, ensure_ascii=False))
+
+    def _say(self, line: str) -> None:
+        # Whether somebody reads on decides nothing about the transfer.
+        with suppress(OSError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
 
 class _Bar:

@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import sys
 
-from tests.conftest import clean_environment, program
+import pytest
+
+from tests.conftest import RunningGateway, clean_environment, program
 
 
 def gone() -> int:
@@ -17,6 +20,7 @@ def exit_code(*arguments: str, stdout: int, stderr: int) -> tuple[int, bytes | N
     try:
         done = subprocess.run(
             [program(), *arguments],
+            stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             env=clean_environment(),
@@ -40,3 +44,33 @@ def test_output_that_finds_no_space_is_a_failure_of_one_line() -> None:
 
 def test_a_complaint_that_nobody_reads_keeps_its_exit_code() -> None:
     assert exit_code("vdi-list", "--no-such", stdout=subprocess.DEVNULL, stderr=gone()) == (2, None)
+
+
+@pytest.fixture
+def disk(house: RunningGateway) -> str:
+    return house.command("vdi-create", "unread", "4MiB").stdout.strip()
+
+
+def test_a_transfer_fails_though_nobody_reads_that_it_does(house: RunningGateway, disk: str) -> None:
+    arguments = ("vdi-import", disk, "-", "--state-dir", str(house.state_dir), "--progress", "json")
+    assert exit_code(*arguments, stdout=subprocess.DEVNULL, stderr=gone()) == (1, None)
+
+
+def test_a_disk_that_nobody_takes_is_a_failure(house: RunningGateway, disk: str) -> None:
+    arguments = ("vdi-export", disk, "-", "--state-dir", str(house.state_dir), "--quiet")
+    code, said = exit_code(*arguments, stdout=gone(), stderr=subprocess.PIPE)
+    assert (code, said) == (1, b"vdi-gateway vdi-export: stdout: Broken pipe\n")
+
+
+def test_another_connection_that_breaks_is_a_failure_though_output_is_read() -> None:
+    script = """
+import sys
+from gateway.cli import config, main
+def config_show():
+    raise BrokenPipeError(32, "Broken pipe")
+config.config_show = config_show
+sys.exit(main.run(["config-show"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"vdi-gateway config-show: a connection was broken off: Broken pipe; try again\n"
