@@ -60,14 +60,6 @@ class RunningGateway:
     https: tuple[str, ...]
     authority: str | None
 
-    @property
-    def local_url(self) -> str:
-        """The URL that a command on this machine uses: plain HTTP only ever leaves for the loopback."""
-        for url in self.http:
-            if "://127." in url or "://[::1]" in url:
-                return url
-        return (self.https or self.http)[0]
-
 
 class StateDirectory:
     """Paths under one state directory, and the lock on it."""

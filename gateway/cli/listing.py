@@ -7,7 +7,7 @@ of columns divided by tabs, with --json a document, with --minimal the values of
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from cyclopts import Parameter
 
@@ -39,9 +39,6 @@ class Shape:
 
     json: Flag = False
     """Print a JSON document."""
-
-
-PLAIN: Final = Shape()
 
 
 def print_list(columns: Sequence[Column], rows: Sequence[Row], filters: Sequence[str], shape: Shape) -> None:

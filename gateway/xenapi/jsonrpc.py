@@ -90,12 +90,6 @@ def parse_request(body: bytes) -> Request:
     return Request(version, call_id, method, params)
 
 
-def _encode_other(value: object) -> object:
-    if isinstance(value, datetime):
-        return moment_text(value)
-    raise TypeError(type(value).__name__)
-
-
 def _plain(value: WireValue) -> WireValue:
     """`value` with its dates as text: left to itself the encoder would write them in its own form."""
     if isinstance(value, datetime):

@@ -30,9 +30,6 @@ class Int32(int):
     """A number that XenAPI sends with 32 bits. In XML it is an <i4>, where 64-bit integers are strings."""
 
 
-NEVER: Final = datetime(1970, 1, 1, tzinfo=UTC)
-"""What XenAPI writes where a moment has not come yet."""
-
 _LARGE: Final = 500
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}\Z")
 _INTEGER_RANGE = range(-(2**63), 2**63)

@@ -79,18 +79,3 @@ def test_commands_find_a_running_gateway_and_only_a_running_one(tmp_path: Path) 
     state.release()
     with pytest.raises(StateError, match="no gateway runs on"):
         StateDirectory(str(tmp_path)).running()
-
-
-@pytest.mark.parametrize(
-    ("http", "https", "expected"),
-    [
-        (("http://192.0.2.1:80", "http://127.0.0.1:80"), (), "http://127.0.0.1:80"),
-        (("http://[::1]:80",), ("https://192.0.2.1:443",), "http://[::1]:80"),
-        (("http://192.0.2.1:80",), ("https://192.0.2.1:443",), "https://192.0.2.1:443"),
-        (("http://192.0.2.1:80",), (), "http://192.0.2.1:80"),
-    ],
-)
-def test_a_local_command_prefers_the_loopback_then_encryption(
-    http: tuple[str, ...], https: tuple[str, ...], expected: str
-) -> None:
-    assert RunningGateway(1, http, https, None).local_url == expected

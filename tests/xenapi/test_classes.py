@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import trio
 
+from gateway.core.clock import EPOCH
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.passwords import Passwords
@@ -16,7 +17,7 @@ from gateway.core.users import Users
 from gateway.repository.inventory import Inventory, Where
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api
-from gateway.xenapi.types import NEVER, moment_text
+from gateway.xenapi.types import moment_text
 
 from .estate_for_tests import ADMIN, CALLER, Site
 
@@ -320,7 +321,7 @@ async def test_a_client_works_on_a_task_of_its_own(site: Site) -> None:
     await site.call("task.add_to_other_config", "read-only", task, "k", "v")
     record = await site.call("task.get_record", "read-only", task)
     assert (record["name_label"], record["progress"], record["status"]) == ("label", 0.5, "pending")
-    assert (record["other_config"], record["finished"]) == ({"k": "v"}, NEVER)
+    assert (record["other_config"], record["finished"]) == ({"k": "v"}, EPOCH)
     assert record["allowed_operations"] == ("cancel", "destroy")
     assert await site.call("task.get_by_name_label", "read-only", "label") == [task]
     await site.call("task.set_result", "read-only", task, "<value/>")

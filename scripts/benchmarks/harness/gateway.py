@@ -4,7 +4,6 @@ What is set up goes through XML-RPC and the small commands, as a user would do i
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -125,11 +124,6 @@ class Gateway(Peer):
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         raise RuntimeError("no VmHWM in /proc")
-
-    def processor_seconds(self) -> float:
-        """User and system time of the gateway so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _base(self, tls: bool) -> str:
         return (self.https.replace("127.0.0.1", "localhost") if tls else self.http).rstrip("/")
