@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nbd_plugin.test_served import NbdSite, serving
+from tests.nbd_plugin.served import NbdSite, serving
 from tests.system.site import MIB, Vdi, stored_content, wait_until
 
 BLOCK = 64 << 10

@@ -1,91 +1,36 @@
 """NBD as a user of `vdi-gateway serve` meets it: sessions, TLS, and everything killed while clients go on."""
 
 import contextlib
+import datetime
 import os
 import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
-from gateway.certificates import ensure_server_certificate
-from gateway.reachable import reachable_addresses
-from tests.conftest import RunningGateway, clean_environment, program
+from tests.conftest import clean_environment, program
+from tests.nbd_plugin.dead_host import Host, another_host
+from tests.nbd_plugin.served import NbdSite, answers, filled, pending, public_workers, run, serving
 from tests.nbd_plugin.supervised import ended
-from tests.system.site import MIB, Site, Vdi, wait_until
+from tests.system.site import MIB, Vdi, wait_until
 from tests.system.test_coalesce import depth
 
 pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are made by root")
 
 
-class NbdSite(Site):
-    """A gateway that serves NBD."""
-
-    @property
-    def control(self) -> Path:
-        return self.gateway.state_dir / "nbd-control.sock"
-
-    def info(self, vdi: Vdi) -> dict[str, str]:
-        info, *_ = self.gateway.call("VDI.get_nbd_info", vdi.ref)
-        return dict(info)
-
-    def uri(self, vdi: Vdi, *, write: bool = False, scheme: str = "nbd", query: str = "") -> str:
-        """With a session, over the network."""
-        info = self.info(vdi)
-        name = info["exportname"].removeprefix("/") + ("&mode=rw" if write else "")
-        return f"{scheme}://{info['address']}:{info['port']}/{quote(name, safe='')}{query}"
-
-    def private_uri(self, vdi: Vdi, *, write: bool = False) -> str:
-        name = quote(vdi.uuid + ("?mode=rw" if write else ""), safe="")
-        return f"nbd+unix:///{name}?socket={self.gateway.state_dir / 'nbd.sock'}"
-
-    def supervisors(self) -> list[int]:
-        """The supervisor's process, found by its state directory."""
-        found = []
-        for each in Path("/proc").iterdir():
-            if each.name.isdigit():
-                with contextlib.suppress(OSError):
-                    command = (each / "cmdline").read_bytes().split(b"\0")
-                    if str(self.gateway.state_dir).encode() in command and any(
-                        part.endswith(b"/supervisor.py") for part in command
-                    ):
-                        found.append(int(each.name))
-        return [each for each in found if not ended(each)]
-
-    def workers(self) -> list[int]:
-        """The nbdkit processes of all its supervisors, of dead ones too."""
-        known = (self.gateway.state_dir / "nbd-workers").read_text().split()[::2]
-        return [int(each) for each in known if not ended(int(each))]
-
-    def sweep(self) -> None:
-        """Nothing survives the test."""
-        left = [*self.supervisors(), *self.workers()]
-        for each in left:
-            with contextlib.suppress(OSError):
-                os.kill(each, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def serving(directory: Path, *arguments: str) -> Iterator[NbdSite]:
-    gateway = RunningGateway(directory, arguments or ("--nbd", "127.0.0.1:0"))
-    gateway.start()
-    site = NbdSite(gateway, directory / "sr")
-    try:
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NbdSite]:
+    """For tests that leave a gateway as they found it."""
+    with serving(tmp_path_factory.mktemp("shared")) as site:
         yield site
-    finally:
-        try:
-            if gateway.running:
-                gateway.stop()
-        finally:
-            gateway.kill()
-            site.sweep()
 
 
 @pytest.fixture
@@ -94,10 +39,31 @@ def nbd_site(tmp_path: Path) -> Iterator[NbdSite]:
         yield site
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
+@dataclass(frozen=True)
+class DeadHost:
+    """A disk that is open on a host whose link has been cut, and the task of its connection."""
+
+    site: NbdSite
+    host: Host
+    vdi: Vdi
+    task: str
+
+
+@pytest.fixture(scope="module")
+def dead_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeadHost]:
+    """It takes half a minute until the kernel notices: the first test has it die, and the last one looks."""
+    with (
+        another_host() as host,
+        serving(tmp_path_factory.mktemp("dead"), "--nbd", f"{host.address}:0", "--insecure-nbd") as site,
+    ):
+        vdi = site.create_vdi(MIB)
+        info = site.info(vdi)
+        assert info["address"] == host.address
+        host.hold(info["port"], info["exportname"] + "&mode=rw")
+        wait_until(lambda: len(pending(site, vdi)) == 1, "the task of the client")
+        [task] = pending(site, vdi)
+        host.die()
+        yield DeadHost(site, host, vdi, task)
 
 
 def copying(source: str | Path, target: str | Path) -> "subprocess.Popen[str]":
@@ -117,13 +83,8 @@ def copying(source: str | Path, target: str | Path) -> "subprocess.Popen[str]":
     )
 
 
-def filled(site: NbdSite, tmp_path: Path, size: int) -> tuple[Vdi, Path]:
-    """A disk of random bytes, and these in a file."""
-    vdi = site.create_vdi(size)
-    content = tmp_path / "content.raw"
-    content.write_bytes(os.urandom(size))
-    run("nbdcopy", "--flush", content, site.private_uri(vdi, write=True))
-    return vdi, content
+def test_a_client_whose_host_has_died_just_now_has_its_lease(dead_host: DeadHost) -> None:
+    assert pending(dead_host.site, dead_host.vdi) == [dead_host.task]
 
 
 def test_what_the_api_says_of_a_disk_is_what_clients_connect_to(nbd_site: NbdSite, tmp_path: Path) -> None:
@@ -244,18 +205,6 @@ def slow_target(file: Path, size: int) -> Iterator[SlowTarget]:
         target.process.wait()
 
 
-def pending(site: NbdSite, vdi: Vdi) -> list[str]:
-    """The tasks of those who have the disk open over NBD."""
-    records: dict[str, Any] = site.gateway.call("task.get_all_records")
-    return [
-        ref
-        for ref, record in records.items()
-        if record["status"] == "pending"
-        and record["name_label"].startswith("nbd ")
-        and vdi.uuid in record["name_description"]
-    ]
-
-
 def test_kill_9_of_the_supervisor_leaves_clients_and_brings_another_one(
     nbd_site: NbdSite, tmp_path: Path, libnbd: Any
 ) -> None:
@@ -278,95 +227,31 @@ def test_kill_9_of_the_supervisor_leaves_clients_and_brings_another_one(
 
 def is_replaced(site: NbdSite, gone: int, vdi: Vdi) -> bool:
     found = site.supervisors()
-    return len(found) == 1 and found != [gone] and answers(site, vdi)
-
-
-def answers(site: NbdSite, vdi: Vdi) -> bool:
-    done = subprocess.run(["nbdinfo", "--size", site.private_uri(vdi)], capture_output=True, check=False)
-    return done.returncode == 0
+    # The gateway says where NBD is again once the new one is ready; until then an orphan may answer.
+    told = site.gateway.call("VDI.get_nbd_info", vdi.ref)
+    return len(found) == 1 and found != [gone] and bool(told) and answers(site, vdi)
 
 
 def test_kill_9_of_a_worker_frees_its_leases_and_the_address_answers_again(
-    nbd_site: NbdSite, tmp_path: Path, libnbd: Any
+    shared_site: NbdSite, tmp_path: Path, libnbd: Any
 ) -> None:
-    vdi, content = filled(nbd_site, tmp_path, 4 * MIB)
+    vdi, content = filled(shared_site, tmp_path, 4 * MIB)
     writer = libnbd.NBD()
-    writer.connect_uri(nbd_site.private_uri(vdi, write=True))
+    writer.connect_uri(shared_site.private_uri(vdi, write=True))
     writer.pwrite(content.read_bytes()[:MIB], 0)
     writer.flush()
-    for worker in nbd_site.workers():
+    for worker in shared_site.workers():
         os.kill(worker, signal.SIGKILL)
     with pytest.raises(libnbd.Error):
         writer.pread(512, 0)
-    assert answers(nbd_site, vdi)
-    run("nbdcopy", "--flush", content, nbd_site.uri(vdi, write=True))
-    run("nbdcopy", nbd_site.private_uri(vdi), tmp_path / "copy.raw")
+    assert answers(shared_site, vdi)
+    run("nbdcopy", "--flush", content, shared_site.uri(vdi, write=True))
+    run("nbdcopy", shared_site.private_uri(vdi), tmp_path / "copy.raw")
     assert (tmp_path / "copy.raw").read_bytes() == content.read_bytes()
 
 
-def test_off_the_loopback_there_is_tls_and_a_new_certificate_disturbs_nobody(
-    tmp_path: Path, libnbd: Any
-) -> None:
-    with serving(tmp_path, "--nbd", "0.0.0.0:0") as site:
-        vdi, content = filled(site, tmp_path, MIB)
-        info = site.info(vdi)
-        assert info["cert"].startswith("-----BEGIN CERTIFICATE-----")
-        plain = subprocess.run(["nbdinfo", site.uri(vdi)], capture_output=True, text=True, check=False)
-        assert plain.returncode != 0
-        client = tls_client(libnbd, site, vdi, site.gateway.ca_file)
-        assert client.pread(MIB, 0) == content.read_bytes()
-        [old] = public_workers(site)
-        # The certificate is made anew when it is gone.
-        for name in ("server.pem", "server-key.pem"):
-            (site.gateway.state_dir / "tls" / name).unlink()
-        site.gateway.signal(signal.SIGHUP)
-        wait_until(lambda: "new workers have taken over" in site.gateway.log(), "a new generation")
-        assert site.info(vdi)["cert"] != info["cert"]
-        assert client.pread(MIB, 0) == content.read_bytes()
-        [new] = set(public_workers(site)) - {old}
-        again = tls_client(libnbd, site, vdi, site.gateway.ca_file)
-        assert again.pread(512, 0) == content.read_bytes()[:512]
-        client.shutdown()
-        wait_until(lambda: ended(old), "the old worker to end after its client")
-        assert not ended(new)
-
-
-def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
-    """Connected to where the gateway says, which the certificate has to name, with this authority."""
-    certificates = site.gateway.state_dir.parent / "client-tls"
-    certificates.mkdir(exist_ok=True)
-    shutil.copy(authority, certificates / "ca-cert.pem")
-    info = site.info(vdi)
-    client = libnbd.NBD()
-    client.set_tls(libnbd.TLS_REQUIRE)
-    client.set_tls_certificates(str(certificates))
-    client.set_export_name(info["exportname"])
-    client.connect_tcp(info["address"], info["port"])
-    return client
-
-
-def public_workers(site: NbdSite) -> list[int]:
-    return [
-        each
-        for each in site.workers()
-        if b"private=false" in Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
-    ]
-
-
-def test_the_operators_certificate_is_served_too(tmp_path: Path, libnbd: Any) -> None:
-    made = ensure_server_certificate(str(tmp_path / "site"), list(reachable_addresses("0.0.0.0")))
-    given = ("--tls-cert", made.chain, "--tls-key", made.key)
-    with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
-        vdi = site.create_vdi(MIB)
-        assert site.info(vdi)["cert"] == Path(made.chain).read_text()
-        assert made.authority is not None
-        client = tls_client(libnbd, site, vdi, Path(made.authority))
-        assert client.get_size() == vdi.size
-        client.shutdown()
-
-
-def test_a_taken_port_keeps_serve_from_starting_and_is_named(nbd_site: NbdSite, tmp_path: Path) -> None:
-    port = nbd_site.info(nbd_site.create_vdi(MIB))["port"]
+def test_a_taken_port_keeps_serve_from_starting_and_is_named(shared_site: NbdSite, tmp_path: Path) -> None:
+    port = shared_site.info(shared_site.create_vdi(MIB))["port"]
     command = [program(), "serve", "--state-dir", str(tmp_path / "other"), "--http", "127.0.0.1:0"]
     done = subprocess.run(
         [*command, "--nbd", f"127.0.0.1:{port}"],
@@ -449,59 +334,10 @@ def test_serve_with_other_options_replaces_the_supervisor_and_clients_stay(
     wait_until(lambda: before not in nbd_site.supervisors(), "the old one ends after its client")
 
 
-HOLD = """
-import sys, nbd
-client = nbd.NBD()
-client.set_export_name(sys.argv[3])
-client.connect_tcp(sys.argv[1], sys.argv[2])
-client.pwrite(bytes(512), 0)
-print("held", flush=True)
-sys.stdin.readline()
-"""
-
-
-@root_only
-def test_a_client_whose_host_dies_loses_its_lease_within_a_minute(tmp_path: Path) -> None:
-    """A network namespace is the host; its link is cut, so that nothing says that the client has gone."""
-    if shutil.which("ip") is None:
-        pytest.skip("iproute2 is not installed")
-    name = f"vdi{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no network namespace can be made here: {made.stderr.strip()}")
-    try:
-        # Of the addresses for tests between networks (RFC 2544): nobody else has them here.
-        block = os.getpid() % 250
-        ours, theirs = f"198.18.{block}.1", f"198.18.{block}.2"
-        run("ip", "link", "add", f"{name}h", "type", "veth", "peer", "name", f"{name}c", "netns", name)
-        run("ip", "addr", "add", f"{ours}/30", "dev", f"{name}h")
-        run("ip", "link", "set", f"{name}h", "up")
-        run("ip", "-n", name, "addr", "add", f"{theirs}/30", "dev", f"{name}c")
-        run("ip", "-n", name, "link", "set", f"{name}c", "up")
-        with serving(tmp_path, "--nbd", f"{ours}:0", "--insecure-nbd") as site:
-            vdi = site.create_vdi(MIB)
-            info = site.info(vdi)
-            assert info["address"] == ours
-            command = ["ip", "netns", "exec", name, "/usr/bin/python3", "-c", HOLD, ours, info["port"]]
-            with subprocess.Popen(
-                [*command, info["exportname"] + "&mode=rw"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as client:
-                try:
-                    assert client.stdout is not None
-                    assert client.stdout.readline() == "held\n"
-                    assert not answers(site, vdi)
-                    run("ip", "-n", name, "link", "set", f"{name}c", "down")
-                    wait_until(lambda: not held(site, vdi), "the lease to be free", 60)
-                    assert client.poll() is None
-                    assert answers(site, vdi)
-                finally:
-                    client.kill()
-    finally:
-        run("ip", "netns", "del", name)
-
-
-def held(site: NbdSite, vdi: Vdi) -> bool:
-    return bool(pending(site, vdi))
+def test_a_client_whose_host_died_has_lost_its_lease_within_a_minute(dead_host: DeadHost) -> None:
+    site, vdi = dead_host.site, dead_host.vdi
+    record = site.finished_task(dead_host.task, 60)
+    finished = datetime.datetime.strptime(str(record["finished"]), "%Y%m%dT%H:%M:%SZ")
+    assert datetime.timedelta(0) < finished - dead_host.host.died < datetime.timedelta(minutes=1)
+    assert dead_host.host.holds
+    assert answers(site, vdi)

@@ -6,6 +6,7 @@ Where TLS is demanded, on an address that other machines reach, with a session i
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from gateway.certificates import ensure_server_certificate
-from tests.nbd_plugin.test_served import NbdSite, run, serving
-from tests.system.site import MIB, Vdi, stored_content
+from gateway.reachable import reachable_addresses
+from tests.nbd_plugin.served import NbdSite, filled, public_workers, run, serving
+from tests.nbd_plugin.supervised import ended
+from tests.system.site import MIB, Vdi, stored_content, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
 
@@ -131,3 +134,56 @@ def test_clients_refuse_a_gateway_of_another_authority(tls_site: NbdSite, strang
     told = refused("qemu-img", "info", *credentials(stranger), "--image-opts", qemu(tls_site, vdi))
     assert "certificate" in told.lower()
     assert tls_site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
+
+
+def test_off_the_loopback_there_is_tls_and_a_new_certificate_disturbs_nobody(
+    tmp_path: Path, libnbd: Any
+) -> None:
+    with serving(tmp_path, "--nbd", "0.0.0.0:0") as site:
+        vdi, content = filled(site, tmp_path, MIB)
+        info = site.info(vdi)
+        assert info["cert"].startswith("-----BEGIN CERTIFICATE-----")
+        plain = subprocess.run(["nbdinfo", site.uri(vdi)], capture_output=True, text=True, check=False)
+        assert plain.returncode != 0
+        client = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+        assert client.pread(MIB, 0) == content.read_bytes()
+        [old] = public_workers(site)
+        # The certificate is made anew when it is gone.
+        for name in ("server.pem", "server-key.pem"):
+            (site.gateway.state_dir / "tls" / name).unlink()
+        site.gateway.signal(signal.SIGHUP)
+        wait_until(lambda: "new workers have taken over" in site.gateway.log(), "a new generation")
+        assert site.info(vdi)["cert"] != info["cert"]
+        assert client.pread(MIB, 0) == content.read_bytes()
+        [new] = set(public_workers(site)) - {old}
+        again = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+        assert again.pread(512, 0) == content.read_bytes()[:512]
+        client.shutdown()
+        wait_until(lambda: ended(old), "the old worker to end after its client")
+        assert not ended(new)
+
+
+def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
+    """Connected to where the gateway says, which the certificate has to name, with this authority."""
+    certificates = site.gateway.state_dir.parent / "client-tls"
+    certificates.mkdir(exist_ok=True)
+    shutil.copy(authority, certificates / "ca-cert.pem")
+    info = site.info(vdi)
+    client = libnbd.NBD()
+    client.set_tls(libnbd.TLS_REQUIRE)
+    client.set_tls_certificates(str(certificates))
+    client.set_export_name(info["exportname"])
+    client.connect_tcp(info["address"], info["port"])
+    return client
+
+
+def test_the_operators_certificate_is_served_too(tmp_path: Path, libnbd: Any) -> None:
+    made = ensure_server_certificate(str(tmp_path / "site"), list(reachable_addresses("0.0.0.0")))
+    given = ("--tls-cert", made.chain, "--tls-key", made.key)
+    with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
+        vdi = site.create_vdi(MIB)
+        assert site.info(vdi)["cert"] == Path(made.chain).read_text()
+        assert made.authority is not None
+        client = tls_client(libnbd, site, vdi, Path(made.authority))
+        assert client.get_size() == vdi.size
+        client.shutdown()
