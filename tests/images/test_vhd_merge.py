@@ -120,8 +120,9 @@ class TestAgainstPlainBytes:
                     os.truncate(path, size)
                 paths.append(path)
                 model = model[:size].ljust(size, b"\0")
+                steps = data.draw(st.lists(STEPS, max_size=8))
                 disk = open_leaf(path, writable=True)
-                for step in data.draw(st.lists(STEPS, max_size=8)):
+                for step in steps:
                     apply(step, disk, model, number * 1000, grain)
                 disk.close()
             lowest = 1 if kind == "raw" else 0
@@ -505,13 +506,6 @@ class TestRefusals:
                 work.flush()
 
 
-@pytest.fixture
-def in_memory() -> Iterator[Path]:
-    """A directory that no disk has to be waited for: crashes are replayed, so nothing real is lost there."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
-
-
 class TestCrashes:
     """grandparent <- parent <- child <- leaf; the child is merged into the parent."""
 
@@ -605,7 +599,7 @@ class TestCrashes:
     @pytest.mark.parametrize("unsaved", [1, 2, 4096])
     def test_the_chain_reads_the_same_after_a_crash_at_any_call_in_many_states(
         self,
-        tmp_path: Path,
+        in_memory: Path,
         monkeypatch: pytest.MonkeyPatch,
         block_sizes: tuple[int, int],
         kind: str,
@@ -613,6 +607,6 @@ class TestCrashes:
     ) -> None:
         monkeypatch.setattr("gateway.images.vhd.writer._UNSAVED_BLOCKS", unsaved)
         for seed in range(10, 15):
-            path = tmp_path / str(seed)
+            path = in_memory / str(seed)
             path.mkdir()
             self.sweep(path, seed, block_sizes, kind, per_point=8, look_closer_every=1)

@@ -191,7 +191,7 @@ class TestTheNewParent:
 class TestCrashes:
     def sweep(
         self,
-        tmp_path: Path,
+        scratch: Path,
         make_foreign: Callable[[Path], None] | None,
         names: tuple[str, str],
         *,
@@ -199,7 +199,7 @@ class TestCrashes:
         look_closer_every: int = 1,
     ) -> set[bool]:
         """Return for which states a header had to be put back: for some, for none, or for both kinds."""
-        root = tmp_path / "sr"
+        root = scratch / "sr"
         root.mkdir()
         leaf, child, parent = build(root, child=names[0], parent=names[1])
         before = content(leaf)
@@ -211,8 +211,8 @@ class TestCrashes:
         restored: set[bool] = set()
         rng = random.Random(per_point)
         states = [
-            files.kill_states(tmp_path / "kill"),
-            files.power_states(tmp_path / "power", rng, per_point),
+            files.kill_states(scratch / "kill"),
+            files.power_states(scratch / "power", rng, per_point),
         ]
         for number, state in enumerate(state for kind in states for state in kind):
             crashed, upper, lower = (state.directory / path.name for path in (leaf, child, parent))
@@ -233,16 +233,16 @@ class TestCrashes:
             assert check_vhd(str(crashed)).problems == (), state
         return restored
 
-    def test_a_child_of_ours_never_needs_its_header_restored(self, tmp_path: Path) -> None:
-        assert self.sweep(tmp_path, None, (CHILD, PARENT), per_point=8, look_closer_every=4) == {False}
+    def test_a_child_of_ours_never_needs_its_header_restored(self, in_memory: Path) -> None:
+        assert self.sweep(in_memory, None, (CHILD, PARENT), per_point=8, look_closer_every=4) == {False}
 
     @pytest.mark.parametrize("names", [(CHILD, "p.vhd"), ("p.vhd", CHILD)])
-    def test_names_of_other_lengths(self, tmp_path: Path, names: tuple[str, str]) -> None:
-        assert self.sweep(tmp_path, None, names, per_point=6, look_closer_every=4) == {False, True}
+    def test_names_of_other_lengths(self, in_memory: Path, names: tuple[str, str]) -> None:
+        assert self.sweep(in_memory, None, names, per_point=6, look_closer_every=4) == {False, True}
 
     @pytest.mark.parametrize("make_foreign", FOREIGN)
-    def test_foreign_children(self, tmp_path: Path, make_foreign: Callable[[Path], None]) -> None:
-        assert self.sweep(tmp_path, make_foreign, (CHILD, PARENT), per_point=6, look_closer_every=4) == {
+    def test_foreign_children(self, in_memory: Path, make_foreign: Callable[[Path], None]) -> None:
+        assert self.sweep(in_memory, make_foreign, (CHILD, PARENT), per_point=6, look_closer_every=4) == {
             False,
             True,
         }
@@ -261,9 +261,9 @@ class TestCrashes:
         ],
     )
     def test_many_states(
-        self, tmp_path: Path, make_foreign: Callable[[Path], None] | None, names: tuple[str, str]
+        self, in_memory: Path, make_foreign: Callable[[Path], None] | None, names: tuple[str, str]
     ) -> None:
-        restored = self.sweep(tmp_path, make_foreign, names, per_point=40)
+        restored = self.sweep(in_memory, make_foreign, names, per_point=40)
         assert restored == ({False} if make_foreign is None and names == (CHILD, PARENT) else {False, True})
 
 
