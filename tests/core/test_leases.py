@@ -115,6 +115,13 @@ async def test_a_rename_between_two_steps_leads_to_the_new_file(
         assert len(leases.holders_for(HOLDER.vdi)) == 1
 
 
+async def test_who_would_not_wait_is_not_refused_because_of_a_rename(image: str, tmp_path: Path) -> None:
+    new = make_image(tmp_path / "new", b"new")
+    leases = Leases(step=calling_at("granted", lambda: rename_in_another_process(new, image)))
+    async with leases.hold(image, WRITE, HOLDER, wait=0) as lease:
+        assert content_of(lease.chain.nodes[0].fd) == b"new"
+
+
 async def test_a_rename_after_the_last_step_leaves_the_lease_with_the_old_file(
     image: str, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.images.disk import ExtentKind
@@ -38,6 +38,15 @@ def place(size: int, where: int, sectors: int) -> tuple[int, int]:
     return offset, min(sectors * SECTOR, size - offset)
 
 
+# What a smaller parent hides of its own one is in the same block as what it shows.
+@example(
+    root="dynamic",
+    odd=0,
+    parents=[(64, 32768, [(False, (512, 4))]), (16, 4096, [])],
+    leaf_size=64,
+    block_size=4096,
+    trims=[(512, 1024)],
+)
 @settings(max_examples=120, deadline=None)
 @given(
     root=st.sampled_from(["dynamic", "fixed", "raw"]),
