@@ -33,7 +33,7 @@ from gateway.transfers.export_formats import (
     ExportFormat,
     OpenExport,
     Source,
-    base_under,
+    base_of,
     open_export,
     raw_entity_tag,
 )
@@ -95,9 +95,11 @@ class ExportRawVDI:
             return *await self._lease(asking, vdi.ref), None
         vdi, lease, base, base_lease = await self._lease_both(asking, vdi.ref, choice.base.ref)
         try:
-            return vdi, lease, await base_under(base_lease, base.uuid, base.content_id)
+            return vdi, lease, await base_of(lease, base_lease, base.uuid, base.content_id)
         except BaseException as error:
             lease.release()
+            if isinstance(error, UnrelatedChains):
+                raise unrelated(vdi, base, "no file is part of both their chains") from error
             if isinstance(error, (OSError, ImageError)):
                 raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(error)) from error
             raise
@@ -179,14 +181,10 @@ class ExportRawVDI:
                 say("export ended early", vdi=vdi.uuid, error=told.error_info)
 
     async def _open(self, stack: AsyncExitStack, download: "_Download") -> OpenExport:
-        vdi, choice = download.vdi, download.choice
         try:
             return await stack.enter_async_context(open_export(download.source, self._services.threads))
-        except UnrelatedChains as error:
-            assert choice.base is not None
-            raise unrelated(vdi, choice.base, "no file is part of both their chains") from error
         except ImageTooLarge as error:
-            size = XenAPIError("VDI_TOO_LARGE", str(vdi.virtual_size), str(MAX_VIRTUAL_SIZE))
+            size = XenAPIError("VDI_TOO_LARGE", str(download.vdi.virtual_size), str(MAX_VIRTUAL_SIZE))
             raise Refusal(HTTPStatus.CONFLICT, size) from error
         except (OSError, ImageError) as error:
             raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(error)) from error

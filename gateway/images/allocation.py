@@ -10,12 +10,11 @@ in one chain than in another; and the holes of a raw image may change while its 
 
 import os
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Final
 
-from gateway.images.chain import ChainFiles, NodeKind, OpenNode
+from gateway.images.chain import ChainFiles, NodeKind
 from gateway.images.errors import CorruptImage
 from gateway.images.files import FileIdentity, next_data, next_hole, pread_exactly
 from gateway.images.vhd.format import BLOCK_SIZE
@@ -26,50 +25,27 @@ _EMPTY: Final = b"\xff" * _PIECE_BYTES
 _IS_USED: Final = b"\1" * 255 + b"\0"
 
 
-@dataclass(frozen=True, slots=True)
-class NodeBlocks:
-    """The blocks of one file of a chain: byte n is 1 if it has block n. What may show has `visible` bytes."""
-
-    identity: FileIdentity
-    visible: int
-    flags: bytes
-
-    def between(self, start: int, stop: int) -> int:
-        """The flags of the bytes [start, stop) of the disk: a number whose lowest byte is block 0's."""
-        first, last = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
-        return int.from_bytes(self.flags[first:last], "little") << 8 * first
-
-
 class UnrelatedChains(Exception):  # noqa: N818 - what they are
     """The chains have no file in common, so nobody knows what is the same in both but by reading all."""
 
 
-def chain_blocks(chain: ChainFiles) -> tuple[NodeBlocks, ...]:
-    """Return the blocks of each file of a leased chain, leaf first. Blocks. Raises ImageError, OSError."""
-    nodes: list[NodeBlocks] = []
-    visible = 0
-    for node in chain.nodes:
-        size, flags = _node(node)
-        visible = min(visible, size) if nodes else size
-        nodes.append(NodeBlocks(node.identity, visible, flags))
-    return tuple(nodes)
-
-
-def stored_blocks(nodes: Sequence[NodeBlocks]) -> "array[int]":
-    """Return the numbers of all blocks that the chain has, ascending."""
+def stored_blocks(chain: ChainFiles) -> "array[int]":
+    """Return the numbers of all blocks that a leased chain has, ascending. Blocks. ImageError, OSError."""
     stored = 0
-    for node in nodes:
+    for node in _nodes(chain):
         stored |= node.between(0, node.visible)
     return _numbers(stored)
 
 
-def differing_blocks(nodes: Sequence[NodeBlocks], base: Sequence[NodeBlocks]) -> "array[int]":
-    """Return the numbers of all blocks of `nodes` that may differ from what `base` has there, ascending.
+def differing_blocks(chain: ChainFiles, base: ChainFiles) -> "array[int]":
+    """Return the numbers of all blocks that may differ from what `base` has there, ascending.
 
-    Raises UnrelatedChains.
+    Both chains are leased. Only the tables of files that one of them has alone are read. Blocks. Raises
+    UnrelatedChains, ImageError, OSError.
     """
+    nodes = _nodes(chain)
     ours = {node.identity: node for node in nodes}
-    theirs = {node.identity: node for node in base}
+    theirs = {node.identity: node for node in _nodes(base)}
     if not ours.keys() & theirs.keys():
         raise UnrelatedChains
     differing = 0
@@ -87,20 +63,42 @@ def differing_blocks(nodes: Sequence[NodeBlocks], base: Sequence[NodeBlocks]) ->
     return _numbers(differing & ((1 << 8 * blocks) - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A file of a chain; no more than `visible` bytes of its disk may show. `image` is None for a raw one."""
+
+    fd: int
+    identity: FileIdentity
+    image: VhdFile | None
+    size: int
+    visible: int
+
+    def between(self, start: int, stop: int) -> int:
+        """The flags of the bytes [start, stop): a number whose lowest byte is 1 if the file has block 0."""
+        first, last = start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)
+        flags = _of_data(self.fd, self.size) if self.image is None else _of_table(self.image)
+        return int.from_bytes(flags[first:last], "little") << 8 * first
+
+
+def _nodes(chain: ChainFiles) -> list[_Node]:
+    nodes: list[_Node] = []
+    for node in chain.nodes:
+        image: VhdFile | None = None
+        if node.kind is NodeKind.RAW:
+            size = os.fstat(node.fd).st_size
+        else:
+            image = open_vhd(node.fd, node.path)
+            size = image.size
+            if image.header is None:
+                image = None
+        visible = min(nodes[-1].visible, size) if nodes else size
+        nodes.append(_Node(node.fd, node.identity, image, size, visible))
+    return nodes
+
+
 def _numbers(flags: int) -> "array[int]":
     listed = flags.to_bytes(-(-flags.bit_length() // 8), "little")
     return array("I", compress(range(len(listed)), listed))
-
-
-def _node(node: OpenNode) -> tuple[int, bytes]:
-    """Return the size of a file's disk in bytes, and its flags."""
-    if node.kind is NodeKind.RAW:
-        size = os.fstat(node.fd).st_size
-        return size, _of_data(node.fd, size)
-    image = open_vhd(node.fd, node.path)
-    if image.header is None:
-        return image.size, _of_data(node.fd, image.size)
-    return image.size, _of_table(image)
 
 
 def _of_data(fd: int, size: int) -> bytes:
@@ -138,8 +136,11 @@ def _of_table(image: VhdFile) -> bytes:
 
 def _used(entries: bytes) -> bytes:
     """Return a 1 for each entry of four bytes that isn't all ones."""
-    used = 0
-    for place in range(4):
+    highest = entries[::4]
+    if b"\xff" not in highest:
+        return b"\1" * len(highest)
+    used = int.from_bytes(highest.translate(_IS_USED), "little")
+    for place in range(1, 4):
         used |= int.from_bytes(entries[place::4].translate(_IS_USED), "little")
     return used.to_bytes(len(entries) // 4, "little")
 

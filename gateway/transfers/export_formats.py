@@ -9,6 +9,7 @@ changes no byte of the disk, but its blocks; so the ETag is of the blocks' numbe
 was begun before isn't gone on with.
 """
 
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from gateway.images.allocation import NodeBlocks, chain_blocks, differing_blocks, stored_blocks
+from gateway.images.allocation import differing_blocks, stored_blocks
 from gateway.images.layout import Layout, entity_tag, raw_layout
 from gateway.images.qcow2.layout import Backing, qcow2_layout
 from gateway.images.vhd.layout import VhdParent, vhd_id, vhd_layout
@@ -51,11 +52,11 @@ _CONTENT_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What a delta stands on: a VDI, its content, and the blocks of the files of its chain."""
+    """What a delta stands on: a VDI, its content, and the blocks in which it may differ."""
 
     uuid: str
     content_id: str
-    nodes: tuple[NodeBlocks, ...]
+    differing: "array[int]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ async def open_export(
 ) -> AsyncIterator[OpenExport]:
     """The disk of a read lease, opened in its format for as long as the block lasts.
 
-    Raises UnrelatedChains, ImageTooLarge for what the format can't hold, ImageError, OSError.
+    Raises ImageTooLarge for what the format can't hold, ImageError, OSError.
     """
     disk, opened = await trio.to_thread.run_sync(_open, source, limiter=threads)
     try:
@@ -97,27 +98,33 @@ async def open_export(
             await trio.to_thread.run_sync(disk.close, limiter=threads)
 
 
-async def base_under(lease: "Lease", uuid: str, content_id: str) -> Base:
-    """The VDI `uuid` with this content, under its lease, as what a delta stands on. ImageError, OSError."""
-    return Base(uuid, content_id, await trio.to_thread.run_sync(chain_blocks, lease.chain))
+async def base_of(lease: "Lease", base: "Lease", uuid: str, content_id: str) -> Base:
+    """The VDI `uuid` with this content, leased as `base`, as what a delta of the leased VDI stands on.
+
+    Raises UnrelatedChains, ImageError, OSError. Only `lease` is needed from then on.
+    """
+    blocks = await trio.to_thread.run_sync(differing_blocks, lease.chain, base.chain)
+    return Base(uuid, content_id, blocks)
 
 
 def _open(source: Source) -> "tuple[Disk, OpenExport]":
-    nodes = () if source.image_format is ExportFormat.RAW else chain_blocks(source.lease.chain)
+    base, image_format = source.base, source.image_format
+    blocks = array("I") if base is None else base.differing
+    if base is None and image_format is not ExportFormat.RAW:
+        blocks = stored_blocks(source.lease.chain)
     disk = source.lease.open_disk()
     try:
-        layout, tag = _layout(disk, nodes, source)
+        layout, tag = _layout(disk, blocks, source)
     except BaseException:
         disk.close()
         raise
     return disk, OpenExport(DiskExport(layout), tag)
 
 
-def _layout(disk: "Disk", nodes: tuple[NodeBlocks, ...], source: Source) -> tuple[Layout, str]:
+def _layout(disk: "Disk", blocks: "array[int]", source: Source) -> tuple[Layout, str]:
     if source.image_format is ExportFormat.RAW:
         return raw_layout(disk), raw_entity_tag(source.content_id)
     base = source.base
-    blocks = stored_blocks(nodes) if base is None else differing_blocks(nodes, base.nodes)
     named = [source.content_id, sha256(blocks).hexdigest()]
     if base is not None:
         named += [base.content_id, base.uuid]

@@ -2,13 +2,14 @@
 
 import os
 import random
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyqcow
 
-from gateway.images.allocation import chain_blocks, differing_blocks, stored_blocks
+from gateway.images.allocation import differing_blocks, stored_blocks
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.disk import Disk, Hole
 from gateway.images.layout import Layout
@@ -27,15 +28,13 @@ NOISE = pattern(1 << 16)
 
 
 def blocks_of(leaf: Path, base: Path | None = None) -> "array[int]":
-    chain = open_chain_files(str(leaf), writable=False)
-    nodes = chain_blocks(chain)
-    chain.close()
-    if base is None:
-        return stored_blocks(nodes)
-    other = open_chain_files(str(base), writable=False)
-    base_nodes = chain_blocks(other)
-    other.close()
-    return differing_blocks(nodes, base_nodes)
+    with ExitStack() as files:
+        chain = files.enter_context(closing(open_chain_files(str(leaf), writable=False)))
+        if base is None:
+            return stored_blocks(chain)
+        return differing_blocks(
+            chain, files.enter_context(closing(open_chain_files(str(base), writable=False)))
+        )
 
 
 def export(leaf: Path, out: Path, *, content_id: str = "", base: Path | None = None) -> Path:

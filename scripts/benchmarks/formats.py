@@ -1,0 +1,176 @@
+#!/usr/bin/env -S .venv/bin/python
+"""Disks in standard formats, out of a running gateway, beside what qemu-img takes to convert the same disk.
+
+    scripts/bench formats [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
+
+Groups: export, first-byte. The disk is half of what its chain of three VHDs can hold; all of what is counted
+is in it, and in the page cache. qemu-img can't read chains of VHDs: it gets the same bytes as a raw file with
+the same holes. Both write a file and nobody waits for the disk. A markdown table goes to stdout.
+"""
+
+import sys
+from os.path import abspath, dirname
+
+sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
+
+# ruff: noqa: E402
+import argparse
+import http.client
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gateway.access.client import open_vdi
+from scripts.benchmarks.harness import chain
+from scripts.benchmarks.harness.gateway import Gateway
+from scripts.benchmarks.harness.measure import GIB, MIB, Report, interleave, log, timed, touch_memory
+from scripts.benchmarks.harness.peers import ROOT
+
+BLOCK = 2 * MIB
+LARGEST = 2040 * GIB
+
+
+class Bench:
+    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
+        self.directory = directory
+        self.gateway = gateway
+        self.size = size
+        self.rounds = rounds
+        self.report = Report()
+        self._noise = os.urandom(BLOCK)
+        self._access = str(gateway.state / "access.sock")
+
+    # --- what is measured -----------------------------------------------------------------------------------
+
+    def export(self) -> None:
+        """Whole images, into a file."""
+        vdi, source = self._chain(), self.directory / "source.raw"
+        self._curl(self.gateway.get_url(vdi), source)
+        self._make_sparse(source)
+        for image_format, driver, at_least in (("vhd", "vpc", 1.5), ("qcow2", "qcow2", 1.0)):
+            out = self.directory / f"out.{image_format}"
+            url = f"{self.gateway.get_url(vdi)}&format={image_format}"
+            peer = f"qemu-img convert -O {driver}"
+            contestants = {
+                "gateway": self._into(out, lambda url=url, out=out: self._curl(url, out)),
+                "gateway, thrown away": self._into(out, lambda url=url: self._curl(url, Path("/dev/null"))),
+                peer: self._into(out, lambda driver=driver, out=out: self._convert(driver, source, out)),
+            }
+            rounds = interleave(f"GET {image_format}", self.size, contestants, rounds=self.rounds)
+            name = f"GET {image_format} of a chain with {self.size // MIB} MiB"
+            self.report.compare(f"{name}, into a file", rounds, "gateway", peer, at_least=at_least)
+            self.report.compare(f"{name}, thrown away", rounds, "gateway, thrown away", peer, at_least=None)
+        source.unlink()
+        self.gateway.destroy_vdi(vdi)
+
+    def first_byte(self) -> None:
+        """From the request to the first byte of the image, of 2040 GiB in a chain of three."""
+        for every, state in ((0, "empty"), (1, "full")):
+            vdi = self.gateway.create_vdi("disk", LARGEST)
+            snapshots = []
+            for _ in range(2):
+                if every:
+                    chain.fill(self.gateway.image("disk", vdi), every=every)
+                snapshots.append(self.gateway.fork("snapshot", vdi))
+            if every:
+                chain.fill(self.gateway.image("disk", vdi), every=every)
+            for image_format in ("vhd", "qcow2"):
+                for base, kind in (("", "whole"), (f"&base={snapshots[0]}", "delta")):
+                    url = f"{self.gateway.get_url(vdi)}&format={image_format}{base}"
+                    waits = [self._first_byte(url) for _ in range(max(self.rounds, 5))]
+                    name = f"first byte of {image_format}, {kind}, 2040 GiB, {state} tables"
+                    self.report.figure(name, statistics.median(waits) * 1000, "ms", below=100)
+            for uuid in (vdi, *snapshots):
+                self.gateway.destroy_vdi(uuid)
+
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def _chain(self) -> str:
+        """A disk of twice the size, of which each of three files has its share of the blocks."""
+        vdi = self.gateway.create_vdi("disk", 2 * self.size)
+        for level in range(3):
+            if level:
+                self.gateway.fork("snapshot", vdi)
+            with closing(open_vdi(self._access, vdi, write=True, purpose="bench")) as disk:
+                for number in range(level, self.size // BLOCK, 3):
+                    disk.pwrite(self._noise, 2 * number * BLOCK)
+                disk.flush()
+        return vdi
+
+    def _make_sparse(self, path: Path) -> None:
+        subprocess.run(["fallocate", "--dig-holes", str(path)], check=True)
+
+    def _into(self, out: Path, work: Callable[[], None]) -> Callable[[], float]:
+        """Everybody begins without a file, and with memory that was used once."""
+
+        def run() -> float:
+            out.unlink(missing_ok=True)
+            touch_memory(self.size)
+            taken = timed(work)
+            out.unlink(missing_ok=True)
+            return taken
+
+        return run
+
+    def _curl(self, url: str, out: Path) -> None:
+        subprocess.run(["curl", "-sS", "--fail", "-o", str(out), url], check=True)
+
+    def _convert(self, driver: str, source: Path, out: Path) -> None:
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", driver, str(source), str(out)], check=True)
+
+    def _first_byte(self, url: str) -> float:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        connection = http.client.HTTPConnection(parts.hostname, parts.port)
+        connection.connect()
+        start = time.perf_counter()
+        connection.request("GET", f"{parts.path}?{parts.query}")
+        answer = connection.getresponse()
+        assert answer.read(1) == (b"c" if "format=vhd" in url else b"Q"), answer.status
+        taken = time.perf_counter() - start
+        connection.close()
+        return taken
+
+
+GROUPS: dict[str, Callable[[Bench], None]] = {"export": Bench.export, "first-byte": Bench.first_byte}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench formats", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--size", type=int, default=4096, metavar="MiB", help="of the data in the disk (default %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
+    parser.add_argument(
+        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
+    )
+    parser.add_argument(
+        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="on the disk to measure"
+    )
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="formats-", dir=options.directory))
+    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
+    try:
+        for path in (directory / "sr", memory / "sr"):
+            path.mkdir()
+        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
+            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
+            for name in options.only or GROUPS:
+                log(f"== {name}")
+                GROUPS[name](bench)
+        print(bench.report.markdown())
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(memory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
