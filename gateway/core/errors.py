@@ -82,6 +82,14 @@ MESSAGES: Final[dict[str, str]] = {
     "nothing was changed: look at the file, and send it again.",
     "IMPORT_ERROR_UNSUPPORTED_IMAGE": "The {0} image that was sent cannot be read here ({1}); "
     "nothing was changed: convert it, or send a raw disk.",
+    "IMPORT_ERROR_SIZE_REQUIRED": "Nothing says how large the new VDI has to be; "
+    "add virtual_size=<bytes> to the query, or send a Content-Length.",
+    "IMPORT_ERROR_IMAGE_TOO_LONG": "The {0} image has more than {1} bytes, the most that are kept while "
+    "it is read; send it as a raw disk or a VHD, or have spool_size raised.",
+    "IMPORT_ERROR_CONVERTER_MISSING": "{0} images are read by {1}, which this gateway doesn't have; "
+    "install it (Debian: qemu-utils), or send a raw disk or a VHD.",
+    "IMPORT_ERROR_CONVERTER_LIMIT": "Reading the {0} image took more memory, or more than {1} seconds of a "
+    "processor; nothing was changed: convert it, or send a raw disk.",
     "TOO_MANY_TRANSFERS": "{0} transfers are running, the most that this gateway allows; try again later.",
     # Tasks.
     "TASK_CANCELLED": "The task {0} was cancelled; start the operation again if you still want it.",

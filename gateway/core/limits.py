@@ -146,6 +146,13 @@ class Limits:
         "of an upload without a length bytes past the virtual size may still come; so long is waited for the"
         " one that proves it",
     )
+    spool_bytes: int = _bytes(
+        1024 * 1024 * MIB,
+        (1 * MIB, 64 * 1024 * 1024 * MIB),
+        "a qcow2, VHDX or VMDK image lies whole in the SR's staging directory before it is read;"
+        " one upload must not fill the SR with what it never uses",
+        key="spool_size",
+    )
     shutdown_seconds: float = _seconds(
         10.0,
         (0, 3600),

@@ -27,7 +27,7 @@ from gateway.transfers.publications import Publications
 
 if TYPE_CHECKING:
     from gateway.core.limits import Limits
-    from gateway.core.records import VDI
+    from gateway.core.records import SR, VDI
     from gateway.core.sessions import Identity, Sessions
     from gateway.core.tasks import Task, Tasks
     from gateway.http.connection import Connection
@@ -168,6 +168,18 @@ class DiskRequest:
         except XenAPIError as error:
             raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, error) from error
 
+    def sr(self) -> "SR | None":
+        """The SR that `sr_uuid` or `sr_id` names, by reference or uuid, if no VDI is named."""
+        if self._request.parameter("vdi") is not None:
+            return None
+        name = self._request.parameter("sr_uuid") or self._request.parameter("sr_id")
+        if name is None:
+            return None
+        try:
+            return self._services.inventory.records.srs.find(name)
+        except XenAPIError as error:
+            raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, error) from error
+
     def task(self, identity: "Identity") -> "Task | None":
         """The given task, None if none was given."""
         try:
@@ -189,29 +201,16 @@ class DiskRequest:
             status, reason = HTTPStatus.CONFLICT, ("OPERATION_NOT_ALLOWED", ended)
         raise Refusal(status, XenAPIError(*reason))
 
-    def require_raw(self) -> None:
-        """Raw is the only format, and the one that is meant when none is named.
-
-        What else changes the meaning of the bytes is refused too: a chunked body (xapi tests the parameter's
-        presence alone) would be written with its chunk headers, and a delta isn't the disk.
-        """
-        name = self._request.parameter("format")
-        if name is not None and name.lower() != "raw":
-            raise Refusal(HTTPStatus.NOT_FOUND, XenAPIError("IMPORT_ERROR_UNKNOWN_FORMAT", name[:50]))
-        for other in ("chunked", "base"):
-            if other in self._request.query or other in self._request.cookies:
-                reason = "only whole disks as they are can be sent, leave the parameter out"
-                error = XenAPIError(
-                    "VALUE_NOT_SUPPORTED", other, self._request.parameter(other) or "", reason
-                )
-                raise Refusal(HTTPStatus.NOT_FOUND, error)
-
     def require_here(self, vdi: "VDI") -> None:
         """This gateway reaches the VDI's SR; else 302 to the host that does, or 503."""
-        place = self._services.inventory.where_is(vdi.sr)
+        self.require_sr_here(vdi.sr)
+
+    def require_sr_here(self, sr: str) -> None:
+        """As require_here, for the SR itself."""
+        place = self._services.inventory.where_is(sr)
         if place is Where.LOCAL:
             return
-        error = XenAPIError("SR_NOT_ATTACHED", vdi.sr)
+        error = XenAPIError("SR_NOT_ATTACHED", sr)
         if isinstance(place, Host) and place.address:
             raise Refusal(HTTPStatus.FOUND, error, ("location", location(self._request, place.address)))
         raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error)

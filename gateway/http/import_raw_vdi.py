@@ -17,17 +17,18 @@ import trio
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
+from gateway.http.chunked_body import ChunkedBody
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
-from gateway.http.import_request import format_of
+from gateway.http.import_request import format_of, require_encoding, size_of
 from gateway.http.wire import WireBroken
 from gateway.images.errors import ImageError
 from gateway.transfers.formats import BodyFormat
-from gateway.transfers.import_disk import IntoVDI, Sent, import_disk
+from gateway.transfers.import_disk import NEW_NAME, IntoSR, IntoVDI, Sent, import_disk
 from gateway.transfers.import_raw import import_raw
 
 if TYPE_CHECKING:
-    from gateway.core.leases import Lease
-    from gateway.core.records import VDI
+    from gateway.core.records import SR, VDI
+    from gateway.core.sessions import Identity
     from gateway.core.tasks import Task
     from gateway.http.connection import Connection
     from gateway.http.request import Request
@@ -57,65 +58,106 @@ class ImportRawVDI:
 
     async def _admit(self, connection: "Connection", request: "Request", asked: DiskRequest) -> None:
         identity = await asked.identity()
-        vdi = asked.vdi()
+        sr = asked.sr()
+        vdi = asked.vdi() if sr is None else None
         task = asked.task(identity)
-        if request.transfer_encoding is not None:
-            raise Refusal(HTTPStatus.FORBIDDEN, XenAPIError("IMPORT_ERROR_CANNOT_HANDLE_CHUNKED"))
         form = format_of(request)
-        asked.require_here(vdi)
-        if vdi.read_only or vdi.is_a_snapshot or not vdi.managed:
-            raise Refusal(HTTPStatus.CONFLICT, XenAPIError("VDI_READONLY", vdi.ref))
-        if request.content_length == 0:
+        # Of the Xen proposal is a raw disk into a VDI that exists.
+        require_encoding(request, as_proposed=form is BodyFormat.RAW and vdi is not None)
+        if sr is not None:
+            self._require_writable(asked, sr)
+        else:
+            assert vdi is not None
+            asked.require_here(vdi)
+            if vdi.read_only or vdi.is_a_snapshot or not vdi.managed:
+                raise Refusal(HTTPStatus.CONFLICT, XenAPIError("VDI_READONLY", vdi.ref))
+        if request.content_length == 0 and request.transfer_encoding is None:
             text = b"nothing was sent: the VDI and the task are as they were; send the disk with its length\n"
             await connection.respond(HTTPStatus.OK, text, OCTETS)
             return
+        upload = _Upload(connection, request, form, asked, identity)
         with self._services.slot(identity):
-            lease = await asked.lease(vdi, LeaseMode.REPLACE, identity, task, "import")
-            try:
-                task = task or await asked.new_task(identity, "import", f"import into VDI {vdi.uuid}")
-                lease.work_under(task.ref)
-                line = await self._import(_Upload(connection, request, form, vdi, lease), task)
-            finally:
-                lease.release()
+            if vdi is not None:
+                line = await self._into_vdi(upload, vdi, task)
+            else:
+                assert sr is not None
+                line = await self._into_sr(upload, sr, task)
         await connection.send(line)
 
-    async def _import(self, upload: "_Upload", task: "Task") -> bytes:
+    def _require_writable(self, asked: DiskRequest, sr: "SR") -> None:
+        asked.require_sr_here(sr.ref)
+        if not self._services.inventory.repository(sr.ref).writable:
+            error = XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
+            raise Refusal(HTTPStatus.CONFLICT, error)
+
+    async def _into_vdi(self, upload: "_Upload", vdi: "VDI", task: "Task | None") -> bytes:
+        services = self._services
+        lease = await upload.asked.lease(vdi, LeaseMode.REPLACE, upload.identity, task, "import")
+        try:
+            task = task or await upload.asked.new_task(
+                upload.identity, "import", f"import into VDI {vdi.uuid}"
+            )
+            lease.work_under(task.ref)
+            target = IntoVDI(services.inventory, services.publications, vdi, lease)
+            return await self._import(upload, target, task)
+        finally:
+            lease.release()
+
+    async def _into_sr(self, upload: "_Upload", sr: "SR", task: "Task | None") -> bytes:
+        size = size_of(upload.request)
+        task = task or await upload.asked.new_task(upload.identity, "import", f"import into SR {sr.uuid}")
+        name = upload.request.parameter("name_label") or NEW_NAME
+        target = IntoSR(self._services.inventory, sr.ref, upload.identity.user, task.ref, size, name)
+        return await self._import(upload, target, task)
+
+    async def _import(self, upload: "_Upload", target: "IntoVDI | IntoSR", task: "Task") -> bytes:
         """Answer the head, receive the body, and return the last line."""
-        connection, vdi = upload.connection, upload.vdi
+        connection = upload.connection
+        uuid = target.vdi.uuid if isinstance(target, IntoVDI) else target.uuid
         body = connection.take_body()
         try:
             await self._begin(connection, task)
-            await self._receive(upload, body, task)
+            await self._receive(upload, target, body, task)
         except (OSError, ImageError, XenAPIError) as failure:
             error = as_xenapi_error(failure)
-            log.info("import failed", vdi=vdi.uuid, task=task.ref, error=error.error_info)
+            log.info("import failed", vdi=uuid, task=task.ref, error=error.error_info)
             return failure_line(error)
         finally:
             body.close()
-        log.info("imported", vdi=vdi.uuid, format=str(upload.form), task=task.ref)
-        return success_line(vdi)
+        log.info("imported", vdi=uuid, format=str(upload.form), task=task.ref)
+        return success_line(uuid)
 
-    async def _receive(self, upload: "_Upload", body: "Body", task: "Task") -> None:
-        services = self._services
-        if upload.form is not BodyFormat.RAW:
-            await import_disk(
+    async def _receive(
+        self, upload: "_Upload", target: "IntoVDI | IntoSR", body: "Body", task: "Task"
+    ) -> None:
+        services, request = self._services, upload.request
+        if upload.form is BodyFormat.RAW and isinstance(target, IntoVDI):
+            await import_raw(
+                services.inventory,
                 services.tasks,
                 task,
-                sent=Sent(body, upload.form, upload.request.content_length),
-                target=IntoVDI(services.inventory, services.publications, upload.vdi, upload.lease),
+                vdi=target.vdi,
+                lease=target.lease,
+                body=body,
+                length=request.content_length,
+                publications=services.publications,
+                excess_wait=services.limits.excess_wait,
                 threads=services.threads,
             )
             return
-        await import_raw(
-            services.inventory,
+        is_chunked = request.transfer_encoding is not None
+        sent = Sent(
+            ChunkedBody(body) if is_chunked else body,
+            upload.form,
+            None if is_chunked else request.content_length,
+            end_is_told=is_chunked,
+        )
+        await import_disk(
             services.tasks,
             task,
-            vdi=upload.vdi,
-            lease=upload.lease,
-            body=body,
-            length=upload.request.content_length,
-            publications=services.publications,
-            excess_wait=services.limits.excess_wait,
+            sent=sent,
+            target=target,
+            spool_bytes=services.limits.spool_bytes,
             threads=services.threads,
         )
 
@@ -135,18 +177,18 @@ class ImportRawVDI:
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
-    """One admitted request with its lease."""
+    """One admitted request."""
 
     connection: "Connection"
     request: "Request"
     form: BodyFormat
-    vdi: "VDI"
-    lease: "Lease"
+    asked: DiskRequest
+    identity: "Identity"
 
 
-def success_line(vdi: "VDI") -> bytes:
+def success_line(uuid: str) -> bytes:
     """The promised last line, padded to its length."""
-    text = f"success: the VDI {vdi.uuid} holds what was sent, durably; its task has succeeded"
+    text = f"success: the VDI {uuid} holds what was sent, durably; its task has succeeded"
     return text.encode().ljust(LAST_LINE_BYTES - 1) + b"\n"
 
 

@@ -36,6 +36,24 @@ def format_of(request: "Request") -> BodyFormat:
     return BodyFormat.CHUNKED
 
 
+def size_of(request: "Request") -> int | None:
+    """The size in bytes that a new VDI shall have, if the request says it. Raises Refusal (404)."""
+    text = request.parameter("virtual_size")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdecimal() or not 0 < len(text) < 19 or int(text) == 0:
+        raise _unsupported(request, "virtual_size", "it must be a number of bytes")
+    return int(text)
+
+
+def require_encoding(request: "Request", *, as_proposed: bool) -> None:
+    """Refuse a transfer-encoding: any for the upload of the proposal (403), all but chunked for others."""
+    coding = request.transfer_encoding
+    if coding is None or (not as_proposed and coding.lower() == "chunked"):
+        return
+    raise Refusal(HTTPStatus.FORBIDDEN, XenAPIError("IMPORT_ERROR_CANNOT_HANDLE_CHUNKED"))
+
+
 def _unsupported(request: "Request", name: str, reason: str) -> Refusal:
     value = (request.parameter(name) or "")[:50]
     return Refusal(HTTPStatus.NOT_FOUND, XenAPIError("VALUE_NOT_SUPPORTED", name, value, reason))

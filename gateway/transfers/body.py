@@ -147,6 +147,17 @@ class BodyReader:
             if not self.fill(scratch[: needed - self.position]):
                 raise BodyEnded(needed, self.position)
 
+    def require_whole(self) -> None:
+        """Raise BodyEnded if the body has ended before it was whole, as far as that can be known."""
+        if self.length is not None and self.received < self.length:
+            raise BodyEnded(self.length, self.received)
+        if self.broken:
+            raise BodyEnded(self.received + 1, self.received)
+
+    def fraction(self, expected: int) -> float:
+        """How much of `expected` bytes has been taken; 0.0 if nothing is expected."""
+        return min(1.0, self.position / expected) if expected else 0.0
+
     def _receive(self, view: memoryview) -> int:
         wanted = len(view)
         if self.length is not None:

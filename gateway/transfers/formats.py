@@ -24,6 +24,32 @@ class BodyFormat(StrEnum):
     RAW = "raw"
     VHD = "vhd"
     CHUNKED = "chunked"
+    QCOW2 = "qcow2"
+    VHDX = "vhdx"
+    VMDK = "vmdk"
+    AUTO = "auto"
+
+
+# By qemu-img, from a file.
+FOREIGN: Final = frozenset({BodyFormat.QCOW2, BodyFormat.VHDX, BodyFormat.VMDK})
+_MAGIC: Final = (
+    (b"conectix", BodyFormat.VHD),
+    (b"QFI\xfb", BodyFormat.QCOW2),
+    (b"vhdxfile", BodyFormat.VHDX),
+    (b"KDMV", BodyFormat.VMDK),
+)
+# What nobody means to write to a disk as it is.
+_OTHERS: Final = (
+    (b"COWD", "a VMDK image of an old ESX host"),
+    (b"# Disk DescriptorFile", "the description of a VMDK image, whose data is in other files"),
+    (b"<<< Oracle VM VirtualBox Disk Image >>>", "a VirtualBox image"),
+    (b"QED\0", "a QED image"),
+    (b"\x1f\x8b\x08", "compressed by gzip"),
+    (b"\xfd7zXZ\0", "compressed by xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (b"BZh", "compressed by bzip2"),
+    (b"PK\x03\x04", "a ZIP archive"),
+)
 
 
 def body_format(name: str) -> BodyFormat:
@@ -32,6 +58,27 @@ def body_format(name: str) -> BodyFormat:
         return BodyFormat(name.lower())
     except ValueError:
         raise XenAPIError("IMPORT_ERROR_UNKNOWN_FORMAT", name[:50]) from None
+
+
+def recognise(begin: bytes) -> BodyFormat:
+    """The format of a body that begins so: RAW where nothing is known of it, which may be a fixed VHD, too.
+
+    Raises IMPORT_ERROR_UNSUPPORTED_IMAGE for what is known and can't be read.
+    """
+    for magic, name in _MAGIC:
+        if begin.startswith(magic):
+            return name
+    for magic, what in _OTHERS:
+        if begin.startswith(magic):
+            raise unsupported_image("auto", f"it is {what}; name the format raw if that is the disk")
+    return BodyFormat.RAW
+
+
+def refuse_others(begin: bytes, wanted: BodyFormat) -> None:
+    """Raise IMPORT_ERROR_WRONG_FORMAT for the beginning of another format."""
+    for magic, name in _MAGIC:
+        if begin.startswith(magic) and name is not wanted:
+            raise wrong_format(wanted, f"it is a {name} image")
 
 
 def wrong_format(wanted: str, why: str) -> XenAPIError:

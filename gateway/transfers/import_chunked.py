@@ -32,10 +32,9 @@ class ChunkedDisk:
     fits: Fits
     patches: bool = field(default=True, init=False)
 
-    @property
-    def expected(self) -> int:
-        """Bytes of the body, or 0 if nobody knows."""
-        return self.reader.length or 0
+    def fraction(self) -> float:
+        """How far it is, from 0.0 to 1.0; always 0.0 without a length."""
+        return self.reader.fraction(self.reader.length or 0)
 
     def receive(self, disk: Disk, *, files: FileCalls = FILES) -> None:
         """Write all pieces to `disk`. Blocks.

@@ -8,23 +8,30 @@ BodyReader, one after the other.
 
 import errno
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder
+from gateway.core.records import VDI
+from gateway.core.refs import new_ref, new_uuid
 from gateway.images.disk import Disk
+from gateway.repository.inventory import MAX_RAW_SIZE
+from gateway.repository.staging import staging_path
 from gateway.transfers.body import Body, BodyEnded, BodyReader, BodyStalled
-from gateway.transfers.formats import BodyFormat
+from gateway.transfers.copy_disk import shape_of_copy
+from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise, refuse_others
 from gateway.transfers.import_chunked import ChunkedDisk
+from gateway.transfers.import_flat import begin_flat
+from gateway.transfers.import_foreign import Spool, begin_foreign
 from gateway.transfers.import_raw import UNKNOWN_LENGTH
 from gateway.transfers.import_vhd import begin_vhd
 from gateway.transfers.thread import run_abortable
 
 if TYPE_CHECKING:
     from gateway.core.leases import Lease
-    from gateway.core.records import VDI
     from gateway.core.tasks import Task, Tasks
     from gateway.images.files import FileCalls
     from gateway.repository.inventory import Inventory
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# xapi's name for a VDI that an import makes.
+NEW_NAME: Final = "Imported VDI"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -50,9 +59,8 @@ class Incoming(Protocol):
         """Whether it changes the present content of the disk; else it is all of the new content."""
         ...
 
-    @property
-    def expected(self) -> int:
-        """Bytes of the body as far as is known, 0 if it isn't."""
+    def fraction(self) -> float:
+        """How far it is, from 0.0 to 1.0."""
         ...
 
     def receive(self, disk: Disk, *, files: "FileCalls") -> None:
@@ -82,6 +90,36 @@ class Sent:
         return BodyReader(self.body, self.length if known else None, end_is_told=self.end_is_told)
 
 
+Fill = Callable[["Staging"], Awaitable[None]]
+
+
+class Target(Protocol):
+    """Where a disk goes."""
+
+    @property
+    def repository(self) -> "Repository":
+        """The SR."""
+        ...
+
+    @property
+    def room(self) -> int | None:
+        """The size of the disk in bytes if it is known before the image."""
+        ...
+
+    @property
+    def is_new(self) -> bool:
+        """Whether a VDI is made for the disk."""
+        ...
+
+    def fits(self, size: int) -> None:
+        """Raise VDI_TOO_SMALL or VDI_TOO_LARGE if there can't be so many bytes."""
+        ...
+
+    async def store(self, incoming: Incoming, fill: Fill) -> str:
+        """Stage, fill and commit; the VDI's reference."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class IntoVDI:
     """The VDI whose content is to be replaced or changed. The lease stays the caller's to release."""
@@ -90,6 +128,7 @@ class IntoVDI:
     publications: "Publications"
     vdi: "VDI"
     lease: "Lease"
+    is_new: bool = field(default=False, init=False)
 
     @property
     def repository(self) -> "Repository":
@@ -98,7 +137,7 @@ class IntoVDI:
 
     @property
     def room(self) -> int | None:
-        """The most bytes that the disk may have; None if it gets what it needs."""
+        """All bytes of it."""
         return self.vdi.virtual_size
 
     def fits(self, size: int) -> None:
@@ -106,7 +145,7 @@ class IntoVDI:
         if size > self.vdi.virtual_size:
             raise XenAPIError("VDI_TOO_SMALL", self.vdi.ref, str(self.vdi.virtual_size))
 
-    async def store(self, incoming: Incoming, fill: "Fill") -> str:
+    async def store(self, incoming: Incoming, fill: Fill) -> str:
         """Stage, fill and commit; the VDI's reference."""
         async with self.repository.staging(self.lease, whole=not incoming.patches) as staging:
             await fill(staging)
@@ -122,7 +161,58 @@ class IntoVDI:
         return self.vdi.ref
 
 
-Fill = Callable[["Staging"], Awaitable[None]]
+@dataclass(frozen=True, slots=True)
+class IntoSR:
+    """The SR in which a VDI is made that is as large as the disk; nobody sees it before it is whole.
+
+    `size` in bytes is given if it shall be larger, or if nothing else says how large it is.
+    """
+
+    inventory: "Inventory"
+    sr: str
+    who: str
+    task: str
+    size: int | None = None
+    name_label: str = NEW_NAME
+    ref: str = field(default_factory=new_ref)
+    uuid: str = field(default_factory=new_uuid)
+    is_new: bool = field(default=True, init=False)
+
+    @property
+    def repository(self) -> "Repository":
+        """Where it will be."""
+        return self.inventory.repository(self.sr)
+
+    @property
+    def room(self) -> int | None:
+        """What the request says."""
+        return self.size
+
+    def fits(self, size: int) -> None:
+        """Raise VDI_TOO_SMALL beyond the given size, VDI_TOO_LARGE beyond what a VDI can have."""
+        if self.size is not None and size > self.size:
+            raise XenAPIError("VDI_TOO_SMALL", self.ref, str(self.size))
+        if size > MAX_RAW_SIZE:
+            raise XenAPIError("VDI_TOO_LARGE", str(size), str(MAX_RAW_SIZE))
+
+    async def store(self, incoming: Incoming, fill: Fill) -> str:
+        """Make the VDI and fill it; its reference."""
+        size, image_format = shape_of_copy(max(incoming.virtual_size, self.size or 0))
+        vdi = VDI(
+            ref=self.ref,
+            uuid=self.uuid,
+            sr=self.sr,
+            name_label=self.name_label,
+            virtual_size=size,
+            image_format=image_format,
+            content_id=new_uuid(),
+        )
+        holder = Holder(self.who, "import", self.ref, self.task)
+        async with self.inventory.vdi_new(vdi, holder) as new:
+            await fill(new.staging)
+            with trio.CancelScope(shield=True):
+                await new.staging.commit()
+        return vdi.ref
 
 
 async def import_disk(
@@ -130,60 +220,87 @@ async def import_disk(
     task: "Task",
     *,
     sent: Sent,
-    target: IntoVDI,
+    target: Target,
+    spool_bytes: int,
     threads: trio.CapacityLimiter | None = None,
 ) -> None:
     """Make what is sent the content of the target, or change it as that says, under `task`; all or nothing.
 
-    A disk smaller than the VDI leaves zeroes behind it. Returns when the content is durable and the task is a
-    success; its result names the VDI. When it is a failure, raises XenAPIError (VDI_TOO_SMALL,
-    IMPORT_ERROR_*, SR_FULL, TASK_CANCELLED) or what the storage raised.
+    A disk smaller than the VDI leaves zeroes behind it. Of an image that needs all of its file at most
+    `spool_bytes` are kept. Returns when the content is durable and the task is a success; its result names
+    the VDI. When it is a failure, raises XenAPIError (VDI_TOO_SMALL, IMPORT_ERROR_*, SR_FULL, TASK_CANCELLED)
+    or what the storage raised.
     """
     cancellation = trio.CancelScope()
-    reader = sent.reader()
     async with tasks.operation(task, cancellation.cancel) as operation:
         with cancellation:
+            repository = target.repository
+            transfer = _Transfer(
+                sent.reader(),
+                Spool(staging_path(repository.directory, "import"), spool_bytes, repository.files),
+                threads,
+            )
             try:
-                incoming = await _in_thread(lambda: _begin(sent.format, reader, target), reader, threads)
-                target.fits(incoming.virtual_size)
-                operation.progress = lambda: _fraction(reader, incoming)
+                incoming = await transfer.run(lambda: _begin(sent.format, transfer, target))
+                operation.progress = incoming.fraction
 
                 async def fill(staging: "Staging") -> None:
-                    files = target.repository.files
-                    await _in_thread(lambda: incoming.receive(staging.disk, files=files), reader, threads)
+                    await transfer.run(lambda: incoming.receive(staging.disk, files=repository.files))
 
                 operation.result = f"<value>{await target.store(incoming, fill)}</value>"
             except OSError as error:
-                if error.errno not in _NO_SPACE:
-                    raise
-                total, used = await target.repository.space()
-                raise XenAPIError("SR_FULL", "unknown", str(max(0, total - used))) from error
+                if error.errno in _NO_SPACE:
+                    total, used = await repository.space()
+                    raise XenAPIError("SR_FULL", "unknown", str(max(0, total - used))) from error
+                if error.errno == errno.EFBIG:
+                    raise XenAPIError("VDI_TOO_LARGE", "unknown", "what its file system holds") from error
+                raise
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(transfer.spool.remove)
         if cancellation.cancelled_caught:
             raise XenAPIError("TASK_CANCELLED", task.ref)
 
 
-def _begin(name: BodyFormat, reader: BodyReader, target: IntoVDI) -> Incoming:
+def _begin(name: BodyFormat, transfer: "_Transfer", target: Target) -> Incoming:
     """Read the head. Blocks."""
+    reader = transfer.reader
+    wanted = name
+    if name is BodyFormat.AUTO:
+        name = recognise(reader.peek(MAGIC_BYTES))
     match name:
         case BodyFormat.VHD:
-            return begin_vhd(reader, target.fits)
+            incoming: Incoming = begin_vhd(reader, target.fits, room=target.room, is_new=target.is_new)
         case BodyFormat.CHUNKED:
-            assert target.room is not None
-            return ChunkedDisk(reader, target.room, target.fits)
+            if target.room is None:
+                raise XenAPIError("IMPORT_ERROR_SIZE_REQUIRED")
+            incoming = ChunkedDisk(reader, target.room, target.fits)
+        case BodyFormat.RAW:
+            incoming = begin_flat(reader, target.fits, room=target.room, wanted=wanted, is_new=target.is_new)
         case _:
-            raise AssertionError(name)
+            refuse_others(reader.peek(MAGIC_BYTES), name)
+            incoming = begin_foreign(reader, name, target.fits, transfer.spool)
+    target.fits(incoming.virtual_size)
+    return incoming
 
 
-async def _in_thread(work: Callable[[], T], reader: BodyReader, threads: trio.CapacityLimiter | None) -> T:
-    """Run `work`, which reads the body, in a thread of its own, and say what its end means for the client."""
-    try:
-        return await run_abortable(work, reader.body, threads)
-    except BodyStalled as stalled:
-        raise XenAPIError("IMPORT_ERROR_CLIENT_STALLED", f"{stalled.seconds:g}") from stalled
-    except BodyEnded as ended:
-        raise XenAPIError("IMPORT_ERROR_PREMATURE_EOF", str(ended.needed), str(ended.count)) from ended
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """A body, what is kept of it, and the thread's turn."""
 
+    reader: BodyReader
+    spool: Spool
+    threads: trio.CapacityLimiter | None
 
-def _fraction(reader: BodyReader, incoming: Incoming) -> float:
-    expected = incoming.expected
-    return min(1.0, reader.position / expected) if expected else 0.0
+    def abort(self) -> None:
+        self.reader.body.abort()
+        self.spool.abort()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work`, which reads the body, in a thread of its own; say what the body's end means."""
+        try:
+            return await run_abortable(work, self, self.threads)
+        except BodyStalled as stalled:
+            raise XenAPIError("IMPORT_ERROR_CLIENT_STALLED", f"{stalled.seconds:g}") from stalled
+        except BodyEnded as ended:
+            raise XenAPIError("IMPORT_ERROR_PREMATURE_EOF", str(ended.needed), str(ended.count)) from ended

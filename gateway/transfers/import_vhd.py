@@ -35,7 +35,8 @@ from gateway.images.vhd.format import (
 from gateway.images.vhd.image import MAX_BLOCKS, REVERSED_BITS
 from gateway.images.vhd.levels import bit_runs, sectors_present
 from gateway.transfers.body import BodyEnded, BodyReader
-from gateway.transfers.formats import Fits, corrupt_image, unsupported_image, wrong_format
+from gateway.transfers.formats import BodyFormat, Fits, corrupt_image, refuse_others, unsupported_image
+from gateway.transfers.import_flat import FlatDisk, begin_flat
 from gateway.transfers.import_raw import BUFFER_BYTES, WRITEBACK_BYTES, start_writeback, store
 
 _NAME: Final = "vhd"
@@ -49,14 +50,21 @@ _MOST_BEFORE_FOOTER: Final = 2 << 30
 _ZEROES: Final = bytes(BUFFER_BYTES)
 
 
-def begin_vhd(reader: BodyReader, fits: Fits) -> "SparseVhd | FixedVhd":
-    """Read what precedes the data. Raises XenAPIError, BodyEnded and what a body raises."""
+def begin_vhd(
+    reader: BodyReader, fits: Fits, *, room: int | None = None, is_new: bool = False
+) -> "SparseVhd | FlatDisk":
+    """Read what precedes the data; see begin_flat. Raises XenAPIError, BodyEnded and what a body raises."""
+    begin = reader.peek(SECTOR)
     try:
-        if reader.peek(SECTOR).startswith(_COOKIE):
-            return _begin_sparse(reader, fits)
-        return _begin_fixed(reader, fits)
+        if not begin.startswith(_COOKIE):
+            refuse_others(begin, BodyFormat.VHD)
+            return begin_flat(reader, fits, room=room, wanted=BodyFormat.VHD, is_new=is_new)
+        vhd = _begin_sparse(reader, fits)
     except ImageError as error:
         raise _told(error) from error
+    if is_new and vhd.patches:
+        raise unsupported_image(_NAME, "a differencing VHD changes a disk; name the VDI that it is for")
+    return vhd
 
 
 def _told(error: ImageError) -> XenAPIError:
@@ -130,6 +138,10 @@ class SparseVhd:
     def patches(self) -> bool:
         """Whether what it lacks stays as it is."""
         return self.footer.disk_type is DiskType.DIFFERENCING
+
+    def fraction(self) -> float:
+        """How far it is, from 0.0 to 1.0."""
+        return self.reader.fraction(self.expected)
 
     @property
     def _bitmap_size(self) -> int:
@@ -263,66 +275,3 @@ class SparseVhd:
             if sector.startswith(_COOKIE):
                 return Footer.unpack(sector, _NAME)
         raise CorruptImage(_NAME, "there is no footer behind its last block")
-
-
-def _begin_fixed(reader: BodyReader, fits: Fits) -> "FixedVhd":
-    if reader.length is None:
-        raise wrong_format(_NAME, "a fixed VHD has to be sent with its length")
-    size = FOOTER_SIZE - 1 if reader.length % SECTOR == FOOTER_SIZE - 1 else FOOTER_SIZE
-    if reader.length <= size:
-        raise BodyEnded(SECTOR + FOOTER_SIZE, reader.length)
-    virtual_size = reader.length - size
-    if virtual_size % SECTOR:
-        raise wrong_format(_NAME, "there is no footer at its beginning, and a fixed VHD has whole sectors")
-    fits(virtual_size)
-    return FixedVhd(reader, virtual_size, size)
-
-
-@dataclass(slots=True)
-class FixedVhd:
-    """The bytes of a disk with a footer behind them: nothing before its end tells whether it is one."""
-
-    reader: BodyReader
-    virtual_size: int
-    footer_size: int
-    patches: bool = field(default=False, init=False)
-
-    @property
-    def expected(self) -> int:
-        """Bytes of the body."""
-        return self.virtual_size + self.footer_size
-
-    def receive(self, disk: Disk, *, files: FileCalls = FILES) -> None:
-        """Write the disk to `disk`, which reads as zeroes all over. Blocks. Raises as SparseVhd.receive."""
-        receive_flat(self.reader, disk, self.virtual_size, files=files)
-        tail = self.reader.read(self.footer_size)
-        if not tail.startswith(_COOKIE):
-            raise wrong_format(_NAME, "there is a footer neither at its beginning nor at its end")
-        try:
-            footer = Footer.unpack(tail, _NAME)
-            if footer.disk_type is not DiskType.FIXED:
-                raise CorruptImage(_NAME, "its beginning is missing")
-            if footer.current_size != self.virtual_size:
-                raise CorruptImage(
-                    _NAME,
-                    f"it is that of a disk of {footer.current_size} bytes, and {self.virtual_size} came",
-                )
-        except ImageError as error:
-            raise _told(error) from error
-
-
-def receive_flat(reader: BodyReader, disk: Disk, count: int, *, files: FileCalls = FILES) -> None:
-    """Write the next `count` bytes to the beginning of `disk`, which reads as zeroes all over. Blocks.
-
-    Raises BodyEnded, OSError and what a body raises.
-    """
-    buffer = bytearray(min(BUFFER_BYTES, count))
-    written_back = 0
-    with memoryview(buffer) as view:
-        for offset in range(0, count, BUFFER_BYTES):
-            filled = min(BUFFER_BYTES, count - offset)
-            reader.fill_whole(view[:filled])
-            store(disk, buffer, view, filled, offset, fresh=True)
-            if offset + filled - written_back >= WRITEBACK_BYTES:
-                start_writeback(disk, written_back, offset + filled - written_back, files)
-                written_back = offset + filled

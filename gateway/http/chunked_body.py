@@ -1,0 +1,80 @@
+"""A body with `transfer-encoding: chunked`: the lengths between its pieces are taken out (RFC 9112 7.1).
+
+The trap: whoever asks a socket for more than still comes waits in vain, so a length is read by as few bytes
+as it can have, and only the bytes of a piece are asked for in bulk.
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from gateway.transfers.body import BodyReset
+
+if TYPE_CHECKING:
+    from gateway.transfers.body import Body
+
+_LONGEST_LINE: Final = 256  # with extensions, which mean nothing here
+_MOST_TRAILERS: Final = 64
+_DIGITS: Final = frozenset(b"0123456789abcdefABCDEF")
+
+
+class ChunkedBody:
+    """The bytes within another body's chunks. One that is cut off, or is no such body, is BodyReset."""
+
+    def __init__(self, body: "Body") -> None:
+        self._body: Final = body
+        self._left = 0  # of the present chunk
+        self._first = True
+        self._ended = False
+
+    def recv_into(self, view: memoryview) -> int:
+        """As Body.recv_into. 0 is the end that was told."""
+        if not self._left and not self._ended:
+            self._begin_chunk()
+        if self._ended or not view:
+            return 0
+        got = self._body.recv_into(view[: min(len(view), self._left)])
+        if not got:
+            raise BodyReset("the body ended within a chunk")
+        self._left -= got
+        return got
+
+    def more_within(self, seconds: float) -> bool:
+        """As Body.more_within."""
+        if not self._left and not self._ended:
+            self._begin_chunk()
+        if self._ended or not self._body.more_within(seconds):
+            return False
+        self._left -= 1
+        return True
+
+    def abort(self) -> None:
+        """As Body.abort."""
+        self._body.abort()
+
+    def _begin_chunk(self) -> None:
+        if not self._first and self._line():
+            raise BodyReset("a chunk is longer than it said")
+        self._first = False
+        digits = self._line().partition(b";")[0].strip()
+        if not digits or len(digits) > 15 or not _DIGITS.issuperset(digits):
+            raise BodyReset("a chunk has no length")
+        self._left = int(digits, 16)
+        if self._left:
+            return
+        for _ in range(_MOST_TRAILERS):
+            if not self._line():
+                self._ended = True
+                return
+        raise BodyReset("there is no end of the trailers")
+
+    def _line(self) -> bytes:
+        """The bytes up to the next line feed, without it and the carriage return before it."""
+        line = bytearray()
+        byte = bytearray(1)
+        with memoryview(byte) as view:
+            while len(line) < _LONGEST_LINE:
+                if not self._body.recv_into(view):
+                    raise BodyReset("the body ended between two chunks")
+                if byte == b"\n":
+                    return bytes(line.removesuffix(b"\r"))
+                line += byte
+        raise BodyReset("the line before a chunk is too long")

@@ -1,0 +1,237 @@
+"""Images that qemu-img reads: qcow2, VHDX and VMDK. They need all of the file, so it is kept until then.
+
+The body goes into a file of the SR's staging directory. foreign_header.py looks at it first, as soon as it
+can; then qemu-img, told the format and held in limits of memory, time and file size, writes the disk into a
+sparse file beside it, and what isn't zeroes there goes into the image. Both files have no name that an image
+could have, and go at the end whatever happens; after a crash the next start sweeps them.
+
+The trap: the process must end with its thread. It is killed when the transfer is aborted, and by the kernel
+when the gateway dies; that goes by the thread that started it, and this one stays until the process has gone.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from gateway.core.errors import XenAPIError
+from gateway.images.disk import Disk
+from gateway.images.file_locks import FileUse, lock_file
+from gateway.images.files import FILES, FileCalls
+from gateway.images.raw import RawDisk
+from gateway.images.vhd.format import round_up_to_sector
+from gateway.transfers.body import BodyReader, TransferAborted
+from gateway.transfers.copy_disk import Copied, fill
+from gateway.transfers.foreign_header import NotYet, virtual_size
+from gateway.transfers.formats import BodyFormat, Fits, corrupt_image
+from gateway.transfers.import_raw import BUFFER_BYTES
+
+PROGRAM: Final = "qemu-img"
+_NEEDED: Final = (PROGRAM, "setpriv", "prlimit")
+# The head of an image is looked at when so much of it has come.
+_HEAD_BYTES: Final = 4 << 20
+# qemu-img takes 50 MiB; the caches of qcow2 and the threads that decompress take address space beside.
+_MEMORY_BYTES: Final = 2 << 30
+# Processor time: so many seconds, and one more for so many bytes of the disk.
+_SECONDS: Final = 120
+_BYTES_PER_SECOND: Final = 16 << 20
+_MOST_SAID: Final = 4096
+_NO_SPACE: Final = "No space left on device"
+
+
+@dataclass(slots=True)
+class Spool:
+    """The files of one import, `prefix` with a suffix each; made when they are needed.
+
+    `most` is how many bytes of a body are kept. A body is written by one thread; `abort` may come from any.
+    """
+
+    prefix: str
+    most: int
+    files: FileCalls = FILES
+    fd: int = field(default=-1, init=False)
+    aborted: bool = field(default=False, init=False)
+    _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def image(self) -> str:
+        """The body."""
+        return f"{self.prefix}.image"
+
+    @property
+    def disk(self) -> str:
+        """The disk in it."""
+        return f"{self.prefix}.disk"
+
+    def open(self) -> int:
+        """Make the file of the body. Its lock keeps it from being swept."""
+        self.fd = self.files.open(self.image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+        lock_file(self.fd, FileUse.READ, self.image)
+        return self.fd
+
+    def remove(self) -> None:
+        """Remove what there is. Blocks."""
+        if self.fd >= 0:
+            self.files.close(self.fd)
+            self.fd = -1
+        for path in (self.image, self.disk):
+            with suppress(FileNotFoundError):
+                self.files.unlink(path)
+
+    def abort(self) -> None:
+        """Kill the program that reads the image, and start none any more."""
+        with self._lock:
+            self.aborted = True
+            if self._process is not None:
+                self._process.kill()
+
+    def check(self) -> None:
+        """Raise TransferAborted after an abort."""
+        if self.aborted:
+            raise TransferAborted
+
+    def run(self, command: list[str]) -> tuple[int, str]:
+        """Run a program that reads nothing and names no file but ours; its exit code and its last words."""
+        with tempfile.TemporaryDirectory(prefix="vdi-gateway-") as empty:
+            with self._lock:
+                self.check()
+                process = self._process = subprocess.Popen(  # noqa: S603 - no shell, and a format we chose
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    cwd=empty,
+                    env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "MALLOC_ARENA_MAX": "2"},
+                )
+            try:
+                assert process.stderr is not None
+                said = b""
+                with process.stderr as stderr:
+                    while more := os.read(stderr.fileno(), _MOST_SAID):
+                        said = (said + more)[-_MOST_SAID:]
+                code = process.wait()
+            finally:
+                with self._lock:
+                    self._process = None
+        self.check()
+        return code, said.decode("utf-8", "replace")
+
+
+def begin_foreign(reader: BodyReader, name: BodyFormat, fits: Fits, spool: Spool) -> "ForeignImage":
+    """Keep the body until it says how large its disk is. Blocks.
+
+    Raises XenAPIError, BodyEnded, OSError and what a body raises.
+    """
+    if any(shutil.which(program) is None for program in _NEEDED):
+        raise XenAPIError("IMPORT_ERROR_CONVERTER_MISSING", name, PROGRAM)
+    if reader.length is not None and reader.length > spool.most:
+        raise _too_much(name, spool)
+    image = ForeignImage(reader, name, spool)
+    spool.open()
+    try:
+        image.keep(_HEAD_BYTES)
+        image.look(whole=image.ended)
+    except NotYet:
+        image.keep(None)
+        image.look(whole=True)
+    fits(image.virtual_size)
+    return image
+
+
+def _too_much(name: BodyFormat, spool: Spool) -> XenAPIError:
+    return XenAPIError("IMPORT_ERROR_IMAGE_TOO_LONG", name, str(spool.most))
+
+
+@dataclass(slots=True)
+class ForeignImage:
+    """An image whose beginning lies in the spool."""
+
+    reader: BodyReader
+    name: BodyFormat
+    spool: Spool
+    virtual_size: int = 0
+    ended: bool = False
+    patches: bool = field(default=False, init=False)
+    _copied: Copied | None = field(default=None, init=False)
+
+    def fraction(self) -> float:
+        """From 0.0 to 0.5 while it comes, the second half while its disk is written."""
+        received = self.reader.fraction(self.reader.length or self.virtual_size)
+        return 0.5 * received + (0.5 * self._copied.fraction() if self._copied is not None else 0.0)
+
+    def keep(self, most: int | None) -> None:
+        """Write the next `most` bytes of the body to the spool, or all of it."""
+        reader, spool = self.reader, self.spool
+        left = most
+        with memoryview(bytearray(BUFFER_BYTES)) as view:
+            while not self.ended and left != 0:
+                wanted = len(view) if left is None else min(len(view), left)
+                position = reader.position
+                got = reader.fill(view[:wanted])
+                if position + got > spool.most:
+                    raise _too_much(self.name, spool)
+                spool.files.pwrite(spool.fd, view[:got], position)
+                if left is not None:
+                    left -= got
+                self.ended = got < wanted
+        if self.ended:
+            reader.require_whole()
+
+    def look(self, *, whole: bool) -> None:
+        """Hold the header against what may be read. Raises XenAPIError, NotYet."""
+        size = virtual_size(self.name, self.spool.fd, whole=whole)
+        if self.virtual_size not in (0, size):
+            raise corrupt_image(self.name, "it says two sizes")
+        self.virtual_size = size
+
+    def receive(self, disk: Disk, *, files: FileCalls = FILES) -> None:
+        """Keep the rest, have it read, and write its disk to `disk`, which reads as zeroes all over. Blocks.
+
+        Raises XenAPIError, BodyEnded, OSError and what a body raises.
+        """
+        self.keep(None)
+        self.look(whole=True)
+        spool = self.spool
+        self._convert()
+        fd = os.open(spool.disk, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        source = RawDisk(fd, os.fstat(fd).st_size, read_only=True, path=spool.disk)
+        try:
+            if source.size > round_up_to_sector(self.virtual_size):
+                raise corrupt_image(self.name, f"{PROGRAM} finds {source.size} bytes in it")
+            spool.files.unlink(spool.image)
+            self._copied = Copied(source.size)
+            fill(source, disk, self._copied, check=spool.check, files=files)
+        finally:
+            source.close()
+
+    def _convert(self) -> None:
+        spool = self.spool
+        size = round_up_to_sector(self.virtual_size)
+        seconds = _SECONDS + size // _BYTES_PER_SECOND
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "--no-new-privs",
+            "--",
+            "prlimit",
+            f"--as={_MEMORY_BYTES}",
+        ]
+        command += [f"--cpu={seconds}", f"--fsize={size}", "--core=0", "--nofile=64", "--"]
+        command += [PROGRAM, "convert", "-f", self.name, "-O", "raw", "-S", "64k", spool.image, spool.disk]
+        code, said = spool.run(command)
+        if code == 0:
+            return
+        if _NO_SPACE in said:
+            raise OSError(28, _NO_SPACE)
+        if code < 0 or "Cannot allocate memory" in said:
+            raise XenAPIError("IMPORT_ERROR_CONVERTER_LIMIT", self.name, str(seconds))
+        # Of our paths nobody has to know.
+        for path in (spool.image, spool.disk):
+            said = said.replace(path, "the image")
+        raise corrupt_image(self.name, " ".join(said.split())[-300:] or f"{PROGRAM} ended with {code}")
