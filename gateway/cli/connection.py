@@ -168,8 +168,10 @@ class Connection:
             status = answer.get("Status")
         except (OSError, http.client.HTTPException, ssl.SSLError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            # A port that wants TLS resets what comes without.
+            doubt = "" if self.door.encrypted or self.door.path is not None else ", and is it not https://?"
             raise DoorClosedError(
-                f"{self.door.url} broke the connection off: {text}; is it running?"
+                f"{self.door.url} broke the connection off: {text}; is it running{doubt or '?'}"
             ) from None
         except (
             xmlrpc.client.Error,

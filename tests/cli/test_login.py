@@ -142,3 +142,13 @@ def test_a_user_may_do_what_the_role_allows(house: RunningGateway, tmp_path: Pat
     assert house.command("user-list", "--minimal", "params=name", "disabled=true").stdout == "reader\n"
     assert house.command("user-disable", "reader", "--enable").returncode == 0
     assert "root" in house.command("session-list", "params=auth-user-name").stdout
+
+
+def test_the_wrong_one_of_http_and_https_is_told(house: RunningGateway) -> None:
+    password = ("--password-file", str(house.state_dir / "admin-password"))
+    plain = run("vdi-list", "--url", house.https_url.replace("https:", "http:"), *password)
+    assert (plain.returncode, plain.stdout, plain.stderr.count("\n")) == (1, "", 1)
+    assert plain.stderr.endswith("; is it running, and is it not https://?\n")
+    encrypted = run("vdi-list", "--url", house.url.replace("http:", "https:"), *password)
+    assert (encrypted.returncode, encrypted.stdout, encrypted.stderr.count("\n")) == (1, "", 1)
+    assert "doesn't speak HTTPS" in encrypted.stderr
