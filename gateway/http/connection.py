@@ -28,6 +28,7 @@ log = structlog.get_logger("gateway.http")
 
 PLAIN_TEXT: Final = "text/plain"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_LONGEST_TARGET: Final = 1000
 _SECRET_KEYS: Final = frozenset({"session_id", "password", "pool_secret"})
 
 
@@ -303,13 +304,13 @@ class Connection:
             return "-"
         request = self._request
         if not request.raw_query:
-            return request.raw_path
+            return _shortened(request.raw_path)
         pairs = (pair.partition("=") for pair in request.raw_query.split("&"))
         masked = (
             f"{key}=***" if unquote_plus(key).lower() in _SECRET_KEYS else key + equals + value
             for key, equals, value in pairs
         )
-        return f"{request.raw_path}?{'&'.join(masked)}"
+        return _shortened(f"{request.raw_path}?{'&'.join(masked)}")
 
     def _log_access(self, started: float, *, gone: bool = False) -> None:
         log.info(
@@ -322,3 +323,8 @@ class Connection:
             seconds=round(monotonic() - started, 3),
             **({"client": "gone"} if gone else {}),
         )
+
+
+def _shortened(target: str) -> str:
+    """So that a stranger can't fill the log's disk with long requests."""
+    return target if len(target) <= _LONGEST_TARGET else f"{target[:_LONGEST_TARGET]}…"

@@ -195,6 +195,17 @@ async def test_secrets_are_masked_in_the_log(gate: Gate) -> None:
     assert "s3cr" not in str(logs)
 
 
+async def test_the_log_keeps_the_begin_of_a_long_target_alone(gate: Gate) -> None:
+    with structlog.testing.capture_logs() as logs:
+        await gate.ask("GET", f"/{'x' * 30_000}")
+        await gate.ask("GET", f"/x?a={'y' * 30_000}&session_id={gate.session}")
+    targets = [entry["target"] for entry in logs if entry["event"] == "request"]
+    assert [(len(target), target[:5], target[-1]) for target in targets] == [
+        (1001, "/xxxx", "…"),
+        (1001, "/x?a=", "…"),
+    ]
+
+
 async def test_an_unexpected_failure_is_500_without_details() -> None:
     async def fail(_body: bytes, _request: Request, _connection: Connection) -> bytes:
         raise ValueError("the secret detail")
