@@ -11,6 +11,8 @@ Sources: docs/interop/qcow2.txt and block/vmdk.c of QEMU, [MS-VHDX], VMware's "V
 import os
 import re
 import struct
+import sys
+from array import array
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -39,7 +41,11 @@ _VHDX_REGIONS: Final = 192 << 10
 _VHDX_METADATA: Final = UUID("8B7CA206-4790-4B9A-B8FE-575F050F886E").bytes_le
 _VHDX_PARAMETERS: Final = UUID("CAA16737-FA36-4D43-B3B6-33F0AA44E76B").bytes_le
 _VHDX_SIZE: Final = UUID("2FA54224-CD1B-4876-B211-5DBED83BF4B8").bytes_le
+_VHDX_TABLE: Final = UUID("2DC27766-F623-4200-9D64-115E9BFD4A08").bytes_le
 _VHDX_HAS_PARENT: Final = 2
+_VHDX_PRESENT: Final = 6  # the state of a block that lies in the file, and 7
+_MOST_TABLE_BYTES: Final = 1 << 30
+_TABLE_PIECE: Final = 1 << 20
 
 
 class NotYet(Exception):  # noqa: N818 - a state of the file
@@ -109,6 +115,9 @@ def _qcow2(fd: int, whole: bool) -> int:
         raise corrupt_image(name, f"its first table has {l1_size} entries at {l1}, {needed} are needed")
     if not clusters or clusters * cluster > _MOST_REFCOUNT_BYTES or table % cluster:
         raise corrupt_image(name, f"its table of references has {clusters} clusters at {table}")
+    end = os.fstat(fd).st_size
+    if whole and max(l1 + 8 * l1_size, table + clusters * cluster) > -(-end // cluster) * cluster:
+        raise corrupt_image(name, "its tables lie beyond its end")
     if snapshots > _MOST_SNAPSHOTS:
         raise _unsupported(name, f"it has {snapshots} snapshots in it")
     return int(size)
@@ -167,12 +176,13 @@ def _vhdx(fd: int, whole: bool) -> int:
     signature, _, count = struct.unpack_from("<4sII", table)
     if signature != b"regi" or not 1 <= count <= 2047:
         raise corrupt_image(name, "its region table is broken")
-    for index in range(count):
-        guid, offset, length, _ = struct.unpack_from("<16sQII", table, 16 + 32 * index)
-        if guid == _VHDX_METADATA:
-            break
-    else:
-        raise corrupt_image(name, "it has no metadata")
+    regions = {
+        guid: (offset, length)
+        for guid, offset, length, _ in (
+            struct.unpack_from("<16sQII", table, 16 + 32 * index) for index in range(count)
+        )
+    }
+    offset, length = regions.get(_VHDX_METADATA, (0, 0))
     if not 1 << 20 <= offset < 1 << 50 or not 64 << 10 <= length <= 64 << 20:
         raise corrupt_image(name, f"its metadata lies at {offset}")
     head = _read(name, fd, 64 << 10, offset, whole=whole)
@@ -193,4 +203,22 @@ def _vhdx(fd: int, whole: bool) -> int:
         raise _unsupported(name, "it has a parent")
     if not 1 << 20 <= block <= 256 << 20 or block & (block - 1):
         raise corrupt_image(name, f"its blocks have {block} bytes")
+    if whole:
+        _check_vhdx_blocks(fd, *regions.get(_VHDX_TABLE, (0, 0)), block)
     return int(struct.unpack("<Q", found[_VHDX_SIZE])[0])
+
+
+def _check_vhdx_blocks(fd: int, offset: int, length: int, block: int) -> None:
+    """All blocks lie in the file as a whole: qemu reads zeroes beyond its end."""
+    name = BodyFormat.VHDX
+    end = os.fstat(fd).st_size
+    if not 1 << 20 <= offset < end or not 0 < length <= _MOST_TABLE_BYTES:
+        raise corrupt_image(name, f"its block allocation table lies at {offset}")
+    for start in range(offset, min(offset + length, end), _TABLE_PIECE):
+        piece = pread_exactly(fd, min(_TABLE_PIECE, offset + length - start), start)
+        entries = array("Q", piece[: len(piece) // 8 * 8])
+        if sys.byteorder == "big":
+            entries.byteswap()
+        for entry in entries:
+            if entry & 7 >= _VHDX_PRESENT and (entry >> 20 << 20) + block > end:
+                raise corrupt_image(name, "its blocks lie beyond its end")
