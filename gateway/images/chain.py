@@ -10,13 +10,14 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
 from gateway.images.disk import FileDisk
 from gateway.images.errors import CorruptImage, ImageError, MissingParent, UnsupportedImage
-from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
+from gateway.images.files import FILES, FileCalls, FileIdentity, close_all, identity_of
 from gateway.images.raw import RawDisk
 from gateway.images.vhd.chain import VhdChain
 from gateway.images.vhd.format import NO_ID, DiskType
@@ -59,12 +60,15 @@ class ChainFiles:
         return len(self.nodes)
 
     def close(self) -> None:
-        """Close the files, and with them their locks; nothing if a disk owns them or they are closed."""
+        """Close the files, and with them their locks; nothing if a disk owns them or they are closed.
+
+        It never fails: nothing was written by these descriptors, so there is nothing to tell.
+        """
         if self.taken_over:
             return
         self.taken_over = True
-        for node in self.nodes:
-            os.close(node.fd)
+        with suppress(OSError):
+            close_all(node.fd for node in self.nodes)
 
 
 def open_chain_files(leaf_path: str, *, writable: bool, writable_parents: Sequence[bool] = ()) -> ChainFiles:

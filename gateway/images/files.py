@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final, NamedTuple, TypeAlias
 
@@ -48,6 +49,22 @@ def length_of(fd: int) -> int:
     It moves the file position, which nothing here uses.
     """
     return os.lseek(fd, 0, os.SEEK_END)
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close every one of them, and raise the first failure only then: what stays open stays locked.
+
+    A close gives the descriptor back whatever it says. Network file systems tell here what they could not
+    write, which a sync has told already.
+    """
+    failures: list[OSError] = []
+    for fd in descriptors:
+        try:
+            os.close(fd)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def pread_exactly(fd: int, length: int, offset: int) -> bytes:

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import shutil
@@ -120,6 +121,25 @@ async def test_who_would_not_wait_is_not_refused_because_of_a_rename(image: str,
     leases = Leases(step=calling_at("granted", lambda: rename_in_another_process(new, image)))
     async with leases.hold(image, WRITE, HOLDER, wait=0) as lease:
         assert content_of(lease.chain.nodes[0].fd) == b"new"
+
+
+async def test_a_close_that_fails_lets_the_next_one_in_all_the_same(
+    image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = Leases()
+    lease = await leases.acquire(image, WRITE, HOLDER)
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close)
+        lease.release()
+        await lease.released()
+    async with leases.hold(image, WRITE, HOLDER, wait=0):
+        pass
 
 
 async def test_a_rename_after_the_last_step_leaves_the_lease_with_the_old_file(

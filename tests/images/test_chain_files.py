@@ -1,5 +1,6 @@
 """Which files become a chain, and which never do."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -28,6 +29,46 @@ def family(tmp_path: Path) -> tuple[Path, Path, Path]:
         disk.pwrite(text, 0 if path == root else 512)
         disk.close()
     return root, middle, leaf
+
+
+def failing_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every close fails as on a network file system whose server has no room: the descriptor is gone."""
+    real = os.close
+
+    def close(fd: int) -> None:
+        real(fd)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", close)
+
+
+def open_in(directory: Path) -> list[str]:
+    links = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+    targets = (os.readlink(link) for link in links if link.is_symlink())
+    return [target for target in targets if target.startswith(str(directory))]
+
+
+def test_a_chain_closes_all_its_files_whatever_a_close_says(
+    family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = open_chain_files(str(family[2]), writable=True)
+    assert len(open_in(tmp_path)) == 3
+    with monkeypatch.context() as patch:
+        failing_closes(patch)
+        chain.close()
+    assert open_in(tmp_path) == []
+
+
+def test_a_disk_closes_all_its_files_and_tells_that_a_close_failed(
+    family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_leaf(family[2])
+    assert len(open_in(tmp_path)) == 3
+    with monkeypatch.context() as patch:
+        failing_closes(patch)
+        with pytest.raises(OSError, match="quota"):
+            disk.close()
+    assert open_in(tmp_path) == []
 
 
 def rename_parent(child: Path, name: str) -> None:

@@ -7,7 +7,6 @@ The traps: a write takes the map's lock after its data is in the file, so that n
 there yet; and nobody may close a disk while a request of another thread runs.
 """
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from os import preadv
@@ -23,7 +22,7 @@ from gateway.images.disk import (
     check_writable,
     merge_extents,
 )
-from gateway.images.files import FILES, Buffer, FileCalls
+from gateway.images.files import FILES, Buffer, FileCalls, close_all
 from gateway.images.raw import DataRun, file_extents, read_range
 from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
@@ -158,8 +157,7 @@ class VhdChain:
         finally:
             descriptors = self._fds[1:]
             self._fds[:] = [-1] * len(self._fds)
-            for fd in descriptors:
-                os.close(fd)
+            close_all(descriptors)
 
     # Reading
 
