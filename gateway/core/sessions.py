@@ -204,11 +204,6 @@ class Sessions:
         """End a session. Raises SESSION_INVALID."""
         await self._end([self._entry(ref)])
 
-    async def logout_user(self, user: str, *, but: str | None = None) -> None:
-        """End every session of a user, except the one with the uuid `but`."""
-        entries = [entry for entry in self._by_digest.values() if entry.session.user == user]
-        await self._end([entry for entry in entries if entry.session.uuid != but])
-
     def on_end(self, call: Callable[[str], None]) -> None:
         """`call` gets the uuid of every session that ends, or whose user may not come in any more."""
         self._ended.append(call)

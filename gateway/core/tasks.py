@@ -333,24 +333,6 @@ class Tasks:
                 await self._table.store(replace(task, **changes))
         return self.get(ref)
 
-    async def add_to_other_config(self, ref: str, key: str, value: str, actor: Actor | None = None) -> None:
-        """Add one key. Raises MAP_DUPLICATE_KEY."""
-
-        def added(task: Task) -> Mapping[str, Any]:
-            if key in task.other_config:
-                raise XenAPIError("MAP_DUPLICATE_KEY", "task", "other_config", ref, key)
-            return {"other_config": {**task.other_config, key: value}}
-
-        await self.edit(ref, added, actor)
-
-    async def remove_from_other_config(self, ref: str, key: str, actor: Actor | None = None) -> None:
-        """Remove one key; one that is not there is no error, as in XenAPI."""
-
-        def removed(task: Task) -> Mapping[str, Any]:
-            return {"other_config": {name: value for name, value in task.other_config.items() if name != key}}
-
-        await self.edit(ref, removed, actor)
-
     def _own_pending_task(self, ref: str, actor: Actor | None) -> Task:
         task = self._table.get(ref)
         _check_actor(task, actor, CHANGE_ANY)

@@ -151,7 +151,7 @@ async def test_a_task_says_who_moves_how_much_of_which_disk_and_how(room: Room) 
     moved = {"bytes-read": "512", "bytes-written": str(1 << 40)}
     fixed = {"vdi": vdi.uuid, "mode": "rw", "process": str(os.getpid())}
     await room.until(lambda: room.tasks.get(task.ref).other_config == {**fixed, **moved})
-    await room.tasks.add_to_other_config(task.ref, "a", "b")
+    await room.tasks.edit(task.ref, lambda task: {"other_config": {**task.other_config, "a": "b"}})
     await talk.send(Moved(1024, 1 << 41))
     await talk.send(Closed())
     await ended(talk)

@@ -1,6 +1,6 @@
 import errno
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -352,7 +352,7 @@ async def test_what_an_operation_tells_is_in_other_config_while_it_runs_and_stay
         operation.details = lambda: {"moved": str(moved)}
         assert board.tasks.get(task.ref).other_config == {"vdi": "v", "moved": "1"}
         moved = 2
-        await board.tasks.add_to_other_config(task.ref, "a", "b")
+        await board.tasks.edit(task.ref, with_key("a", "b"))
         assert board.tasks.all()[0].other_config == {"vdi": "v", "moved": "2", "a": "b"}
     assert board.tasks.get(task.ref).other_config == {"vdi": "v", "moved": "2", "a": "b"}
 
@@ -465,23 +465,24 @@ async def test_a_client_does_not_end_what_the_gateway_works_on(board: Board) -> 
                 await board.tasks.set_progress(task.ref, 0.5, OWNER)
 
 
+def with_key(key: str, value: str) -> Callable[[Task], Mapping[str, object]]:
+    return lambda task: {"other_config": {**task.other_config, key: value}}
+
+
 async def test_other_config_changes_at_any_time_and_loses_nothing(board: Board) -> None:
     task = await board.task()
     async with trio.open_nursery() as nursery:
         for number in range(10):
-            nursery.start_soon(board.tasks.add_to_other_config, task.ref, str(number), "x")
-    with refused("MAP_DUPLICATE_KEY", "task", "other_config", task.ref, "3"):
-        await board.tasks.add_to_other_config(task.ref, "3", "y")
+            nursery.start_soon(board.tasks.edit, task.ref, with_key(str(number), "x"))
     async with board.tasks.operation(task, nothing):
-        await board.tasks.remove_from_other_config(task.ref, "3")
-        await board.tasks.remove_from_other_config(task.ref, "3")
-    await board.tasks.edit(task.ref, lambda task: {"other_config": {**task.other_config, "z": "z"}}, OWNER)
+        await board.tasks.edit(task.ref, with_key("y", "y"))
+    await board.tasks.edit(task.ref, with_key("z", "z"), OWNER)
     with refused("RBAC_PERMISSION_DENIED"):
-        await board.tasks.add_to_other_config(task.ref, "q", "q", STRANGER)
+        await board.tasks.edit(task.ref, with_key("q", "q"), STRANGER)
     with pytest.raises(ValueError, match="own methods"):
         await board.tasks.edit(task.ref, lambda _task: {"status": TaskStatus.SUCCESS})
     await board.restart()
-    assert board.tasks.get(task.ref).other_config.keys() == {*"012456789z"}
+    assert board.tasks.get(task.ref).other_config.keys() == {*"0123456789yz"}
 
 
 async def test_each_change_is_an_event(board: Board) -> None:
