@@ -4,11 +4,14 @@ import os
 import random
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import trio
 
+from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import NULL_REF
@@ -19,7 +22,7 @@ from gateway.images.vhd.format import Footer
 from gateway.repository.coalescer import PAUSED_KEY
 from tests.http.gate import MIB, Answer, Gate, open_gate, until
 from tests.http.test_refusals import UNKNOWN
-from tests.images.disks import libvhdi_reads, pattern, qemu_compare
+from tests.images.disks import libvhdi_reads, open_leaf, pattern, qemu_compare, read_all
 from tests.images.exports import libqcow_reads
 from tests.repository.test_snapshots import write
 
@@ -123,6 +126,88 @@ async def test_a_delta_of_two_with_the_same_content_is_empty(gate: Gate, memory:
     assert libvhdi_reads([delta, full]) == gate.content(vdi)
     ids = [Footer.unpack(path.read_bytes()[:512], "").unique_id for path in (full, delta)]
     assert ids[0] == ids[1]
+
+
+async def test_a_disk_that_has_grown_stands_on_a_smaller_one(gate: Gate, memory: Path) -> None:
+    vdi, (base,) = await history(gate, 1)
+    await gate.inventory.vdi_resize(vdi.ref, SIZE + 3 * BLOCK)
+    await write(gate.inventory, vdi.ref, DATA, SIZE + BLOCK)
+    vdi = gate.inventory.records.vdis.get(vdi.ref)
+    for image_format in FORMATS:
+        saved(memory, base, image_format, await export(gate, base, image_format))
+        delta = saved(memory, vdi, image_format, await export(gate, vdi, image_format, base))
+        if image_format == "qcow2":
+            (memory / "raw").write_bytes(gate.content(vdi))
+            qemu_compare(delta, "qcow2", memory / "raw", "raw")
+        else:
+            assert read_vhd(delta) == gate.content(vdi)
+
+
+def read_vhd(path: Path) -> bytes:
+    disk = open_leaf(path)
+    try:
+        return read_all(disk)
+    finally:
+        disk.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(12))
+async def test_random_histories(coalescing: Gate, memory: Path, seed: int) -> None:
+    """Any pair of VDIs of a family, at any time: right, and the same bytes again after a coalesce."""
+    gate, choose = coalescing, random.Random(seed)
+    family = [await gate.vdi(SIZE)]
+    for _ in range(40):
+        vdi = choose.choice(family)
+        step = choose.choice(["write", "write", "write", "snapshot", "clone", "destroy", "grow", "coalesce"])
+        if step == "write" and not vdi.is_a_snapshot:
+            length = choose.randrange(1, 600) * 4096
+            offset = choose.randrange(0, (vdi.virtual_size - length) // 4096) * 4096
+            data = bytes(length) if not choose.randrange(4) else DATA[:4096] * (length // 4096)
+            await write(gate.inventory, vdi.ref, data, offset)
+        elif step in ("snapshot", "clone") and len(family) < 6:
+            fork = gate.inventory.vdi_snapshot if step == "snapshot" else gate.inventory.vdi_clone
+            family.append(gate.inventory.records.vdis.get(await fork(vdi.ref)))
+        elif step == "destroy" and len(family) > 2:
+            await gate.inventory.vdi_destroy(vdi.ref, wait=5)
+            family.remove(vdi)
+        elif step == "coalesce":
+            before = [
+                await in_all_ways(gate, one, other) for one in family for other in family if one != other
+            ]
+            await coalesce(gate)
+            after = [
+                await in_all_ways(gate, one, other) for one in family for other in family if one != other
+            ]
+            assert before == after
+        elif step == "grow" and not vdi.is_a_snapshot and vdi.virtual_size < 2 * SIZE:
+            with suppress(XenAPIError):  # beside a larger parent
+                await gate.inventory.vdi_resize(vdi.ref, vdi.virtual_size + BLOCK)
+        family = [gate.inventory.records.vdis.get(vdi.ref) for vdi in family]
+    one, other = family[0], family[-1]
+    for base, vdi in ((one, other), (other, one)):
+        if one == other:
+            break
+        for image_format in FORMATS:
+            full = saved(memory, base, image_format, await export(gate, base, image_format))
+            delta = saved(memory, vdi, image_format, await export(gate, vdi, image_format, base))
+            if image_format == "qcow2":
+                (memory / "raw").write_bytes(gate.content(vdi))
+                qemu_compare(delta, "qcow2", memory / "raw", "raw")
+            else:
+                assert read_vhd(delta) == gate.content(vdi)
+                if base.virtual_size >= vdi.virtual_size:
+                    assert libvhdi_reads([delta, full]) == gate.content(vdi)
+            full.unlink()
+            delta.unlink()
+
+
+async def in_all_ways(gate: Gate, vdi: VDI, base: VDI) -> list[tuple[str, str]]:
+    """ETag and content of each export of `vdi` that there is."""
+    answers = [
+        await export(gate, vdi, image_format, chosen) for image_format in FORMATS for chosen in (None, base)
+    ]
+    return [(answer.headers["etag"], sha256(answer.body).hexdigest()) for answer in answers]
 
 
 async def test_a_delta_may_go_back_in_time(gate: Gate, memory: Path) -> None:
