@@ -166,9 +166,10 @@ class CoalesceRun:
     async def relink(self, lease: Lease) -> bool:
         """Take the child out of the chain under `lease`, which ends here; False if it has to be copied anew.
 
-        Never cancelled. Raises CandidateGone, ImageError, OSError; what it leaves half done then, the journal
-        tells the next scan.
+        The caller has scanned under the lease. Never cancelled. Raises CandidateGone, ImageError, OSError;
+        what it leaves half done then, the journal tells the next scan.
         """
+        self._require_candidate(lease)
         with trio.CancelScope(shield=True):
             # The last close of a deleted file frees its blocks, which may take long: not while people wait.
             path = self._repository.image_path(self.candidate.child)

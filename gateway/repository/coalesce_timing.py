@@ -102,10 +102,12 @@ class GoesFirst:
 
     def until(self, candidate: Candidate, *, full: bool) -> float | None:
         """Until when this one goes first, if it does; `full` says that the SR is nearly full."""
+        if not full and candidate.tree_height < _TALL:
+            return None
         now = trio.current_time()
         if now < self._until:
             return self._until
-        if now < self._again or not (full or candidate.tree_height >= _TALL):
+        if now < self._again:
             return None
         self._until = now + self._limits.coalesce_first_seconds
         self._again = self._until + self._limits.coalesce_first_pause_seconds

@@ -218,9 +218,9 @@ class Turns:
                     lease.release()
                     await lease.released()
                     await run.grow_parent(self._holder(key))
-                elif not run.copied and not await self._copy(key, run, lease):
+                elif not run.copied and not await run.copy(lease, self._holder(key)):
                     return
-                elif not lease.is_released and not await run.relink(lease):
+                elif not lease.is_released and not await self._relink(run, lease):
                     # A writer came while people were let in.
                     pause = self.postponed.copied_in_vain(key)
                     log.info("to be copied again", **self._about(key), why="it was written to", rest=pause)
@@ -230,13 +230,11 @@ class Turns:
                 with trio.CancelScope(shield=True):
                     await lease.released()
 
-    async def _copy(self, key: Key, run: CoalesceRun, lease: Lease) -> bool:
-        if not await run.copy(lease, self._holder(key)):
-            return False
-        # Whatever else was put here meanwhile: nothing may stand on a node that goes.
+    async def _relink(self, run: CoalesceRun, lease: Lease) -> bool:
+        # Whatever else was put here since the plan was made: nothing may stand on a node that goes.
         for problem in (await self._repository.scan()).errors():
             raise CandidateGone(problem)
-        return True
+        return await run.relink(lease)
 
     def _holder(self, key: Key) -> Holder:
         work = self._works.get(key)

@@ -12,7 +12,7 @@ from gateway.core.leases import Lease, LeaseMode
 from gateway.core.limits import Limits
 from gateway.core.task import TaskStatus
 from gateway.repository.repository import Repository
-from tests.images.disks import read_all
+from tests.images.disks import make_child, read_all
 from tests.repository.coalesce_house import (
     BLOCKS,
     MIB,
@@ -27,6 +27,8 @@ from tests.repository.coalesce_house import (
 )
 from tests.repository.test_inventory import root_of
 from tests.repository.test_snapshots import content, hidden, make, write
+
+UUID = "00000007-0000-4000-8000-000000000000"
 
 
 def about(house: House) -> dict[str, str]:
@@ -106,6 +108,27 @@ async def test_while_it_is_made_durable_people_are_in(open_house: OpenHouse, tmp
         gate.stay_open()
         await house.settled(sr)
         assert len(house.chain(ref)) == 1
+        assert content(house.inventory, ref)[::MIB] == PATTERN
+
+
+async def test_what_others_put_on_the_parent_while_a_relink_waits_keeps_its_parent(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    gate = Gate()
+    async with open_house(files=gate, limits=Limits(lease_wait=20)) as house:
+        gate.flushes_closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        await gate.arrived()
+        async with leased(house, ref, LeaseMode.READ):
+            gate.stay_open()
+            await told(house, lambda: "blocked-by" in about(house))
+            root = root_of(house.inventory, sr)
+            make_child(root / f"{UUID}.vhd", root / f"{house.chain(ref)[1]}.vhd")
+        await told(house, lambda: house.coalesced()[0].status.is_final)
+        assert house.coalesced()[0].status is TaskStatus.CANCELLED
+        assert about(house)["reason"] == "another image stands on its parent too"
+        await house.inventory.sr_scan(sr)
+        assert len(house.chain(ref)) == 2
         assert content(house.inventory, ref)[::MIB] == PATTERN
 
 
