@@ -47,6 +47,8 @@ MESSAGES: Final[dict[str, str]] = {
     "VDI_TOO_LARGE": "A disk of {0} bytes is too large, the maximum is {1}; ask for a smaller one.",
     "VDI_IO_ERROR": "Reading or writing the disk failed ({0}); check the storage under the SR.",
     "VDI_INCOMPATIBLE_TYPE": "The VDI {0} is of the type {1}, which has no such thing; name another VDI.",
+    "VDI_NO_CBT_METADATA": "The changed blocks of the VDI {0} were not tracked; enable that before "
+    "a snapshot is taken.",
     "NETWORK_INCOMPATIBLE_PURPOSES": "The purpose {0} does not go with {1}, for which NBD is served; "
     "the gateway's configuration says whether there is TLS.",
     "SR_NOT_ATTACHED": "The SR {0} is not attached to any host; attach it and try again.",
@@ -60,6 +62,11 @@ MESSAGES: Final[dict[str, str]] = {
     "SR_BACKEND_FAILURE_16": "{1}; detach it there first, or attach it read-only.",
     "SR_BACKEND_FAILURE_40": "{1}; look at these images with vhd-check.",
     "SR_BACKEND_FAILURE_47": "{1}; look whether it is mounted and the path is right.",
+    # SM's VDIType, CBTMetadataInconsistent, CBTChangedBlocksError.
+    "SR_BACKEND_FAILURE_66": "{1}; copy the disk into a VHD, or use another one.",
+    "SR_BACKEND_FAILURE_459": "{1}; the disk has become smaller in between: back it up in full.",
+    "SR_BACKEND_FAILURE_460": "{1}; compare a snapshot with a later one of the same disk, taken while "
+    "its changes were tracked without a break, or back it up in full.",
     # SM's SnapshotChainTooLong.
     "SR_BACKEND_FAILURE_109": "{1}; destroy snapshots that nobody needs and let the SR coalesce them, "
     "or copy the VDI.",

@@ -55,6 +55,8 @@ class Attachments:
         self._coalescers: Coalescers | None = None
         # One SR is plugged, unplugged or scanned by one task at a time.
         self._locks: dict[str, trio.Lock] = {}
+        # And so with an SR's logs of changed blocks; these come before any lease.
+        self._log_locks: dict[str, trio.Lock] = {}
         # VDIs whose file is there before their record.
         self._being_created: set[str] = set()
         # Those of them that are being filled, by uuid: in which SR, and for whom.

@@ -22,13 +22,13 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
+from gateway.repository.changed_blocks import ChangedBlocks
 from gateway.repository.fork import Fork, Revert
 from gateway.repository.intended import forget_intended, write_intended
-from gateway.repository.reconcile import described
+from gateway.repository.reconcile import CBT_METADATA, described
 from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
 from gateway.repository.scan import FileStamp, ScannedImage
-from gateway.repository.sr_lifecycle import SRLifecycle
 from gateway.repository.staging import Staging
 
 # What XenServer calls the hidden parent that a snapshot leaves behind.
@@ -46,7 +46,7 @@ class NewVDI:
     staging: Staging
 
 
-class ChainOperations(SRLifecycle):
+class ChainOperations(ChangedBlocks):
     """The part of the inventory that makes VDIs of VDIs."""
 
     @asynccontextmanager
@@ -138,12 +138,18 @@ class ChainOperations(SRLifecycle):
         """The new VDI; without `child` the source itself, which then has no blocks of its own."""
         repository = self._forkable(ref)
         uuid, base = new_uuid(), new_uuid()
+        is_snapshot = child and holder.operation == "snapshot"
         self._being_created.update((uuid, base))
         try:
-            async with self._leased(repository, ref, holder, wait) as lease:
+            async with (
+                self.logs_kept(ref, is_snapshot) as tracked,
+                self._leased(repository, ref, holder, wait) as lease,
+            ):
                 source = await self.vdi_under(ref, lease)
                 base_copy = _base_copy(source, base)
-                made = _made(source, uuid, holder.operation == "snapshot") if child else source
+                made = _made(source, uuid, is_snapshot) if child else source
+                if child:
+                    made = replace(made, cbt_enabled=tracked)
                 fork = Fork(
                     repository.directory,
                     lease,
@@ -152,7 +158,13 @@ class ChainOperations(SRLifecycle):
                     records=(made, base_copy) if child else (),
                     files=repository.files,
                 )
-                await self._run(repository, lease, fork, (source.uuid, uuid, base))
+                if tracked:
+                    await self.begin_snapshot_log(repository, source, uuid)
+                try:
+                    await self._run(repository, lease, fork, (source.uuid, uuid, base))
+                finally:
+                    if tracked:
+                        await self.settle_snapshot_log(repository, source, uuid)
                 with trio.CancelScope(shield=True):
                     new = [made] if child else []
                     if fork.has_base:
@@ -174,6 +186,8 @@ class ChainOperations(SRLifecycle):
             raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
         if not vdi.managed:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "it is the hidden parent of other VDIs")
+        if vdi.type == CBT_METADATA:
+            raise XenAPIError("VDI_INCOMPATIBLE_TYPE", ref, vdi.type)
         return repository
 
     @asynccontextmanager

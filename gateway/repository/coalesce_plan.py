@@ -92,26 +92,30 @@ def make_plan(
     free: int,
     *,
     skip: Mapping[str, str] | None = None,
+    keep: frozenset[str] = frozenset(),
     extra_bytes: Callable[[ScannedImage, ScannedImage], int] = child_size,
 ) -> Plan:
     """Decide from a scan, whose journals are those that no running coalesce owns; `free` in bytes.
 
-    `skip` holds children that are not to be tried, with the reason. `extra_bytes` (child, parent) may know
+    `skip` holds children that are not to be tried, with the reason; what is in `keep` just stays.
+    `extra_bytes` (child, parent) may know
     better than a scan by how much the parent grows; it is asked for what would be a candidate otherwise.
     """
     problems = tuple(_problems(found))
     if problems:
         return Plan(problems=problems)
-    return _Planner(found, switches, free, skip or {}, extra_bytes).plan()
+    return _Planner(found, switches, free, skip or {}, keep, extra_bytes).plan()
 
 
-def garbage(found: ScanResult) -> tuple[str, ...]:
-    """The hidden nodes on which no visible VDI stands, children before their parents."""
+def garbage(found: ScanResult, keep: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The hidden nodes on which no visible VDI stands nor one of `keep`, children before their parents."""
     children = _children(found)
     order: list[str] = []
     # From the leaves down to the roots, so that a node's children have been decided on before it.
     for uuid in sorted(found.images, key=lambda uuid: (-_depth(found, uuid), uuid)):
-        if not found.images[uuid].hidden or journal_name(JournalKind.RELINK, uuid) in found.journals:
+        if not found.images[uuid].hidden or uuid in keep:
+            continue
+        if journal_name(JournalKind.RELINK, uuid) in found.journals:
             continue
         if set(children.get(uuid, ())) <= set(order):
             order.append(uuid)
@@ -124,6 +128,7 @@ class _Planner:
     switches: Switches
     free: int
     skip: Mapping[str, str]
+    keep: frozenset[str]
     extra_bytes: Callable[[ScannedImage, ScannedImage], int]
     candidates: list[Candidate] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -132,8 +137,8 @@ class _Planner:
         images = self.found.images
         children = _children(self.found)
         heights = _tree_heights(self.found)
-        waste = garbage(self.found)
-        for uuid in sorted(set(images) - set(waste)):
+        waste = garbage(self.found, self.keep)
+        for uuid in sorted(set(images) - set(waste) - self.keep):
             self._consider(images[uuid], children, heights[uuid])
         if not self.switches.gc:
             self.refused += [Refusal(uuid, "the SR's other_config gc is false") for uuid in waste]

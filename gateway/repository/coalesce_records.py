@@ -11,7 +11,7 @@ from typing import Final
 from gateway.core.errors import XenAPIError
 from gateway.core.records import VDI, Records
 from gateway.core.refs import NULL_REF, new_uuid
-from gateway.repository.reconcile import PARENT_KEY, described
+from gateway.repository.reconcile import CBT_METADATA, PARENT_KEY, described
 from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
 from gateway.repository.scan import FileStamp, ScannedImage
@@ -45,6 +45,10 @@ class CoalesceRecords:
         vdi = self.find(uuid)
         return NULL_REF if vdi is None else vdi.ref
 
+    def emptied(self) -> frozenset[str]:
+        """The uuids of snapshots whose data is destroyed: what is left of their images is needed."""
+        return frozenset(vdi.uuid for vdi in self._records.vdis_of_sr(self.sr) if vdi.type == CBT_METADATA)
+
     def content_id(self, uuid: str) -> str:
         """What names the bytes of a VDI; empty without a record."""
         vdi = self.find(uuid)
@@ -64,15 +68,16 @@ class CoalesceRecords:
         """Whether images came or went, or stand on others than the records say, as recoveries leave it."""
         images = self._repository.images
         children = {image.parent for image in images.values()}
+        emptied = self.emptied()
         seen = {
             uuid: image.parent
             for uuid, image in images.items()
-            if image.error is None and (not image.hidden or uuid in children)
+            if image.error is None and (not image.hidden or uuid in children) and uuid not in emptied
         }
         known = {
             vdi.uuid: vdi.sm_config.get(PARENT_KEY)
             for vdi in self._records.vdis_of_sr(self.sr)
-            if not vdi.missing
+            if not vdi.missing and vdi.uuid not in emptied
         }
         for uuid, image in images.items():
             if uuid not in seen and (image.error is not None or image.hidden):

@@ -63,6 +63,7 @@ class Coalescer:
         limits: Limits,
         refresh_sizes: Callable[[str], Awaitable[None]],
         reconcile: Callable[[str], Awaitable[object]],
+        drop_emptied: Callable[[str], Awaitable[None]],
     ) -> None:
         self.sr: Final = sr
         self._repository = repository
@@ -70,6 +71,7 @@ class Coalescer:
         self._uuid = records.srs.get(sr).uuid
         self._records = CoalesceRecords(sr, records, repository, refresh_sizes)
         self._reconcile = reconcile
+        self._drop_emptied = drop_emptied
         self._leases = leases
         self._tasks = tasks
         self._limits = limits
@@ -269,6 +271,7 @@ class Coalescer:
         self._planned_for = self._read_switches()
         if is_paused(record):
             return Plan()
+        await self._drop_emptied(self.sr)
         found = await self._repository.scan()
         if self._records.are_behind():
             # What a crash or a failure had left was recovered from.
@@ -280,9 +283,10 @@ class Coalescer:
         self._turns.sr_is_full = used > _FULL * total
         skip = {**self._turns.postponed.failures(), **self._turns.cancelled()}
         switches = Switches.of(record.other_config)
+        keep = self._records.emptied()
 
         def plan() -> Plan:
-            return make_plan(found, switches, total - used, skip=skip, extra_bytes=_extra_bytes)
+            return make_plan(found, switches, total - used, skip=skip, keep=keep, extra_bytes=_extra_bytes)
 
         made = await trio.to_thread.run_sync(plan)
         if made.problems and made.problems != self._plan.problems:

@@ -24,7 +24,8 @@ _NOT_HERE: Final = "the SR is not attached writable here"
 class Coalescers:
     """By reference of their SRs. `run` must be running.
 
-    `refresh_sizes` brings an SR's record up to date, `reconcile` those of its VDIs.
+    `refresh_sizes` brings an SR's record up to date, `reconcile` those of its VDIs. `drop_emptied` removes
+    what is left of snapshots' images and isn't needed any more.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Coalescers:
         limits: Limits,
         refresh_sizes: Callable[[str], Awaitable[None]],
         reconcile: Callable[[str], Awaitable[object]],
+        drop_emptied: Callable[[str], Awaitable[None]],
     ) -> None:
         self._records = records
         self._leases = leases
@@ -45,6 +47,7 @@ class Coalescers:
         self._limits = limits
         self._refresh_sizes = refresh_sizes
         self._reconcile = reconcile
+        self._drop_emptied = drop_emptied
         self._coalescers: dict[str, Coalescer] = {}
         self._nursery: trio.Nursery | None = None
 
@@ -72,6 +75,7 @@ class Coalescers:
             limits=self._limits,
             refresh_sizes=self._refresh_sizes,
             reconcile=self._reconcile,
+            drop_emptied=self._drop_emptied,
         )
         if self._nursery is not None:
             self._nursery.start_soon(coalescer.run)

@@ -26,7 +26,7 @@ from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
 from gateway.repository.chain_operations import ChainOperations
 from gateway.repository.coalescers import Coalescers
-from gateway.repository.reconcile import described
+from gateway.repository.reconcile import CBT_METADATA, described
 from gateway.repository.repository import Repository
 
 # A raw image has no limit of its own; from 2^50 on, a Content-Length means "not known".
@@ -71,6 +71,7 @@ class Inventory(ChainOperations):
                 limits=limits or Limits(),
                 refresh_sizes=inventory.refresh_sizes,
                 reconcile=inventory.reconcile,
+                drop_emptied=inventory.drop_emptied,
             )
         try:
             await inventory.attach_all()
@@ -107,9 +108,12 @@ class Inventory(ChainOperations):
     ) -> Lease:
         """Lease a VDI's chain; raises what Repository.lease raises, SR_NOT_ATTACHED, VDI_READONLY.
 
-        VDI_READONLY is also the answer for a snapshot and for a hidden parent.
+        VDI_READONLY is also the answer for a snapshot and for a hidden parent, VDI_INCOMPATIBLE_TYPE for a
+        snapshot whose data is destroyed.
         """
         record = self.records.vdis.get(vdi) if isinstance(vdi, str) else vdi
+        if record.type == CBT_METADATA:
+            raise XenAPIError("VDI_INCOMPATIBLE_TYPE", record.ref, record.type)
         if mode is not LeaseMode.READ and (record.read_only or record.is_a_snapshot or not record.managed):
             raise XenAPIError("VDI_READONLY", record.ref)
         return await self.repository(record.sr).lease(record.uuid, mode, holder, wait)
@@ -133,8 +137,11 @@ class Inventory(ChainOperations):
 
         The size in bytes is rounded up to 2 MiB as SM does; with `sm_config` type=raw or image-format=raw the
         image is a raw file, rounded up to 512.
-        Raises VDI_TOO_LARGE, SR_FULL, SR_NOT_ATTACHED, OPERATION_NOT_ALLOWED in a read-only SR, OSError.
+        Raises VDI_TOO_LARGE, SR_FULL, SR_NOT_ATTACHED, OPERATION_NOT_ALLOWED in a read-only SR, OSError,
+        VDI_INCOMPATIBLE_TYPE for the type that only a snapshot gets whose data is destroyed.
         """
+        if type == CBT_METADATA:
+            raise XenAPIError("VDI_INCOMPATIBLE_TYPE", "", type)
         repository = self.repository(sr)
         if not repository.writable:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
@@ -238,15 +245,22 @@ class Inventory(ChainOperations):
         if not vdi.managed:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "it is the hidden parent of other VDIs")
         holder = Holder(who, "destroy", ref, task)
-        try:
-            await repository.destroy_image(vdi.uuid, holder, wait=wait)
-        except XenAPIError as error:
-            # A VDI without an image is gone already, if the SR is there to say so.
-            if error.code != "VDI_MISSING" or not await repository.available():
-                raise
-        with trio.CancelScope(shield=True):
-            await self._remove_vdi(ref)
-            await self.refresh_sizes(vdi.sr)
+
+        async def forget_changes(lease: Lease | None) -> None:
+            if tracked:
+                await self.forget_changes(vdi, lease, holder)
+
+        async with self.logs_kept(ref) as tracked:
+            try:
+                await repository.destroy_image(vdi.uuid, holder, wait=wait, before=forget_changes)
+            except XenAPIError as error:
+                # A VDI without an image is gone already, if the SR is there to say so.
+                if error.code != "VDI_MISSING" or not await repository.available():
+                    raise
+                await forget_changes(None)
+            with trio.CancelScope(shield=True):
+                await self._remove_vdi(ref)
+                await self.refresh_sizes(vdi.sr)
         self.coalesce(vdi.sr)
 
     async def vdi_forget(self, ref: str) -> None:

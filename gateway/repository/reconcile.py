@@ -16,6 +16,9 @@ from gateway.core.refs import is_ref, new_ref, new_uuid
 from gateway.repository.records_file import STAMP_KEY, newer
 from gateway.repository.scan import ScannedImage, ScanResult
 
+CBT_METADATA: Final = "cbt_metadata"
+"""The type of a snapshot whose data is destroyed: of its image at most a hidden, empty rest is there."""
+
 PARENT_KEY: Final = "vhd-parent"
 TYPE_KEY: Final = "vdi_type"
 # Set on a VDI that is read-only only because its SR is attached so.
@@ -83,7 +86,8 @@ def reconcile(
             new = VDI(ref=new_ref(), uuid=uuid, sr=sr.ref)
         result.add.append(described(new, image, writable=writable, written=False))
     for uuid, record in known.items():
-        if uuid not in scan.images and not record.missing:
+        # A snapshot whose data is destroyed needs no image.
+        if uuid not in scan.images and not record.missing and record.type != CBT_METADATA:
             result.change[record.ref] = {"missing": True}
     return result
 
@@ -116,7 +120,7 @@ def described(vdi: VDI, image: ScannedImage, *, writable: bool, written: bool) -
         physical_utilisation=image.physical_utilisation,
         image_format=image.format,
         location=vdi.uuid,
-        managed=not image.hidden,
+        managed=not image.hidden or vdi.type == CBT_METADATA,
         missing=False,
         read_only=read_only,
         content_id=content_id,

@@ -7,7 +7,7 @@ The trap: a lease is taken before that lock, never inside it, since taking a lea
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -18,6 +18,7 @@ from gateway.core.records import ImageFormat
 from gateway.images.errors import MissingParent
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.create import create_dynamic
+from gateway.repository.cbt_logs import recover_logs
 from gateway.repository.directory import (
     DirectoryUnavailable,
     OwnerLock,
@@ -132,6 +133,7 @@ class Repository(Survey):
                 recover_forks(directory, files)
                 remember_intended(directory, files)
                 recovery = recover_journals(directory, files)
+                recover_logs(directory, files)
                 swept = tuple(sweep_staging(directory, files))
                 return cls(
                     directory, leases, uuid=found, owner=owner, swept=swept, recovery=recovery, files=files
@@ -256,9 +258,17 @@ class Repository(Survey):
                 self._note(uuid, image)
         return image
 
-    async def destroy_image(self, uuid: str, holder: Holder, *, wait: float | None = None) -> None:
+    async def destroy_image(
+        self,
+        uuid: str,
+        holder: Holder,
+        *,
+        wait: float | None = None,
+        before: Callable[[Lease], Awaitable[None]] | None = None,
+    ) -> None:
         """Remove an image, durably: that of a VDI, or a hidden one that nothing stands on.
 
+        `before` is called with the lease as soon as nothing is in the way any more.
         Raises OPERATION_NOT_ALLOWED if other images stand on it, or if any file of the SR can't be read or
         lacks its parent: then it is not known what stands on what. Also what `lease` raises.
         """
@@ -275,6 +285,8 @@ class Repository(Survey):
                     f"nothing is destroyed in this SR until this is resolved: {problem}",
                 )
             self._require_no_children(result.images, uuid)
+            if before is not None:
+                await before(lease)
             await self.collect(lease, uuid)
         finally:
             lease.release()

@@ -31,6 +31,8 @@ from gateway.xenapi.types import (
     Reference,
     SetOf,
 )
+from gateway.xenapi.vdi_changed_blocks import MESSAGES as CHANGED_BLOCKS
+from gateway.xenapi.vdi_changed_blocks import is_offered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,8 +66,12 @@ OPERATIONS: Final = {
     "revert": LeaseMode.REPLACE,
     "destroy": LeaseMode.WRITE,
     "resize": LeaseMode.WRITE,
+    "enable_cbt": None,
+    "disable_cbt": None,
+    "data_destroy": LeaseMode.WRITE,
+    "list_changed_blocks": LeaseMode.READ,
 }
-"""XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain."""
+"""XenAPI's VDI operations that are offered here, each with the mode in which it leases the chain, if any."""
 
 LAST_REFUSAL: Final = "last-refusal"
 """A key of sm_config that is never stored: a client that sends back a record stores what isn't shown."""
@@ -101,7 +107,8 @@ def allowed_operations(vdi: records.VDI, estate: Estate) -> tuple[str, ...]:
         if (forked or name not in _FORKS)
         and (vdi.managed or name != "copy")
         and (vdi.is_a_snapshot or name != "revert")
-        and not any(mode.conflicts_with(other) for other in held)
+        and is_offered(vdi, name)
+        and not (mode and any(mode.conflicts_with(other) for other in held))
     )
 
 
@@ -396,6 +403,18 @@ VDI = ApiClass(
     name="VDI",
     doc="A virtual disk.",
     fields=FIELDS,
-    messages=(create, snapshot, clone, copy, revert, resize, destroy, forget, force_unlock, get_nbd_info),
+    messages=(
+        create,
+        snapshot,
+        clone,
+        copy,
+        revert,
+        resize,
+        destroy,
+        forget,
+        force_unlock,
+        get_nbd_info,
+        *CHANGED_BLOCKS,
+    ),
     objects=lambda estate: estate.records.vdis,
 )

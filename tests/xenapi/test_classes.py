@@ -129,15 +129,16 @@ async def test_what_a_vdi_needs_to_be_created_is_asked_for_by_name(site: Site) -
     ]
 
 
-EVERYTHING = ("snapshot", "clone", "copy", "destroy", "resize")
+TRACKING = ("enable_cbt", "disable_cbt")
+EVERYTHING = ("snapshot", "clone", "copy", "destroy", "resize", *TRACKING)
 
 
 @pytest.mark.parametrize(
     ("mode", "allowed"),
     [
-        (LeaseMode.READ, ("snapshot", "clone", "copy")),
-        (LeaseMode.REPLACE, ("copy",)),
-        (LeaseMode.WRITE, ()),
+        (LeaseMode.READ, ("snapshot", "clone", "copy", *TRACKING)),
+        (LeaseMode.REPLACE, ("copy", *TRACKING)),
+        (LeaseMode.WRITE, TRACKING),
     ],
 )
 async def test_operations_of_a_vdi_are_those_of_its_leases(
