@@ -15,12 +15,9 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
 import os
-import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -29,8 +26,17 @@ from pathlib import Path
 from gateway.access.client import open_vdi
 from scripts.benchmarks.harness import chain
 from scripts.benchmarks.harness.gateway import Gateway
-from scripts.benchmarks.harness.measure import GIB, MIB, Report, interleave, log, timed, touch_memory, wait_for_quiet
-from scripts.benchmarks.harness.peers import ROOT
+from scripts.benchmarks.harness.measure import (
+    GIB,
+    MIB,
+    Report,
+    interleave,
+    log,
+    timed,
+    touch_memory,
+    wait_for_quiet,
+)
+from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
 
 LARGE = 2040 * GIB
 
@@ -188,33 +194,16 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench chains", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--size", type=int, default=4096, metavar="MiB", help="of the disk to coalesce (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
-    )
-    parser.add_argument(
-        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="on the disk to measure"
-    )
+    parser = options_of("chains", __doc__, directory="on the disk to measure")
+    add_groups(parser, GROUPS, size=4096, of="of the disk to coalesce")
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="chains-", dir=options.directory))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
-    try:
-        for path in (directory / "sr", memory / "sr"):
-            path.mkdir()
+    with workplace("chains", options.directory) as (directory, memory):
         with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
             bench = Bench(directory, gateway, options.size * MIB, options.rounds)
             for name in options.only or GROUPS:
                 log(f"== {name}")
                 GROUPS[name](bench)
         print(bench.report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env -S .venv/bin/python
-"""Disks in standard formats, out of a running gateway, beside what qemu-img takes to convert the same disk.
+"""Disks in standard formats, out of a running gateway and into it, beside what qemu-img takes to convert the same disk.
 
     scripts/bench formats [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
 
-Groups: export, first-byte. The disk is half of what its chain of three VHDs can hold; all of what is counted
+Groups: export, first-byte, import. The disk is half of what its chain of three VHDs can hold; all of what is counted
 is in it, and in the page cache. qemu-img can't read chains of VHDs: it gets the same bytes as a raw file with
 the same holes. Both write a file and nobody waits for the disk. A markdown table goes to stdout.
 """
@@ -14,13 +14,10 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
 import http.client
 import os
-import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -31,7 +28,7 @@ from gateway.access.client import open_vdi
 from scripts.benchmarks.harness import chain
 from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import GIB, MIB, Report, interleave, log, timed, touch_memory
-from scripts.benchmarks.harness.peers import ROOT
+from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
 
 BLOCK = 2 * MIB
 LARGEST = 2040 * GIB
@@ -90,6 +87,40 @@ class Bench:
             for uuid in (vdi, *snapshots):
                 self.gateway.destroy_vdi(uuid)
 
+    def import_(self) -> None:
+        """Images into a VDI of the same size: until durable on the disk, and in memory, where syncs are free."""
+        vdi, source = self._chain(), self.directory / "source.vhd"
+        self._curl(f"{self.gateway.get_url(vdi)}&format=vhd", source)
+        self.gateway.destroy_vdi(vdi)
+        qcow2 = self.directory / "source.qcow2"
+        subprocess.run(
+            ["qemu-img", "convert", "-f", "vpc", "-O", "qcow2", str(source), str(qcow2)], check=True
+        )
+        for repository in ("disk", "memory"):
+            target = self.gateway.create_vdi(repository, 2 * self.size)
+            out = self.gateway.image(repository, target).parent.parent / "out.raw"
+            url = f"{self.gateway.put_url(target)}&format="
+            for image, form, driver, at_least in (
+                (source, "vhd", "vpc", 1.5),
+                (qcow2, "qcow2", "qcow2", None),
+            ):
+                peer = f"qemu-img convert -f {driver}"
+                contestants = {
+                    "gateway": self._into(
+                        out, lambda image=image, form=form: self._put(image, f"{url}{form}")
+                    ),
+                    peer: self._into(
+                        out, lambda image=image, driver=driver, out=out: self._convert_in(driver, image, out)
+                    ),
+                }
+                rounds = interleave(f"PUT {form}", self.size, contestants, rounds=self.rounds)
+                where = "until durable" if repository == "disk" else "in memory"
+                name = f"PUT {form} with {self.size // MIB} MiB, {where}"
+                self.report.compare(name, rounds, "gateway", peer, at_least=at_least)
+            self.gateway.destroy_vdi(target)
+        source.unlink()
+        qcow2.unlink()
+
     # --- steps ----------------------------------------------------------------------------------------------
 
     def _chain(self) -> str:
@@ -125,6 +156,16 @@ class Bench:
     def _convert(self, driver: str, source: Path, out: Path) -> None:
         subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", driver, str(source), str(out)], check=True)
 
+    def _put(self, source: Path, url: str) -> None:
+        answer = subprocess.run(
+            ["curl", "-sS", "--fail", "-T", str(source), url], check=True, capture_output=True, text=True
+        )
+        assert answer.stdout.startswith("success"), answer.stdout
+
+    def _convert_in(self, driver: str, source: Path, out: Path) -> None:
+        subprocess.run(["qemu-img", "convert", "-f", driver, "-O", "raw", str(source), str(out)], check=True)
+        subprocess.run(["sync", str(out)], check=True)
+
     def _first_byte(self, url: str) -> float:
         parts = urlsplit(url)
         assert parts.hostname is not None
@@ -139,37 +180,24 @@ class Bench:
         return taken
 
 
-GROUPS: dict[str, Callable[[Bench], None]] = {"export": Bench.export, "first-byte": Bench.first_byte}
+GROUPS: dict[str, Callable[[Bench], None]] = {
+    "export": Bench.export,
+    "first-byte": Bench.first_byte,
+    "import": Bench.import_,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench formats", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--size", type=int, default=4096, metavar="MiB", help="of the data in the disk (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
-    )
-    parser.add_argument(
-        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="on the disk to measure"
-    )
+    parser = options_of("formats", __doc__, directory="on the disk to measure")
+    add_groups(parser, GROUPS, size=4096, of="of the data in the disk")
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="formats-", dir=options.directory))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
-    try:
-        for path in (directory / "sr", memory / "sr"):
-            path.mkdir()
+    with workplace("formats", options.directory) as (directory, memory):
         with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
             bench = Bench(directory, gateway, options.size * MIB, options.rounds)
             for name in options.only or GROUPS:
                 log(f"== {name}")
                 GROUPS[name](bench)
         print(bench.report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
 
 
 if __name__ == "__main__":

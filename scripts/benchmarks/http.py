@@ -15,11 +15,9 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +25,8 @@ from pathlib import Path
 from scripts.benchmarks.harness import chain
 from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import GIB, MIB, Report, interleave, log, timed
-from scripts.benchmarks.harness.peers import ROOT, BareReceiver, Imageio, Nginx, PeerUnavailableError
+from scripts.benchmarks.harness.peers import BareReceiver, Imageio, Nginx, PeerUnavailableError
+from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
 
 CIPHER = "TLS_AES_256_GCM_SHA384"
 
@@ -42,8 +41,6 @@ class Bench:
         self.stack = ExitStack()
         self.source = memory / "source"
         write_random(self.source, size)
-        for path in (directory / "sr", memory / "sr"):
-            path.mkdir()
         self.gateway = self.stack.enter_context(
             Gateway(directory / "gateway", directory / "sr", memory / "sr")
         )
@@ -284,23 +281,11 @@ def write_random(path: Path, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench http", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--size", type=int, default=1024, metavar="MiB", help="of the image (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
-    )
-    parser.add_argument(
-        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="on the disk to measure"
-    )
+    parser = options_of("http", __doc__, directory="on the disk to measure")
+    add_groups(parser, GROUPS, size=1024, of="of the image")
     options = parser.parse_args()
     chosen = options.only or [name for name in GROUPS if name not in ON_REQUEST]
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="http-", dir=options.directory))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
-    try:
+    with workplace("http", options.directory) as (directory, memory):
         bench = Bench(directory, memory, options.size * MIB, options.rounds)
         with bench.stack:
             for name in chosen:
@@ -314,9 +299,6 @@ def main() -> None:
                         shutil.rmtree(directory / "nginx", ignore_errors=True)
                         shutil.rmtree(memory / "nginx", ignore_errors=True)
         print(bench.report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
 
 
 if __name__ == "__main__":

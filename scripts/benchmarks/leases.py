@@ -15,10 +15,7 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
-import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from gateway.access.client import open_vdi
 from gateway.core.leases import Holder, LeaseMode, Leases
 from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import MIB, Report, Row, wait_for_quiet
-from scripts.benchmarks.harness.peers import ROOT
+from scripts.benchmarks.harness.workplace import options_of, workplace
 
 LONGEST = 0.5  # ms; what taking and releasing may cost inside the gateway
 
@@ -70,19 +67,11 @@ def through_the_socket(control_socket: Path, vdi: str, samples: int, *, write: b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench leases", description=__doc__.split("\n")[0])
+    parser = options_of("leases", __doc__, directory="for the gateway's state")
     parser.add_argument("--samples", type=int, default=1000, help="(default %(default)s)")
-    parser.add_argument(
-        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="for the gateway's state"
-    )
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="leases-", dir=options.directory))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
     report = Report()
-    try:
-        for path in (directory / "sr", memory / "sr"):
-            path.mkdir()
+    with workplace("leases", options.directory) as (directory, memory):
         with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
             wait_for_quiet()
             median = trio.run(in_a_thread, options.samples)
@@ -100,9 +89,6 @@ def main() -> None:
                     name = f"open and close by another process, {name}"
                     report.add(Row(name, f"{median:.3g} ms", "", "", "", None))
         print(report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
 
 
 if __name__ == "__main__":

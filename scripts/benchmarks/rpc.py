@@ -17,15 +17,12 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
 import http.client
 import json
 import os
 import queue
-import shutil
 import statistics
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -38,7 +35,7 @@ from urllib.parse import urlsplit
 
 from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import MIB, Report, Row, log, wait_for_quiet
-from scripts.benchmarks.harness.peers import ROOT
+from scripts.benchmarks.harness.workplace import options_of, workplace
 
 UPLOADS = 8
 UPLOAD_SIZE = 512 * MIB
@@ -188,20 +185,14 @@ def tell(report: Report, what: str, taken: list[float], beside: list[float] | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench rpc", description=__doc__.split("\n")[0])
+    parser = options_of("rpc", __doc__, directory="for the gateway's state")
     parser.add_argument("--vdis", type=int, default=10_000, help="in the SR (default %(default)s)")
     parser.add_argument("--tasks", type=int, default=1000, help="(default %(default)s)")
     parser.add_argument("--samples", type=int, default=300, help="events (default %(default)s)")
-    parser.add_argument(
-        "--directory", type=Path, default=ROOT / "build" / "benchmarks", help="for the gateway's state"
-    )
     options = parser.parse_args()
-    options.directory.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="rpc-", dir=options.directory))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
     report = Report()
-    try:
-        for path in (directory / "sr", memory / "sr", directory / "sr2", memory / "sr2"):
+    with workplace("rpc", options.directory) as (directory, memory):
+        for path in (directory / "sr2", memory / "sr2"):
             path.mkdir()
         source = memory / "source"
         with source.open("wb") as file:
@@ -227,9 +218,6 @@ def main() -> None:
             taken = time.perf_counter() - start
             report.figure(f"event.from of everything, {count} objects, JSON", taken, "s", below=2)
         print(report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
 
 
 if __name__ == "__main__":
