@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gateway.access.client import list_vdis
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import connections, handshakes, leash, pinning
+from nbd_plugin import connections, handshakes, leash, memory, pinning
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.failures import nbd_errno
 from nbd_plugin.patience import patiently
@@ -78,6 +78,7 @@ def config_complete() -> None:
 def after_fork() -> None:
     if parameters.outlive:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    memory.keep_little()
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
     handshakes.watch(float(parameters.handshake))

@@ -10,6 +10,8 @@ import pytest
 from tests.nbd_plugin.conftest import Nbd
 from tests.system.site import MIB, Vdi, stored_content, wait_until
 
+GIB = 1 << 30
+
 
 def status(nbd: Nbd, field: str) -> int:
     """A figure of the kernel about nbdkit: VmRSS in KiB, Threads."""
@@ -178,6 +180,36 @@ def test_short_connections_leave_no_memory_and_no_thread_behind(
         assert status(own, "VmRSS") - before < 6 << 10
         come_and_go(own, libnbd, vdi, 5)
         # Some of whose threads are ending now.
+    finally:
+        assert own.stop() == 0, own.log()
+
+
+def test_what_is_known_of_large_disks_leaves_memory_when_they_are_closed(
+    nbd: Nbd, libnbd: Any, tmp_path: Path
+) -> None:
+    own = Nbd(nbd.site, tmp_path)
+    large = nbd.site.create_vdi(2040 * GIB)
+    places = range(0, large.size, 32 * GIB)  # each of which takes another piece of the table of blocks
+    writer = nbd.connect(libnbd, large, write=True)
+    for place in places:
+        writer.pwrite(b"w" * 512, place)
+    writer.shutdown()
+    try:
+        before = status(own, "VmRSS")
+        for _ in range(4):
+            readers = [own.connect(libnbd, large) for _ in range(8)]
+            for reader in readers:
+                for place in places:
+                    reader.aio_pread(libnbd.Buffer(512), place)
+            for reader in readers:
+                while reader.aio_in_flight():
+                    reader.poll(-1)
+            # Otherwise there is nothing to give back.
+            assert status(own, "VmRSS") - before > 8 * (4 << 10)
+            for reader in readers:
+                reader.shutdown()
+            wait_until(lambda: free(nbd, large), "the leases to end")
+        wait_until(lambda: status(own, "VmRSS") - before < 6 << 10, "the memory to be given back", 10)
     finally:
         assert own.stop() == 0, own.log()
 
