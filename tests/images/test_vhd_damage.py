@@ -165,6 +165,7 @@ def change(
         ({}, {"max_table_entries": 1}, CorruptImage, "room for 1 of 2"),
         ({}, {"block_size": 512}, UnsupportedImage, "block size"),
         ({}, {"block_size": 3 << 20}, UnsupportedImage, "block size"),
+        ({}, {"block_size": 512 << 20}, UnsupportedImage, "block size"),
     ],
 )
 def test_contradicting_sizes_are_refused_before_memory_is_taken(

@@ -18,6 +18,7 @@ from gateway.images.files import Buffer
 SECTOR: Final = 512
 BLOCK_SIZE: Final = 2 << 20
 SMALLEST_BLOCK: Final = 4096
+LARGEST_BLOCK: Final = 256 << 20  # a bitmap of 64 KiB; nobody makes more than 2 MiB
 MAX_VIRTUAL_SIZE: Final = 2040 << 30
 UNUSED: Final = 0xFFFFFFFF
 NO_OFFSET: Final = 0xFFFFFFFFFFFFFFFF
@@ -319,8 +320,10 @@ class DynamicHeader:
             raise CorruptImage(path, "the checksum of the dynamic disk header is wrong")
         if version >> 16 != HEADER_VERSION >> 16:
             raise UnsupportedImage(path, f"dynamic disk header version {version:#010x} is not known")
-        if block_size < SMALLEST_BLOCK or block_size & (block_size - 1):
-            raise UnsupportedImage(path, f"the block size {block_size} is no power of two from 4096 up")
+        if not SMALLEST_BLOCK <= block_size <= LARGEST_BLOCK or block_size & (block_size - 1):
+            raise UnsupportedImage(
+                path, f"the block size {block_size} is no power of two from 4096 to {LARGEST_BLOCK}"
+            )
         return cls(
             table_offset=table_offset,
             max_table_entries=entries,
