@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, TypeAlias
 
-from gateway.images.chain import MAX_DEPTH
 from gateway.images.files import FileIdentity
+from gateway.images.vhd.image import MAX_DEPTH
 
 VERSION: Final = 1
 MAX_MESSAGE: Final = 64 << 10  # bytes; 64 files with names of 255 bytes take a third of it

@@ -21,9 +21,7 @@ from gateway.images.files import FILES, FileCalls, FileIdentity, close_all, iden
 from gateway.images.raw import RawDisk
 from gateway.images.vhd.chain import VhdChain
 from gateway.images.vhd.format import NO_ID, DiskType
-from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
-
-MAX_DEPTH: Final = 64  # XenServer stops at 30; a leased chain must fit a limit of open files
+from gateway.images.vhd.image import MAX_DEPTH, VhdFile, open_vhd, parent_names
 
 NOT_REGULAR: Final = "this is not a regular file"
 

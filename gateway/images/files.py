@@ -125,6 +125,12 @@ class FileCalls:
         while written < len(view):
             written += os.pwrite(fd, view[written:], offset + written)
 
+    def write_zeroes(self, fd: int, offset: int, length: int) -> None:
+        """Make the range read as zeroes and take its space."""
+        stop = offset + length
+        for position in range(offset, stop, _COPY_PIECE):
+            self.pwrite(fd, memoryview(_ZEROES)[: stop - position], position)
+
     def truncate(self, fd: int, size: int) -> None:
         """Make the file `size` bytes long."""
         os.ftruncate(fd, size)
@@ -143,7 +149,7 @@ class FileCalls:
                 continue
             if code not in _NOT_OFFERED:
                 raise OSError(code, os.strerror(code))
-            self._write_zeroes(fd, offset, min(offset + length, length_of(fd)))
+            self.write_zeroes(fd, offset, min(length, length_of(fd) - offset))
             return
 
     def copy_range(self, source_fd: int, source_offset: int, fd: int, offset: int, length: int) -> None:
@@ -219,10 +225,6 @@ class FileCalls:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-    def _write_zeroes(self, fd: int, start: int, stop: int) -> None:
-        for position in range(start, stop, _COPY_PIECE):
-            self.pwrite(fd, _ZEROES[: min(_COPY_PIECE, stop - position)], position)
 
     def _make_hole(self, fd: int, start: int, stop: int) -> None:
         stop = min(stop, length_of(fd))

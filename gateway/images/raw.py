@@ -22,7 +22,6 @@ from gateway.images.disk import (
 from gateway.images.errors import CorruptImage
 from gateway.images.files import FILES, Buffer, FileCalls, next_data, next_hole
 
-_ZEROES = bytes(1 << 20)
 _FAR = 1 << 62  # beyond any file
 
 
@@ -72,9 +71,7 @@ class RawDisk:
         if trim:
             self._files.punch(self._fd, offset, length)
         else:
-            stop = offset + length
-            for position in range(offset, stop, len(_ZEROES)):
-                self._files.pwrite(self._fd, _ZEROES[: min(len(_ZEROES), stop - position)], position)
+            self._files.write_zeroes(self._fd, offset, length)
         self._dirty = True
 
     def copy_in(self, offset: int, source_fd: int, source_offset: int, length: int) -> None:

@@ -14,10 +14,9 @@ from typing import Final, TypeAlias
 from gateway.images.errors import ImageError
 from gateway.images.files import FileIdentity, identity_of, pread_exactly
 from gateway.images.vhd.format import NO_ID, DiskType, ParentLocator, Platform
-from gateway.images.vhd.image import MAX_LOCATOR, VhdFile, open_vhd, parent_names
+from gateway.images.vhd.image import MAX_DEPTH, MAX_LOCATOR, VhdFile, open_vhd, parent_names
 from gateway.images.vhd.problems import ProblemKind
 
-MAX_DEPTH: Final = 64
 LOCATOR_PLATFORMS: Final = (Platform.MACX, Platform.W2KU, Platform.W2RU)
 
 Finding: TypeAlias = tuple[ProblemKind, str, bool]  # kind, sentence, repairable

@@ -38,6 +38,7 @@ from gateway.images.vhd.format import (
 from gateway.images.vhd.table import BlockTable
 
 MAX_BLOCKS: Final = 1 << 24  # 2040 GiB in blocks of 128 KiB: a BAT of 64 MiB
+MAX_DEPTH: Final = 64  # levels; XenServer stops at 30, and a leased chain must fit a limit of open files
 _TABLE_PIECE: Final = 64 << 10  # bytes
 MAX_LOCATOR: Final = 4096  # bytes; no path is longer
 
