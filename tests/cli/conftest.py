@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory / "vdi-gateway"
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    """A gateway with one SR, called disks, for all tests of a module."""
-    directory = tmp_path_factory.mktemp("house")
+@contextmanager
+def house_in(directory: Path, config: str = "") -> Iterator[RunningGateway]:
+    """A gateway with one SR, called disks, and this configuration."""
     running = RunningGateway(directory)
+    if config:
+        running.state_dir.mkdir(parents=True, mode=0o700)
+        (running.state_dir / "config.toml").write_text(config)
     running.start()
     try:
         assert running.command("sr-create", str(directory / "disks")).returncode == 0
@@ -29,3 +32,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
         finally:
             running.kill()
     assert "Traceback" not in running.log()
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    """One for all tests of a module."""
+    with house_in(tmp_path_factory.mktemp("house")) as running:
+        yield running

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.access.client import open_vdi
+from tests.cli.conftest import house_in
 from tests.cli.test_transfers import error, lines
 from tests.conftest import RunningGateway, clean_environment, program
 from tests.images.disks import qemu_compare
@@ -101,19 +102,8 @@ def test_what_cannot_be_copied_is_told_in_one_line(two: RunningGateway, tmp_path
 @pytest.fixture
 def patient(tmp_path: Path) -> Iterator[RunningGateway]:
     """A gateway that waits long for a disk that is in use."""
-    directory = tmp_path / "patient"
-    (directory / "state").mkdir(parents=True)
-    (directory / "state" / "config.toml").write_text('[limits]\nlease_wait = "5m"\n')
-    running = RunningGateway(directory)
-    running.start()
-    try:
-        assert running.command("sr-create", str(directory / "disks")).returncode == 0
+    with house_in(tmp_path / "patient", '[limits]\nlease_wait = "5m"\n') as running:
         yield running
-    finally:
-        try:
-            running.stop()
-        finally:
-            running.kill()
 
 
 def test_an_interrupted_copy_is_cancelled_and_leaves_nothing(patient: RunningGateway, tmp_path: Path) -> None:
