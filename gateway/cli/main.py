@@ -6,6 +6,7 @@ the gateway itself.
 """
 
 import os
+import pkgutil
 import select
 import sys
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ COMMANDS = {
 }
 
 
-def application() -> App:
-    """The command tree; nothing below it is imported yet."""
+def application(*, loaded: bool = False) -> App:
+    """The command tree; below it nothing is imported yet, unless `loaded`: the list of commands needs it."""
     app = App(
         name=PROGRAM,
         version=lambda: f"{PROGRAM} {version(PROGRAM)}",
@@ -81,7 +82,7 @@ def application() -> App:
         suppress_keyboard_interrupt=False,
     )
     for position, (name, place) in enumerate(COMMANDS.items()):
-        app.command(place, name=name, sort_key=position)
+        app.command(pkgutil.resolve_name(place) if loaded else place, name=name, sort_key=position)
     return app
 
 
@@ -89,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code."""
     name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
     try:
-        app = application()
+        app = application(loaded=list(arguments) in ([], ["--help"], ["-h"]))
         code = app(translated(app, arguments) if name != PROGRAM else list(arguments))
     except CycloptsError as error:
         return _complain(name, f"{_one_line(error)} Try: {name} --help", 2)

@@ -1,8 +1,10 @@
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from gateway.cli.main import COMMANDS
 from tests.conftest import clean_environment, program
 
 
@@ -104,6 +106,14 @@ def test_help_is_plain_text_without_a_terminal(command: tuple[str, ...]) -> None
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii()
     assert done.stdout.startswith("Usage: vdi-gateway")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_the_list_of_commands_says_what_each_does(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    # A name, then its text further in.
+    assert re.findall(r"^  ([a-z][a-z-]+)\n      [A-Z]", done.stdout, re.MULTILINE) == list(COMMANDS)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_attaching_an_sr_warns_of_other_hosts_in_its_help() -> None:
