@@ -19,8 +19,7 @@ from tests.conftest import clean_environment, program
 from tests.nbd_plugin.dead_host import Host, another_host
 from tests.nbd_plugin.served import NbdSite, answers, filled, pending, public_workers, run, serving
 from tests.nbd_plugin.supervised import ended
-from tests.system.site import MIB, Vdi, wait_until
-from tests.system.test_coalesce import depth
+from tests.system.site import MIB, Vdi, depth, wait_until
 
 pytestmark = pytest.mark.skipif(shutil.which("nbdcopy") is None, reason="libnbd-bin is not installed")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are made by root")

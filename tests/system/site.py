@@ -4,6 +4,7 @@ Knows the wire and the files of the SR, nothing of the gateway's code. What is i
 libvhdi and QEMU, never by our own reader.
 """
 
+import json
 import os
 import subprocess
 import time
@@ -139,3 +140,9 @@ def qemu_compare(raw: Path, vdi: Vdi) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def depth(site: Site, vdi: Vdi) -> int:
+    """How many images the chains of a VDI's tree have, at most."""
+    nodes = json.loads(site.gateway.command("vdi-chain", vdi.uuid, "--json").stdout)
+    return max(int(node["depth"]) for node in nodes)

@@ -14,7 +14,7 @@ from gateway.images.vhd.check import check_vhd
 from tests.access.test_client import OtherProcess, operations, socket_of
 from tests.images.disks import libvhdi_reads
 from tests.system.clients import curl
-from tests.system.site import MIB, Site, Vdi, stored_content, wait_until
+from tests.system.site import MIB, Site, Vdi, depth, stored_content, wait_until
 
 SIZE = 16 * MIB
 # libvhdi reads blocks that are written in finer parts wrongly.
@@ -209,4 +209,27 @@ def test_what_a_process_holds_over_a_kill_is_merged_only_after_it_was_revoked(
     # Nobody has flushed what was written; it may be there or not.
     assert found[:512] in (disks.plain[ref][:512], *([b"o" * 512] if what == "write" else []))
     disks.plain[ref] = found[:512] + disks.plain[ref][512:]
+    disks.assert_right()
+
+
+def test_what_a_reader_holds_over_a_kill_is_merged_once_he_lets_go(own_site: Site) -> None:
+    disks, gateway = Disks(own_site, 2), own_site.gateway
+    ref = disks.create()
+    taken = disks.made("VDI.snapshot", ref)
+    disks.write(ref)
+    vdi = disks.vdi(ref)
+    with closing(open_vdi(socket_of(own_site), vdi.uuid, purpose="a reader")) as held:
+        disks.destroy(taken)
+        wait_until(lambda: len(disks.merges()) == 1, "the merge to wait")
+        gateway.kill()
+        gateway.start()
+        wait_until(lambda: held.connected, "the reader to be known again")
+        asked = gateway.command("sr-coalesce", gateway.call("SR.get_uuid", own_site.repository))
+        assert (asked.returncode, depth(own_site, vdi)) == (3, 2), asked.stderr
+        assert "waits for read by root (a reader" in asked.stdout
+        found = bytearray(SIZE)
+        held.pread_into(found, 0)
+        assert found == disks.plain[ref]
+    disks.least = 1
+    disks.merged()
     disks.assert_right()
