@@ -4,13 +4,18 @@ The trap: of the process's sockets only those that nbdkit has accepted are clien
 local address of a socket that listens, or did before it was taken away.
 """
 
+import math
 import os
 import socket
 import stat
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Final
 
 Address = tuple[int, object]
+
+COUNT_PAUSE_SECONDS: Final = 0.1
 
 _listened: Final[set[Address]] = set()
 
@@ -19,7 +24,8 @@ def client_sockets() -> Iterator[tuple[int, socket.socket]]:
     """The clients' descriptors from the moment they were accepted, each with a duplicate that is the caller's
     to close.
     """
-    remember_listening()
+    if not _listened:
+        remember_listening()
     for fd, each in _sockets():
         if not _listens(each) and _local_address(each) in _listened:
             yield fd, each
@@ -34,6 +40,35 @@ def count_clients() -> int:
         each.close()
         found += 1
     return found
+
+
+class Room:
+    """Whether another client may come, asked once for each that has.
+
+    Counting takes time with each client, so who comes again and again must not have it done each time. Since
+    the last count there are at most as many more as have come.
+    """
+
+    def __init__(
+        self, count: Callable[[], int] = count_clients, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._count: Final = count
+        self._now: Final = now
+        self._lock: Final = threading.Lock()
+        self._most = 0
+        self._count_at = -math.inf
+
+    def is_there(self, limit: int) -> bool:
+        """False if the client is one of more than `limit`, or may be one and it was counted just now."""
+        with self._lock:
+            self._most += 1
+            if self._most > limit and self._now() >= self._count_at:
+                self._most = self._count()
+                self._count_at = self._now() + COUNT_PAUSE_SECONDS
+            if self._most <= limit:
+                return True
+            self._most -= 1  # it goes
+            return False
 
 
 def listening_descriptors() -> list[int]:

@@ -6,6 +6,7 @@ The trap: a client opens an export two times, for INFO and for GO, and others co
 reads nothing but what the format needs.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from itertools import islice
@@ -36,18 +37,23 @@ class Parameters:
     purpose: str = "nbd"
     outlive: bool = False
     leash: str = ""
-    clients: str = "0"
-    handshake: str = "30"
-    wait: str = "5"
+    clients: int = 0
+    handshake: float = 30.0
+    wait: float = 5.0
 
     def with_value(self, key: str, value: str) -> "Parameters":
         """These parameters and one more. Raises ValueError."""
         given = {name: getattr(self, name) for name in self.__slots__}
         if key not in given:
             raise ValueError(f"there is no parameter {key}; there are {', '.join(given)}")
-        given[key] = _flag(key, value) if isinstance(given[key], bool) else value
-        if key == "control":
-            given[key] = os.path.abspath(value)  # nbdkit changes its directory
+        match given[key]:
+            case bool():
+                given[key] = _flag(key, value)
+            case int() | float() as usual:
+                given[key] = _number(key, value, type(usual))
+            case _:
+                # nbdkit changes its directory.
+                given[key] = os.path.abspath(value) if key == "control" else value
         return Parameters(**given)
 
 
@@ -93,7 +99,17 @@ def _opened(asked: ExportName, parameters: Parameters) -> AccessDisk:
             purpose=parameters.purpose,
         )
 
-    return patiently(ask, float(parameters.wait))
+    return patiently(ask, parameters.wait)
+
+
+def _number(key: str, value: str, kind: type[int] | type[float]) -> float:
+    try:
+        number = kind(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{key} is a number from 0 on")
+    return number
 
 
 def _flag(key: str, value: str) -> bool:

@@ -33,8 +33,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from gateway.access.client import list_vdis
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import connections, handshakes, leash, memory, pinning
+from nbd_plugin import handshakes, leash, memory, pinning
+from nbd_plugin.connections import Room
 from nbd_plugin.export import Export, Parameters
+from nbd_plugin.export_name import ExportNameError
 from nbd_plugin.failures import nbd_errno
 from nbd_plugin.patience import patiently
 from nbd_plugin.pinning import local as this_thread
@@ -55,6 +57,7 @@ _FAILURES: Final = (OSError, ImageError, ValueError, MemoryError)
 
 parameters = Parameters()
 _open: Final[set[Export]] = set()
+_room: Final = Room()
 
 
 # The process
@@ -81,7 +84,7 @@ def after_fork() -> None:
     memory.keep_little()
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
-    handshakes.watch(float(parameters.handshake))
+    handshakes.watch(parameters.handshake)
     if parameters.leash:
         leash.follow(int(parameters.leash))
 
@@ -97,7 +100,7 @@ def cleanup() -> None:
 
 
 def preconnect(readonly: bool) -> None:
-    if 0 < int(parameters.clients) < connections.count_clients():
+    if parameters.clients and not _room.is_there(parameters.clients):
         raise ConnectionRefusedError("too many clients are connected")
     handshakes.clients_turn()
 
@@ -106,18 +109,26 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     # Who may see what is known only of a private socket: a list is asked for without a session.
     if not parameters.private:
         return []
-    return patiently(partial(list_vdis, parameters.control), float(parameters.wait))
+    return patiently(partial(list_vdis, parameters.control), parameters.wait)
 
 
 def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so
     handshakes.our_turn()
     try:
-        export = Export(nbdkit.export_name(), parameters)
+        export = Export(_asked_name(), parameters)
     except BaseException:
         handshakes.clients_turn()
         raise
     _open.add(export)
     return export
+
+
+def _asked_name() -> str:
+    try:
+        name: str = nbdkit.export_name()
+    except UnicodeDecodeError:
+        raise ExportNameError("the export name is no UTF-8") from None
+    return name
 
 
 def close(export: Export) -> None:
@@ -220,6 +231,6 @@ def _told() -> Iterator[None]:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """Let the client know; nbdkit logs the exception itself."""
+    """Let the client know; nbdkit logs the exception itself, and the supervisor wants one, not its causes."""
     nbdkit.set_error(nbd_errno(error))
-    raise error
+    raise error from None

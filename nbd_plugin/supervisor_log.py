@@ -18,7 +18,8 @@ _SECRET: Final = re.compile(r"(session_id(?:=|%3[dD]))[^\s&;,\"'<>]+", re.IGNORE
 
 _TRACEBACK: Final = "Traceback (most recent call last):"
 _LONGEST_TRACEBACK: Final = 200
-_REFUSALS: Final = ("ExportNameError", "AccessRefused", "ConnectionRefusedError")
+# What people do, not what is broken. A lease that was taken away is ESHUTDOWN, which is a BrokenPipeError.
+_EXPECTED: Final = ("ExportNameError", "AccessRefused", "ConnectionRefusedError", "BrokenPipeError")
 
 
 def masked(text: str) -> str:
@@ -45,7 +46,7 @@ class Tracebacks:
             return None
         lines, self._lines = self._lines, []
         told = lines[0].removesuffix(_TRACEBACK) + lines[-1].strip()
-        expected = any(f"{name}:" in lines[-1] for name in _REFUSALS)
+        expected = any(f"{name}:" in lines[-1] for name in _EXPECTED)
         return told, None if expected else "\n".join(lines)
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 from typing import Any
 
@@ -32,6 +33,17 @@ def test_of_a_fault_the_whole_traceback_is_told() -> None:
     assert line.endswith("KeyError: the export name is too long")
     assert traceback == fault.rpartition("\n")[0]
     assert nothing is None
+
+
+def test_a_lease_that_was_taken_away_is_no_fault() -> None:
+    ended = str(OSError(errno.ESHUTDOWN, "the lease has ended: the task was cancelled"))
+    name = type(OSError(errno.ESHUTDOWN, "")).__name__
+    found = told(
+        REFUSED.replace(
+            "nbd_plugin.export_name.ExportNameError: the export name is too long", f"{name}: {ended}"
+        )
+    )
+    assert [traceback for _, traceback in found] == [None, None]
 
 
 @pytest.mark.parametrize("sign", ["=", "%3D", "%3d"])
