@@ -71,7 +71,11 @@ class _Link:
             if not data:
                 return None
             *lines, self._received = (self._received + data).split(b"\n")
-            self._messages += [json.loads(line) for line in lines]
+            try:
+                self._messages += [json.loads(line) for line in lines]
+            except ValueError as error:
+                log.warning("the supervisor of NBD isn't understood", why=str(error))
+                return None
         return self._messages.pop(0)
 
     async def status(self) -> dict[str, Any] | None:
@@ -315,6 +319,8 @@ class Nbd:
         self._link = link
         self._addresses = [(host, port) for host, port in status["addresses"]]
         self._stays = bool(status["stay"])
+        if self._stopping and not self._stays:
+            link.send({"do": "stop"})
 
     async def _tell_door(self) -> None:
         try:

@@ -31,9 +31,12 @@ class _Link:
         """False when the other side is gone or doesn't read."""
         data = json.dumps(message).encode() + b"\n"
         try:
-            return self.socket.send(data) == len(data)
+            sent = self.socket.send(data)
+            if sent < len(data):
+                self.socket.shutdown(socket.SHUT_RDWR)  # what came next would be read as the rest
         except OSError:
             return False
+        return sent == len(data)
 
     def orders(self) -> list[dict[str, Any]] | None:
         """What has come, None at the end."""
@@ -48,7 +51,7 @@ class _Link:
             return None
         try:
             return [order for order in map(json.loads, lines) if isinstance(order, dict)]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 
