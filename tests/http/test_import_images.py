@@ -10,9 +10,10 @@ import trio
 
 from gateway.core.tasks import TaskStatus
 from gateway.http.import_raw_vdi import LAST_LINE_BYTES
+from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.vhd.format import DiskType
 from tests.http.gate import MIB, Gate, until
-from tests.transfers.vhd_files import content, random_blocks, vhd_file
+from tests.transfers.vhd_files import Block, content, random_blocks, vhd_file
 
 END = bytes(12)
 
@@ -52,7 +53,7 @@ async def test_a_delta_onto_a_disk_that_stands_on_a_snapshot(gate: Gate) -> None
     assert await put(gate, vdi, old) == []
     snapshot = await gate.inventory.vdi_snapshot(vdi.ref)
     blocks = random_blocks(chance, 8 * MIB)
-    blocks[1] = type(blocks[min(blocks)])((1 << 4096) - 1, bytes(2 * MIB))  # zeroes hide the parent's data
+    blocks[1] = Block((1 << 4096) - 1, bytes(2 * MIB))  # zeroes hide the parent's data
     assert await put(gate, vdi, vhd_file(8 * MIB, blocks, kind=DiskType.DIFFERENCING), format="vhd") == []
     assert gate.content(vdi) == content(old, blocks)
     assert gate.content(gate.inventory.records.vdis.get(snapshot)) == old
@@ -317,3 +318,32 @@ async def test_an_image_longer_than_may_be_kept_is_refused(gate: Gate, tmp_path:
         await client.rest()
     assert gate.tasks.get(headers["task-id"]).error_info[0] == "IMPORT_ERROR_IMAGE_TOO_LONG"
     assert gate.staged() == []
+
+
+@pytest.mark.parametrize("form", ["vhd", "qcow2"])
+async def test_two_tebibytes_with_little_in_them(gate: Gate, form: str, tmp_path: Path) -> None:
+    size = 2040 << 30
+    last = size // (2 * MIB) - 1
+    if form == "vhd":
+        blocks = {number: Block((1 << 4096) - 1, b"\x07" * 2 * MIB) for number in (5, last)}
+        image = vhd_file(size, blocks, order=[last, 5])
+    else:
+        path = tmp_path / "x.qcow2"
+        await trio.run_process(["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)])
+        for number in (5, last):
+            write = f"write -q -P 7 {number * 2 * MIB} 2M"
+            await trio.run_process(["qemu-io", "-f", "qcow2", "-c", write, path])
+        image = path.read_bytes()
+    task = await gate.task()
+    target = gate.target(None, format="auto", sr_uuid=gate.sr, task_id=task.ref)
+    assert (await gate.ask("PUT", target, body=image)).whole
+    (vdi,) = gate.inventory.records.vdis.all()
+    assert vdi.virtual_size == size
+    file = gate.inventory.repository_of(vdi.ref).image_path(vdi.uuid)
+    assert os.stat(file).st_blocks * 512 < 16 * MIB
+    disk = open_disk(open_chain_files(file, writable=False))
+    found = bytearray(2 * MIB)
+    for number in (0, 4, 5, 6, last - 1, last):
+        disk.pread_into(found, number * 2 * MIB)
+        assert found == (b"\x07" if number in (5, last) else b"\0") * 2 * MIB
+    disk.close()
