@@ -20,7 +20,7 @@ from typing import Any, Final
 import structlog
 import trio
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from gateway.core import schema
 from gateway.core.clock import utc_now
@@ -146,7 +146,11 @@ class Sessions:
             for entry in list(self._by_digest.values()):
                 if entry.users:
                     await self._touch(entry)
-            await self._end([entry for entry in self._by_digest.values() if not self._is_valid(entry)])
+            try:
+                await self._end([entry for entry in self._by_digest.values() if not self._is_valid(entry)])
+            except SQLAlchemyError:
+                # They open nothing any more, and their rows go at the next start.
+                log.exception("sessions that have ended could not be removed from the database")
 
     async def login(
         self, user: str, password: str, *, version: str = "", originator: str = "", address: str
@@ -366,7 +370,12 @@ class Sessions:
             .where(schema.sessions.c.ref_sha256 == entry.digest)
             .values(last_active=moment)
         )
-        await self._database.run(lambda connection: connection.execute(statement))
+        try:
+            await self._database.run(lambda connection: connection.execute(statement))
+        except SQLAlchemyError:
+            # A full disk must not keep from working who only wants to read.
+            log.exception("the use of a session could not be recorded", session=entry.session.uuid)
+            return
         entry.session = replace(entry.session, last_active=moment)
 
     def _beyond_the_limit(self, user: str) -> list[_Open]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import structlog
 import trio
+from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.core.clock import utc_now
 from gateway.core.database import Database
@@ -162,7 +163,7 @@ class Tasks:
             if client_made and self._waiting_for_clients() >= self._limits.task_keep:
                 raise XenAPIError("TOO_MANY_PENDING_TASKS", str(self._limits.task_keep))
             await self._table.add(task)
-            await self._forget(self._beyond_the_limits())
+            await self._forget_beyond_the_limits()
         return task
 
     async def destroy(self, ref: str, actor: Actor | None = None) -> None:
@@ -378,7 +379,7 @@ class Tasks:
     async def _forget_old(self) -> None:
         while True:
             async with self._lock:
-                await self._forget(self._beyond_the_limits())
+                await self._forget_beyond_the_limits()
             await trio.sleep(_FORGET_INTERVAL)
 
     def _beyond_the_limits(self) -> list[str]:
@@ -417,7 +418,14 @@ class Tasks:
             if status is TaskStatus.SUCCESS:
                 raise told from problem
             return
-        await self._forget(self._beyond_the_limits())
+        await self._forget_beyond_the_limits()
+
+    async def _forget_beyond_the_limits(self) -> None:
+        try:
+            await self._forget(self._beyond_the_limits())
+        except SQLAlchemyError:
+            # The next task tries it again; this one is what it is.
+            log.exception("old tasks could not be removed from the database")
 
     async def _forget(self, refs: list[str]) -> None:
         if refs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from sqlalchemy.exc import OperationalError
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.core.clock import utc_now
@@ -243,6 +244,31 @@ async def test_ended_sessions_are_removed_in_the_background_and_used_ones_are_no
     with refused("SESSION_INVALID"):
         gate.sessions.get(idle)
     assert gate.sessions.get(used).last_active == gate.now
+
+
+async def test_a_full_disk_ends_neither_the_background_work_nor_a_session_in_use(
+    gate: Gate, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, used = await gate.login(), await gate.login()
+    failures: list[bool] = []
+
+    async def fail(_work: object) -> None:
+        failures.append(True)
+        raise OperationalError("DELETE", None, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(gate.database, "run", fail)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.sessions.run)
+        with gate.sessions.in_use(gate.sessions.get(used)):
+            for _ in range(2):
+                await wait_all_tasks_blocked()
+                mock_clock.jump(25 * 3600)
+            await wait_all_tasks_blocked()
+        assert len(failures) == 3
+        await gate.by_ref(used)
+        with refused("SESSION_INVALID"):
+            gate.sessions.get(idle)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_disabled_users_sessions_and_passwords_open_nothing(

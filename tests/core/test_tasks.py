@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from sqlalchemy.exc import OperationalError
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.core.clock import EPOCH, utc_now
@@ -19,6 +20,7 @@ from gateway.core.events import Events
 from gateway.core.limits import Limits
 from gateway.core.refs import new_ref, new_uuid
 from gateway.core.roles import Role
+from gateway.core.task_table import TaskTable
 from gateway.core.tasks import Operation, Task, Tasks, TaskStatus
 
 HOST = new_ref()
@@ -614,3 +616,29 @@ async def test_a_client_cannot_fill_the_memory_with_pending_tasks(board: Board) 
     with refused("TOO_MANY_PENDING_TASKS", "3"):
         await board.task()
     await board.task(client_made=False)
+
+
+async def test_old_tasks_that_cannot_be_removed_harm_no_other(
+    board: Board, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.limits = replace(Limits(), task_keep=2)
+    await board.restart()
+
+    async def fail(_table: TaskTable, _refs: list[str]) -> None:
+        raise OperationalError("DELETE", None, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTable, "remove", fail)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(board.tasks.run)
+            for _ in range(4):
+                task = await board.task()
+                async with board.tasks.operation(task, nothing):
+                    pass
+                assert board.tasks.get(task.ref).status is TaskStatus.SUCCESS
+            mock_clock.jump(3600)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    assert len(board.tasks) == 4
+    await board.task()
+    assert len(board.tasks) == 2
