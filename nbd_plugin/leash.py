@@ -27,6 +27,7 @@ from nbd_plugin.connections import count_clients, listening_descriptors, remembe
 IDLE_SECONDS: Final = 1.0  # a client that has asked what there is comes back at once
 GREETING_SECONDS: Final = 3.0  # one that was accepted just now is greeted first
 _LOOK_SECONDS: Final = 0.2
+_LOOK_AT_CLIENTS_SECONDS: Final = 1.0  # they may stay for days
 _WAKE: Final = signal.SIGUSR2
 _LONGEST: Final = 64
 
@@ -60,8 +61,9 @@ def stop_listening() -> None:
 def _obey(link: socket.socket) -> None:
     _say(link, "ready")
     idle_from: float | None = None
+    pause = _LOOK_SECONDS
     while True:
-        link.settimeout(_LOOK_SECONDS if idle_from is not None else None)
+        link.settimeout(pause if idle_from is not None else None)
         try:
             order = link.recv(_LONGEST)
         except TimeoutError:
@@ -78,11 +80,13 @@ def _obey(link: socket.socket) -> None:
             idle_from = time.monotonic() + GREETING_SECONDS
             _say(link, "draining")
         if order == b"" and idle_from is not None:
-            time.sleep(_LOOK_SECONDS)  # nobody is there to wait for
+            time.sleep(pause)  # nobody is there to wait for
         if idle_from is not None:
             now = time.monotonic()
+            pause = _LOOK_SECONDS
             if count_clients():
                 idle_from = max(idle_from, now + IDLE_SECONDS)
+                pause = _LOOK_AT_CLIENTS_SECONDS
             elif now >= idle_from:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
