@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+# Names are other people's choice: a cell is one line, and gives the terminal no commands.
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
@@ -53,9 +55,10 @@ def print_note(text: str) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal; elsewhere columns divided by tabs, below one heading line."""
+    rows = [[_CONTROLS.sub(" ", cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *rows):
-            sys.stdout.write("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row) + "\n")
+            sys.stdout.write("\t".join(row) + "\n")
         return
     from rich.console import Console  # noqa: PLC0415  only a terminal pays for loading it
     from rich.table import Table  # noqa: PLC0415
