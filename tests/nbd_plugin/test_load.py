@@ -20,6 +20,7 @@ from tests.system.site import MIB, Vdi, wait_until
 
 GIB = 1 << 30
 LARGEST = 2040 * GIB  # the largest VHD, a disk of "2 TiB"
+PLACES = 8192
 SECONDS = float(os.environ.get("LOAD_SECONDS") or 600)
 WORKER_KIB = 60 << 10
 LARGE_DISK_KIB = 10 << 10
@@ -65,12 +66,12 @@ class Load:
         self._run(*command, "--time_based", "--runtime=10", "--norandommap")
 
     def writes_at_random(self, vdi: Vdi, seed: int) -> None:
-        """Over the whole disk, so that every write is a new block until a trim has taken it away again."""
+        """All over the disk, in more blocks than a writer remembers before it stores what it knows."""
         chance = random.Random(seed)
         writer = self.nbd.connect(self.libnbd, vdi, write=True)
         data = os.urandom(4096)
         for number in range(2000):
-            place = chance.randrange(vdi.size // 4096) * 4096
+            place = chance.randrange(PLACES) * (vdi.size // PLACES)
             match number % 8:
                 case 6:
                     writer.trim(MIB, min(place, vdi.size - MIB))

@@ -1,5 +1,6 @@
 import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,13 +127,14 @@ def test_a_disk_of_many_small_pieces_is_told_in_parts(nbd: Nbd, libnbd: Any) -> 
     writer.shutdown()
 
 
-def test_a_forced_write_is_on_disk_although_nbdkit_is_killed(own_nbd: Nbd, libnbd: Any) -> None:
-    vdi = own_nbd.site.create_vdi(8 * MIB)
-    writer = own_nbd.connect(libnbd, vdi, write=True)
+def test_a_forced_write_is_on_disk_although_nbdkit_is_killed(nbd: Nbd, libnbd: Any, tmp_path: Path) -> None:
+    own = Nbd(nbd.site, tmp_path)
+    vdi = own.site.create_vdi(8 * MIB)
+    writer = own.connect(libnbd, vdi, write=True)
     writer.pwrite(b"f" * 4096, 0, libnbd.CMD_FLAG_FUA)
     writer.pwrite(b"l" * 4096, 4 * MIB)
-    own_nbd.process.kill()
-    own_nbd.process.wait()
+    own.process.kill()
+    own.process.wait()
     content = stored_content(vdi)
     assert content[:4096] == b"f" * 4096
     # What nobody has flushed is of no use yet, since the table of blocks comes last: the test can fail.
