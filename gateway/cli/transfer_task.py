@@ -38,6 +38,11 @@ class TransferTask:
                 self._connection.call("task.cancel", self.ref)
                 self._connection.call("task.destroy", self.ref)
 
+    def made(self) -> str:
+        """The reference that a success has as its result."""
+        result: str = self.record()["result"]
+        return result.removeprefix("<value>").removesuffix("</value>")
+
     def failure(self) -> str | None:
         """Why the task failed; None if it didn't."""
         record = self.record()

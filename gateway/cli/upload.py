@@ -1,8 +1,9 @@
-"""Sending a disk: from a file, a block device or a pipe into PUT /import_raw_vdi.
+"""Sending a disk or an image of one: from a file, a block device or a pipe into PUT /import_raw_vdi.
 
-A file's data goes from the page cache to the socket within the kernel, its holes cost no read. From a pipe
-whose length nobody knows, exactly as many bytes as the VDI has are taken. The trap: the gateway commits as
-soon as it has all bytes, so the last ones are held back until it is certain that the pipe has no more.
+A file's data goes from the page cache to the socket within the kernel, its holes cost no read. A raw disk
+from a pipe whose length nobody knows has to have exactly as many bytes as the VDI; an image goes in chunks.
+The trap: the gateway commits as soon as it has all bytes, so the last ones of a raw disk are held back until
+it is certain that the pipe has no more.
 """
 
 import contextlib
@@ -18,12 +19,17 @@ from gateway.cli.connection import Connection
 from gateway.cli.exchange import PIECE_BYTES, SENDFILE_BYTES, ConnectionLostError, Exchange
 from gateway.cli.output import CommandError, UsageError
 from gateway.cli.progress import Display, Transfer
-from gateway.cli.transfer_task import TransferTask, refusal, target_of
+from gateway.cli.transfer_task import TransferTask, refusal
 from gateway.images.files import next_data, next_hole
 
 STDIN: Final = "-"
 _ZEROES: Final = memoryview(bytes(PIECE_BYTES))
-_MAGIC: Final = ((b"conectix", "VHD"), (b"QFI\xfb", "qcow2"), (b"KDMV", "VMDK"), (b"vhdxfile", "VHDX"))
+_MAGIC: Final = ((b"conectix", "vhd"), (b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"))
+# Of a VHD's footer (gateway/images/vhd/format.py).
+_FOOTER_BYTES: Final = 512
+_CURRENT_SIZE: Final = slice(48, 56)
+_DISK_TYPE: Final = slice(60, 64)
+_FIXED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +76,65 @@ def _source(fd: int, name: str, size: int | None) -> Source:
     return Source(fd, name, length if size is None else size, offset, seekable=True)
 
 
-def refuse_images(source: Source) -> None:
-    """CommandError when the source is the file of another disk format: raw means the bytes of the disk."""
-    begin = os.pread(source.fd, 16, source.offset) if source.seekable else b""
+def format_of(source: Source) -> str:
+    """The format of an image by its beginning, of a fixed VHD by its end; raw of a pipe and all else."""
+    if not source.seekable:
+        return "raw"
+    begin = os.pread(source.fd, 16, source.offset)
     for magic, name in _MAGIC:
         if begin.startswith(magic):
-            raise CommandError(
-                f"{source.name} looks like a {name} image, and only raw disks can be imported;"
-                " convert it with `qemu-img convert -O raw`, or give --format raw to import it as it is"
-            )
+            return name
+    size = source.size or 0
+    end = os.pread(source.fd, _FOOTER_BYTES, source.offset + size - _FOOTER_BYTES) if size >= 1024 else b""
+    is_fixed_vhd = (
+        end.startswith(b"conectix")
+        and int.from_bytes(end[_CURRENT_SIZE], "big") == size - _FOOTER_BYTES
+        and int.from_bytes(end[_DISK_TYPE], "big") == _FIXED
+    )
+    return "vhd" if is_fixed_vhd else "raw"
 
 
-def upload(connection: Connection, source: Source, size: int, display: Display, transfer: Transfer) -> None:
-    """Replace the first `size` bytes of the transfer's VDI by the source; durably, or not at all.
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is sent: the bytes of `source`, as an image in `format` into what `query` names.
+
+    `size` is how many bytes, None if a pipe tells it by its end. `is_new`: a VDI is made for it.
+    """
+
+    source: Source
+    size: int | None
+    format: str
+    query: str
+    what: str
+    note: str = ""
+    is_new: bool = False
+
+
+def upload(connection: Connection, sent: Upload, display: Display, transfer: Transfer) -> str | None:
+    """Send a disk; durably, or not at all. The reference of the VDI if a new one was made.
 
     Raises CommandError with the gateway's reason. Ctrl-C cancels the task on the gateway.
     """
-    vdi = transfer.vdi
-    task = TransferTask(connection, "vdi-import", f"import of {source.name} into VDI {vdi}")
-    transfer.begin(0, size)
+    source, size = sent.source, sent.size
+    task = TransferTask(connection, "vdi-import", f"import of {source.name} into {sent.what}")
+    transfer.begin(0, size or 0)
     begun = False
     try:
         with Exchange(connection.door) as exchange:
             try:
                 exchange.request(
                     "PUT",
-                    target_of("/import_raw_vdi", vdi, task),
+                    f"/import_raw_vdi?{sent.query}&format={sent.format}&task_id={task.ref}",
                     {
                         "Cookie": f"session_id={connection.session}",
-                        "Content-Length": str(size),
+                        **_length(size),
                         "Content-Type": "application/octet-stream",
                         "Expect": "100-continue",
                     },
                 )
                 head = exchange.answer()
                 if head.status != 200:
-                    raise refusal(exchange, head, vdi)
+                    raise refusal(exchange, head, sent.what)
                 begun = True
                 _Sender(exchange, source, size, transfer).run()
                 line = exchange.rest(head.length or 0)
@@ -116,7 +145,7 @@ def upload(connection: Connection, source: Source, size: int, display: Display, 
     except ConnectionLostError as lost:
         # Perhaps only the last line was lost.
         _judge_by_task(connection, task, lost)
-        return
+        return task.made() if sent.is_new else None
     except OSError as error:
         raise CommandError(f"{source.name}: {error.strerror or error}; nothing was changed") from None
     finally:
@@ -125,6 +154,11 @@ def upload(connection: Connection, source: Source, size: int, display: Display, 
     if len(line) != head.length or not line.startswith(b"success"):
         said = line.decode("utf-8", "replace").strip().removeprefix("failure ")
         raise CommandError(f"{said or task.failure() or 'the gateway ended the connection'}")
+    return task.made() if sent.is_new else None
+
+
+def _length(size: int | None) -> dict[str, str]:
+    return {"Transfer-Encoding": "chunked"} if size is None else {"Content-Length": str(size)}
 
 
 def _judge_by_task(connection: Connection, task: TransferTask, lost: ConnectionLostError) -> None:
@@ -143,10 +177,11 @@ def _judge_by_task(connection: Connection, task: TransferTask, lost: ConnectionL
 
 
 class _Sender:
-    def __init__(self, exchange: Exchange, source: Source, size: int, transfer: Transfer) -> None:
+    def __init__(self, exchange: Exchange, source: Source, size: int | None, transfer: Transfer) -> None:
         self._exchange = exchange
         self._source = source
-        self._size = size
+        self._size = size or 0
+        self._in_chunks = size is None
         self._transfer = transfer
         self._buffer = bytearray(PIECE_BYTES)
         self._sendfile = exchange.can_sendfile
@@ -156,6 +191,8 @@ class _Sender:
         with contextlib.suppress(_AnsweredEarlyError):
             if self._source.seekable:
                 self._send_file()
+            elif self._in_chunks:
+                self._send_chunks()
             else:
                 self._send_pipe()
 
@@ -223,6 +260,16 @@ class _Sender:
             if self._fill(memoryview(bytearray(1))):
                 raise CommandError(self._too_long())
             self._send(view[:held])
+
+    def _send_chunks(self) -> None:
+        with memoryview(self._buffer) as view:
+            while filled := self._fill(view):
+                self._exchange.send(b"%x\r\n" % filled)
+                self._send(view[:filled])
+                self._exchange.send(b"\r\n")
+                self._transfer.physical += filled
+                self._transfer.total = self._transfer.logical  # nobody knows how much will come
+        self._exchange.send(b"0\r\n\r\n")
 
     def _fill(self, view: memoryview) -> int:
         filled = 0

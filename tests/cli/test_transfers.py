@@ -124,12 +124,52 @@ def test_what_cannot_be_imported_is_told_in_one_line(
     image.write_bytes(b"QFI\xfb" + bytes(MIB))
     empty.touch()
     assert "vdi-resize" in error(house.command("vdi-import", disk, str(large)))
-    assert "qemu-img convert" in error(house.command("vdi-import", disk, str(image)))
+    assert "its version is 0" in error(house.command("vdi-import", disk, str(image)))
+    assert "either a disk" in error(house.command("vdi-import", disk, str(image), "sr=disks"), 2)
+    assert "--format" in error(house.command("vdi-import", disk, str(image), "format=tar"), 2)
+    assert "--size" in error(house.command("vdi-import", "-", "sr=disks"), 2)
+    assert "there is no SR" in error(house.command("vdi-import", str(image), "sr=nowhere"))
     assert "is empty" in error(house.command("vdi-import", disk, str(empty)))
     assert "No such file" in error(house.command("vdi-import", disk, str(tmp_path / "none")))
     assert "is a directory" in error(house.command("vdi-import", disk, str(tmp_path)))
     assert "no disk 'nobody'" in error(house.command("vdi-import", "nobody", str(image), "--format", "raw"))
     assert house.command("vdi-import", disk, str(image), "--format", "raw").returncode == 0
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vpc", "fixed", "vmdk", "vhdx"])
+def test_an_image_is_known_by_its_file(
+    house: RunningGateway, disk: str, sparse: Path, tmp_path: Path, form: str
+) -> None:
+    driver, image = {"fixed": "vpc"}.get(form, form), tmp_path / "image"
+    options = {"fixed": ["-o", "subformat=fixed,force_size=on"], "vpc": ["-o", "force_size=on"]}
+    command = ["qemu-img", "convert", "-f", "raw", "-O", driver, *options.get(form, [])]
+    subprocess.run([*command, str(sparse), str(image)], check=True)
+    done = house.command("vdi-import", f"uuid={disk}", f"filename={image}", "--quiet")
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert house.command("vdi-export", disk, str(tmp_path / "out")).returncode == 0
+    assert (tmp_path / "out").read_bytes() == sparse.read_bytes()
+
+
+def test_a_new_disk_is_made_of_an_image_from_a_pipe_or_a_file(
+    house: RunningGateway, sparse: Path, tmp_path: Path
+) -> None:
+    environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(house.state_dir)}
+    image = tmp_path / "gold.qcow2"
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(sparse), str(image)], check=True)
+    (sr,) = json.loads(house.command("sr-list", "--json").stdout)
+    piped = subprocess.run(
+        [program(), "vdi-import", "-", f"sr={sr['uuid']}", "format=qcow2", "name=piped", "--quiet"],
+        input=image.read_bytes(),
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    filed = house.command("vdi-import", str(image), f"sr={sr['name_label']}", "--quiet")
+    for uuid, name in ((piped.stdout.decode().strip(), "piped"), (filed.stdout.strip(), "gold.qcow2")):
+        (row,) = json.loads(house.command("vdi-list", "--json", f"uuid={uuid}").stdout)
+        assert row["name_label"] == name
+        assert house.command("vdi-export", uuid, str(tmp_path / name)[:-1], "--quiet").returncode == 0
+        assert Path(str(tmp_path / name)[:-1]).read_bytes() == sparse.read_bytes()
 
 
 def test_the_gateways_refusal_is_told(house: RunningGateway, disk: str, sparse: Path) -> None:
