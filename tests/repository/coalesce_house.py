@@ -167,6 +167,17 @@ async def make_copyable(house: House, tmp_path: Path) -> tuple[str, str]:
     return sr, ref
 
 
+@asynccontextmanager
+async def copying(open_house: OpenHouse, tmp_path: Path) -> AsyncIterator[tuple[House, Gate, str, str]]:
+    """A house with its gate, at which the copy of a VDI's first block stands; the SR and the VDI."""
+    gate = Gate()
+    async with open_house(files=gate, limits=Limits(lease_wait=20)) as house:
+        gate.closed = True
+        sr, ref = await make_copyable(house, tmp_path)
+        await gate.arrived()
+        yield house, gate, sr, ref
+
+
 async def told(house: House, condition: Callable[[], bool]) -> None:
     """Until an event has made it true."""
     with trio.fail_after(20):

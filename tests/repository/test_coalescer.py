@@ -15,6 +15,7 @@ from gateway.images.vhd.create import create_dynamic, set_hidden
 from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
 from gateway.repository.coalescer import PAUSED_KEY
+from gateway.repository.inventory import Inventory
 from gateway.repository.scan import ScanResult
 from tests.repository.coalesce_house import (
     BLOCKS,
@@ -56,14 +57,20 @@ async def test_what_a_destroyed_snapshot_leaves_goes_into_its_leaf(house: House,
     await house.assert_records_are_true(sr)
 
 
-async def test_a_node_in_the_middle_goes_into_its_parent_and_all_its_children_stay(
-    house: House, tmp_path: Path
-) -> None:
-    inventory = house.inventory
+async def make_middle(inventory: Inventory, tmp_path: Path) -> tuple[str, str, str, str]:
+    """An SR, a VDI, and two snapshots of it; once the first is gone, a node in the middle can be merged."""
     sr, ref = await make(inventory, tmp_path)
     first = await inventory.vdi_snapshot(ref)
     await write(inventory, ref, b"\x22" * 8192, 4096)
     second = await inventory.vdi_snapshot(ref)
+    return sr, ref, first, second
+
+
+async def test_a_node_in_the_middle_goes_into_its_parent_and_all_its_children_stay(
+    house: House, tmp_path: Path
+) -> None:
+    inventory = house.inventory
+    sr, ref, first, second = await make_middle(inventory, tmp_path)
     clone = await inventory.vdi_clone(second)
     for number, leaf in enumerate((ref, clone)):
         await write(inventory, leaf, bytes([0x33 + number]) * 8192, MIB * number)
@@ -341,10 +348,7 @@ async def test_a_relink_that_fails_half_way_is_finished_and_the_records_follow(
     files.failing = False
     async with open_house(files=files) as house:
         inventory = house.inventory
-        sr, ref = await make(inventory, tmp_path)
-        first = await inventory.vdi_snapshot(ref)
-        await write(inventory, ref, b"\x22" * 8192, 4096)
-        second = await inventory.vdi_snapshot(ref)
+        sr, ref, first, second = await make_middle(inventory, tmp_path)
         expected = {leaf: content(inventory, leaf) for leaf in (ref, second)}
         ids = {leaf: inventory.records.vdis.get(leaf).content_id for leaf in expected}
         async with leased(house, ref, LeaseMode.READ):
