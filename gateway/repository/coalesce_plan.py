@@ -110,15 +110,15 @@ def make_plan(
 def garbage(found: ScanResult, keep: frozenset[str] = frozenset()) -> tuple[str, ...]:
     """The hidden nodes on which no visible VDI stands nor one of `keep`, children before their parents."""
     children = _children(found)
-    order: list[str] = []
+    order: dict[str, None] = {}
     # From the leaves down to the roots, so that a node's children have been decided on before it.
     for uuid in sorted(found.images, key=lambda uuid: (-_depth(found, uuid), uuid)):
         if not found.images[uuid].hidden or uuid in keep:
             continue
         if journal_name(JournalKind.RELINK, uuid) in found.journals:
             continue
-        if set(children.get(uuid, ())) <= set(order):
-            order.append(uuid)
+        if all(child in order for child in children.get(uuid, ())):
+            order[uuid] = None
     return tuple(order)
 
 
