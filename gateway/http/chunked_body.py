@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gateway.transfers.body import Body
 
 _LONGEST_LINE: Final = 256  # with extensions, which mean nothing here
+_SHORTEST: Final = 3  # a line feed, a digit, a line feed
 _MOST_TRAILERS: Final = 64
 _DIGITS: Final = frozenset(b"0123456789abcdefABCDEF")
 
@@ -49,10 +50,19 @@ class ChunkedBody:
         self._body.abort()
 
     def _begin_chunk(self) -> None:
-        if not self._first and self._line():
-            raise BodyReset("a chunk is longer than it said")
+        if self._first:
+            begin = b""
+        else:
+            # The end of the chunk before and the line that follows have at least so many bytes.
+            begin = self._exactly(_SHORTEST)
+            if begin[:2] == b"\r\n":
+                begin = begin[2:]
+            elif begin[:1] == b"\n":
+                begin = begin[1:]
+            else:
+                raise BodyReset("a chunk is longer than it said")
         self._first = False
-        digits = self._line().partition(b";")[0].strip()
+        digits = self._line(begin).partition(b";")[0].strip(b" \t")
         if not digits or len(digits) > 15 or not _DIGITS.issuperset(digits):
             raise BodyReset("a chunk has no length")
         self._left = int(digits, 16)
@@ -64,9 +74,25 @@ class ChunkedBody:
                 return
         raise BodyReset("there is no end of the trailers")
 
-    def _line(self) -> bytes:
-        """The bytes up to the next line feed, without it and the carriage return before it."""
-        line = bytearray()
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray(count)
+        with memoryview(data) as view:
+            filled = 0
+            while filled < count:
+                got = self._body.recv_into(view[filled:])
+                if not got:
+                    raise BodyReset("the body ended between two chunks")
+                filled += got
+        return bytes(data)
+
+    def _line(self, begin: bytes = b"") -> bytes:
+        """The bytes up to the next line feed, without it and the carriage return before it.
+
+        `begin` are those that were read already; they hold no line feed but at their end.
+        """
+        if begin.endswith(b"\n"):
+            return begin.rstrip(b"\r\n")
+        line = bytearray(begin)
         byte = bytearray(1)
         with memoryview(byte) as view:
             while len(line) < _LONGEST_LINE:

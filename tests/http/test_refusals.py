@@ -174,6 +174,14 @@ async def test_chunks_and_deltas_are_never_taken_for_a_raw_disk(gate: Gate) -> N
         await refused(gate, 404, "VALUE_NOT_SUPPORTED", f"{gate.target(vdi)}&{parameter}")
 
 
+async def test_an_sr_for_a_new_vdi_has_to_be_known_here_and_writable(gate: Gate) -> None:
+    await refused(gate, 500, "UUID_INVALID", gate.target(None, sr_uuid=UNKNOWN))
+    await refused(gate, 500, "HANDLE_INVALID", gate.target(None, sr_id="OpaqueRef:" + UNKNOWN))
+    await refused(gate, 404, "VALUE_NOT_SUPPORTED", gate.target(None, sr_id=gate.sr, virtual_size="1GiB"))
+    gate.inventory.repository(gate.sr).writable = False
+    await refused(gate, 409, "OPERATION_NOT_ALLOWED", gate.target(None, sr_id=gate.sr))
+
+
 async def elsewhere(gate: Gate, address: str) -> str:
     """A VDI in an SR that only another host has; its reference."""
     records = gate.inventory.records
