@@ -154,6 +154,8 @@ class CoalesceRun:
                 self.copy_seconds += time.monotonic() - began
                 with trio.CancelScope(shield=True):
                     await self._flush(merge, lease, complete, holder)
+                    # Who was let in and read the parent itself must not go on later with what it is now.
+                    await self._records.renew_content(self.candidate.parent)
                     await self._records.look_again(self.candidate.parent)
             durable = complete
         finally:

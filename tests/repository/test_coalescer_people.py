@@ -119,10 +119,12 @@ async def test_what_others_put_on_the_parent_while_a_relink_waits_keeps_its_pare
         sr, ref = await make_copyable(house, tmp_path)
         await gate.arrived()
         async with leased(house, ref, LeaseMode.READ):
+            root, parent = root_of(house.inventory, sr), house.chain(ref)[1]
+            when_let_in = house.inventory.records.vdis.by_uuid(parent).content_id
             gate.stay_open()
             await told(house, lambda: "blocked-by" in about(house))
-            root = root_of(house.inventory, sr)
-            make_child(root / f"{UUID}.vhd", root / f"{house.chain(ref)[1]}.vhd")
+            assert house.inventory.records.vdis.by_uuid(parent).content_id != when_let_in
+            make_child(root / f"{UUID}.vhd", root / f"{parent}.vhd")
         await told(house, lambda: house.coalesced()[0].status.is_final)
         assert house.coalesced()[0].status is TaskStatus.CANCELLED
         assert about(house)["reason"] == "another image stands on its parent too"
