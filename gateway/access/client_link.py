@@ -8,6 +8,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from typing import Final
@@ -24,6 +25,7 @@ from gateway.access.protocol import (
     unpack_descriptors,
 )
 
+_TIME: Final = struct.Struct("ll")  # struct timeval: seconds, microseconds
 ANSWER_SECONDS: Final = 30.0  # the gateway waits for others up to its limit lease_wait before it refuses
 
 
@@ -43,9 +45,7 @@ class ClientLink:
         try:
             connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                # A gateway whose queue is full is as good as none.
-                connected.settimeout(ANSWER_SECONDS)
-                connected.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+                _connect(connected, ANSWER_SECONDS, f"/proc/self/fd/{directory}/{os.path.basename(path)}")
             except BaseException:
                 connected.close()
                 raise
@@ -99,3 +99,16 @@ class ClientLink:
         """Close the connection and what came over it."""
         close_descriptors(self.take_descriptors())
         self._socket.close()
+
+
+def _connect(connecting: socket.socket, seconds: float, address: str) -> None:
+    """Connect, and wait for room in the queue of those who want to for so long; have it as time-out then.
+
+    The socket has to block at first: unix(7) says EAGAIN at once to one with a time-out of Python's.
+    """
+    connecting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(int(seconds), 0))
+    try:
+        connecting.connect(address)
+    except BlockingIOError as error:
+        raise TimeoutError("the gateway is there, but lets nobody in") from error
+    connecting.settimeout(seconds)
