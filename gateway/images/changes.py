@@ -12,7 +12,6 @@ beyond its end, which is a difference without a block.
 """
 
 import os
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -21,7 +20,7 @@ from gateway.images.cbtlog import CHANGE_SHIFT, CHANGE_SIZE
 from gateway.images.chain import NodeKind, OpenNode
 from gateway.images.errors import CorruptImage
 from gateway.images.files import pread_exactly
-from gateway.images.vhd.format import BLOCK_SIZE, SECTOR, UNUSED
+from gateway.images.vhd.format import BLOCK_SIZE, SECTOR
 from gateway.images.vhd.image import VhdFile, open_vhd
 
 _PIECE: Final = 1 << 14  # entries
@@ -32,7 +31,7 @@ _HIGH_BITS: Final = int.from_bytes(b"\x80\0\0\0" * _PIECE, "big")
 _BITMAP_BYTES: Final = CHANGE_SIZE // SECTOR // 8  # of a sector bitmap, for one bit of ours
 _NONE_SET: Final = bytes(_BITMAP_BYTES)
 
-EXACT_BLOCKS: Final = 8192
+EXACT_BLOCKS: Final = 4096
 """Of so many blocks the sectors are looked at when a client waits: a tenth of a second at most."""
 
 
@@ -111,26 +110,28 @@ class Changes:
             # One for each entry that isn't UNUSED, which adding to its lower bits carries into the highest.
             used = ((entries & low) + low | entries) & high
             used >>= 31
-            if used.bit_count() <= self._exact:
-                self._exact -= used.bit_count()
-                self._add_sectors(image, first, piece)
+            count = used.bit_count()
+            if count <= self._exact:
+                self._exact -= count
+                self._add_sectors(image, first, used.to_bytes(length, "big"))
                 continue
             whole = (used << 32) - used
             place = slice(4 * first, 4 * first + length)
             whole |= int.from_bytes(self.bits[place], "big")
             self.bits[place] = whole.to_bytes(length, "big")
 
-    def _add_sectors(self, image: VhdFile, first: int, piece: bytes) -> None:
-        table = array("I", piece)
-        for number, entry in enumerate(table):
-            if entry == UNUSED:
-                continue
-            offset = image.block_offset(first + number)
+    def _add_sectors(self, image: VhdFile, first: int, used: bytes) -> None:
+        """Look into the blocks from `first` on whose four bytes of `used` end in a one."""
+        place = used.find(1)
+        while place >= 0:
+            block = first + (place >> 2)
+            offset = image.block_offset(block)
             if offset is None:
                 raise CorruptImage(image.path, "its block allocation table was changed meanwhile")
-            place = slice(4 * (first + number), 4 * (first + number) + 4)
-            found = _groups(image.read_bitmap(offset)) | int.from_bytes(self.bits[place], "big")
-            self.bits[place] = found.to_bytes(4, "big")
+            there = slice(4 * block, 4 * block + 4)
+            found = _groups(image.read_bitmap(offset)) | int.from_bytes(self.bits[there], "big")
+            self.bits[there] = found.to_bytes(4, "big")
+            place = used.find(1, place + 1)
 
     def _add_odd_table(self, image: VhdFile) -> None:
         """Blocks of another size than everybody's: one by one."""

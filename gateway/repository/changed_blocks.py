@@ -13,8 +13,8 @@ it speaks for.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -28,6 +28,7 @@ from gateway.images.changes import EXACT_BLOCKS, Changes
 from gateway.images.errors import ImageError
 from gateway.images.vhd.image import open_vhd
 from gateway.repository.cbt_logs import CbtLogs, child_of_log, way_between
+from gateway.repository.cbt_question import KnownVDIs, ask, sm_error
 from gateway.repository.emptied import Emptied
 from gateway.repository.reconcile import CBT_METADATA, described
 from gateway.repository.repository import Repository
@@ -41,15 +42,6 @@ log = structlog.get_logger("gateway.repository")
 _DATA_DESTROY_WAIT: Final = 4.0
 # Nobody waits for what is written to a log.
 _EXACT_IN_LOGS: Final = 1 << 17
-
-
-@dataclass(slots=True)
-class _Question:
-    """What has to be looked at: the logs' bits are known, the chains' are still to be added."""
-
-    size: int
-    bits: list[bytes] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ChangedBlocks(SRLifecycle):
@@ -108,7 +100,7 @@ class ChangedBlocks(SRLifecycle):
                 way = way_between(headers, first.uuid, last.uuid)
                 if not way:
                     raise _unrelated("Source and target VDI are unrelated")
-                question = await self._question(repository, way, headers, logs)
+                question = await _run(ask, self._known(repository), way, headers, logs)
                 for pair in question.pairs:
                     # One by one, so that those there are will be let go of.
                     leases.append(await self._lease_pair(repository, pair, holder))  # noqa: PERF401
@@ -118,8 +110,8 @@ class ChangedBlocks(SRLifecycle):
                 for one, other in leases:
                     changes.add_difference(one.chain.nodes, other.chain.nodes)
                 bits: bytes = bytes(changes.bits)
-                for known in question.bits:
-                    bits = united(bits, known)
+                for more in question.bits:
+                    bits = united(bits, more)
                 return clipped(bits, last.virtual_size)[: 4 * -(-last.virtual_size // (2 << 20))]
 
             return await _run(answer)
@@ -232,16 +224,17 @@ class ChangedBlocks(SRLifecycle):
         before = headers[vdi.uuid].parent
         assert before is not None
         repository = self.repository(vdi.sr)
+        known = self._known(repository)
         logs = CbtLogs(repository.directory, repository.files)
         own = await _run(logs.read, vdi.uuid)
-        if self._is_fixed(after):
+        if known.is_fixed(after):
             first = await self._bits_between(repository, before, vdi.uuid, holder, lease)
             then = await self._bits_between(repository, vdi.uuid, after, holder, lease)
             full = kept.add(first).add(then)
             return full.with_header(parent=before, child=kept.header.child, consistent=True)
-        if self._has_image(repository, before) and own is not None:
+        if known.has_image(before) and own is not None:
             return kept.add(own.bits)
-        if lease is None or own is None or not self._is_complete(vdi.uuid, own.header):
+        if lease is None or own is None or not known.is_complete(vdi.uuid, own.header):
             log.warning("what has changed is not known, so all of it", vdi=after, since=before)
             return kept.add(all_changed(kept.header.size))
         # The image of the one before is gone; that of this one marks the place from now on.
@@ -254,13 +247,13 @@ class ChangedBlocks(SRLifecycle):
     async def _destroy_data(self, repository: Repository, vdi: VDI, lease: Lease, holder: Holder) -> None:
         logs = CbtLogs(repository.directory, repository.files)
         headers = await _run(logs.headers)
-        own = headers.get(vdi.uuid)
-        if own is None:
+        if vdi.uuid not in headers:
             raise XenAPIError("VDI_NO_CBT_METADATA", vdi.ref)
+        known = self._known(repository)
         await self._seal(repository, vdi.uuid, holder, lease)
         after = child_of_log(headers, vdi.uuid)
         with trio.CancelScope(shield=True):
-            if after is not None and self._is_fixed(after):
+            if after is not None and known.is_fixed(after):
                 await self._seal(repository, after, holder, lease)
             elif after is not None:
                 kept = await _run(logs.read, after)
@@ -270,7 +263,7 @@ class ChangedBlocks(SRLifecycle):
                         await _run(logs.write, after, more)
             # The record first: whoever comes after a crash in between knows what the image is for.
             await self.records.vdis.change(vdi.ref, type=CBT_METADATA)
-            if after is None or self._is_fixed(after):
+            if after is None or known.is_fixed(after):
                 await repository.collect(lease, vdi.uuid)
                 await self.records.vdis.change(vdi.ref, physical_utilisation=0)
             else:
@@ -286,7 +279,7 @@ class ChangedBlocks(SRLifecycle):
             await repository.restructure(emptied.publish, (uuid,))
         finally:
             await _run(emptied.discard)
-        vdi, image = self._find(uuid), repository.images[uuid]
+        vdi, image = self._known(repository).find(uuid), repository.images[uuid]
         if vdi is not None:
 
             def changes(record: VDI) -> dict[str, object]:
@@ -301,6 +294,7 @@ class ChangedBlocks(SRLifecycle):
 
     async def _drop_emptied(self, sr: str) -> None:
         repository = self.repository(sr)
+        known = self._known(repository)
         logs = CbtLogs(repository.directory, repository.files)
         headers = await _run(logs.headers)
         for vdi in self.records.vdis_of_sr(sr):
@@ -308,7 +302,7 @@ class ChangedBlocks(SRLifecycle):
             if vdi.type != CBT_METADATA or image is None or image.error is not None:
                 continue
             after = child_of_log(headers, vdi.uuid)
-            if after is not None and not self._is_fixed(after) and image.hidden:
+            if after is not None and not known.is_fixed(after) and image.hidden:
                 continue
             holder = Holder("the gateway", "data_destroy", vdi.ref)
             try:
@@ -317,10 +311,11 @@ class ChangedBlocks(SRLifecycle):
                 log.info("what is left of a snapshot stays for now", vdi=vdi.uuid, why=str(error))
 
     async def _drop(self, repository: Repository, vdi: VDI, after: str | None, holder: Holder) -> None:
+        known = self._known(repository)
         lease = await repository.lease_to_coalesce(vdi.uuid, LeaseMode.WRITE, holder, wait=0)
         try:
             with trio.CancelScope(shield=True):
-                if after is not None and not self._is_fixed(after):
+                if after is not None and not known.is_fixed(after):
                     # A crash came before it was emptied; what it has by itself is in the log already.
                     await self._leave_empty(repository, lease, vdi.uuid)
                     return
@@ -349,10 +344,11 @@ class ChangedBlocks(SRLifecycle):
     ) -> bytes:
         """What has changed between two of which one follows the other; `held` is a lease on one of them."""
         kept = await _run(CbtLogs(repository.directory, repository.files).read, newer)
-        size = max(self._size(repository, uuid) for uuid in (older, newer))
-        if kept is not None and self._is_complete(newer, kept.header):
+        known = self._known(repository)
+        size = max(known.size(uuid) for uuid in (older, newer))
+        if kept is not None and known.is_complete(newer, kept.header):
             return kept.bits
-        if kept is None or not all(self._has_image(repository, uuid) for uuid in (older, newer)):
+        if kept is None or not all(known.has_image(uuid) for uuid in (older, newer)):
             log.warning("what has changed is not known, so all of it", vdi=newer, since=older)
             return all_changed(size)
         one = two = None
@@ -371,36 +367,6 @@ class ChangedBlocks(SRLifecycle):
         if held is not None and held.leaf_path == repository.image_path(uuid):
             return held
         return await repository.lease(uuid, LeaseMode.READ, holder)
-
-    async def _question(
-        self, repository: Repository, way: list[str], headers: dict[str, CbtHeader], logs: CbtLogs
-    ) -> _Question:
-        """How it can be told what has changed along a way from log to log, with as few images as possible."""
-        sizes = [self._size(repository, uuid, headers) for uuid in way]
-        if sizes != sorted(sizes):
-            raise _backend(
-                459, "Changed block tracking log is in an inconsistent state.", "Inconsistent bitmaps"
-            )
-        question = _Question(sizes[-1])
-        position = 0
-        while position + 1 < len(way):
-            here, following = way[position], way[position + 1]
-            ends = [end for end in range(position + 1, len(way)) if self._is_whole(repository, way[end])]
-            from_images = self._has_image(repository, here) and bool(ends)
-            if from_images:
-                question.pairs.append((here, way[ends[-1]]))
-                position = ends[-1]
-            else:
-                position += 1
-            if from_images and self._is_whole(repository, here):
-                continue
-            kept = await _run(logs.read, following)
-            if kept is None or not (from_images or self._is_complete(following, kept.header)):
-                log.warning("what has changed is not known, so all of it", vdi=following, since=here)
-                question.bits.append(all_changed(question.size))
-            else:
-                question.bits.append(kept.bits)
-        return question
 
     async def _lease_pair(
         self, repository: Repository, pair: tuple[str, str], holder: Holder
@@ -423,7 +389,7 @@ class ChangedBlocks(SRLifecycle):
         if not vdi.managed:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "it is the hidden parent of other VDIs")
         if vdi.image_format == "raw":
-            raise _backend(66, "Invalid VDI type", "Raw VDI or snapshot not permitted")
+            raise sm_error(66, "Invalid VDI type", "Raw VDI or snapshot not permitted")
         return vdi, self._writable(vdi.sr)
 
     def _writable(self, sr: str) -> Repository:
@@ -432,50 +398,15 @@ class ChangedBlocks(SRLifecycle):
             raise XenAPIError("OPERATION_NOT_ALLOWED", "the SR is attached read-only")
         return repository
 
-    def _find(self, uuid: str) -> VDI | None:
-        with suppress(XenAPIError):
-            return self.records.vdis.by_uuid(uuid)
-        return None
-
-    def _is_fixed(self, uuid: str) -> bool:
-        """Whether nobody ever writes to it."""
-        vdi = self._find(uuid)
-        return vdi is not None and vdi.is_a_snapshot
-
-    def _is_complete(self, uuid: str, header: CbtHeader) -> bool:
-        """Whether its log says all. That of a VDI which is written to doesn't, whatever it says itself."""
-        return header.consistent and self._is_fixed(uuid)
-
-    @staticmethod
-    def _has_image(repository: Repository, uuid: str) -> bool:
-        image = repository.images.get(uuid)
-        return image is not None and image.error is None
-
-    def _is_whole(self, repository: Repository, uuid: str) -> bool:
-        """Whether it has an image with all of its data."""
-        vdi = self._find(uuid)
-        return self._has_image(repository, uuid) and (vdi is None or vdi.type != CBT_METADATA)
-
-    def _size(self, repository: Repository, uuid: str, headers: dict[str, CbtHeader] | None = None) -> int:
-        image = repository.images.get(uuid)
-        if image is not None and image.error is None:
-            return image.virtual_size
-        if headers is not None and uuid in headers:
-            return headers[uuid].size
-        vdi = self._find(uuid)
-        return 0 if vdi is None else vdi.virtual_size
+    def _known(self, repository: Repository) -> KnownVDIs:
+        return KnownVDIs(self.records, repository.images)
 
     def _logs_of(self, sr: str) -> trio.Lock:
         return self._log_locks.setdefault(sr, trio.Lock())
 
 
 def _unrelated(problem: str) -> XenAPIError:
-    return _backend(460, "Failed to calculate changed blocks for given VDIs.", problem)
-
-
-def _backend(code: int, description: str, problem: str) -> XenAPIError:
-    """An error of SM (XE_SR_ERRORCODES.xml: 66 VDIType, 459 and 460 of changed block tracking)."""
-    return XenAPIError(f"SR_BACKEND_FAILURE_{code}", "", f"{description} [opterr={problem}]", "")
+    return sm_error(460, "Failed to calculate changed blocks for given VDIs.", problem)
 
 
 def _own_bits(lease: Lease) -> bytes:

@@ -417,6 +417,7 @@ async def story(open_house: OpenHouse, tmp_path: Path, seed: int, generations: i
                         continue
                     asked += 1
                     assert differing(known[older], data) <= found, (seed, number)
+            await house.settled(sr)
             await house.assert_records_are_true(sr)
     return asked
 

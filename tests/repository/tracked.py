@@ -39,7 +39,8 @@ def content(inventory: Inventory, ref: str) -> bytes:
 async def write(inventory: Inventory, ref: str, *pieces: tuple[int, bytes]) -> None:
     """As over NBD: in place."""
     lease = await inventory.lease(ref, LeaseMode.WRITE, Holder("root", "write", ref))
-    disk = await trio.to_thread.run_sync(lease.open_disk)
+    files = inventory.repository_of(ref).files
+    disk = await trio.to_thread.run_sync(lambda: lease.open_disk(files=files))
     for offset, data in pieces:
         await trio.to_thread.run_sync(disk.pwrite, data, offset)
     disk.flush()
