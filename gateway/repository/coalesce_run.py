@@ -130,6 +130,7 @@ class CoalesceRun:
             lease.release()
             with trio.CancelScope(shield=True):
                 await lease.released()
+                await self._records.renew_content(parent)
                 await self._records.look_again(parent)
 
     async def copy(self, lease: Lease, holder: Holder) -> bool:

@@ -7,13 +7,15 @@ import pytest
 import trio
 
 from gateway.core.errors import XenAPIError
-from gateway.core.leases import LeaseMode
+from gateway.core.leases import Holder, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.task import Task, TaskStatus
 from gateway.images.files import FileCalls
 from gateway.images.vhd.create import create_dynamic, set_hidden
 from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
+from gateway.repository.coalesce_plan import Candidate, CoalesceKind
+from gateway.repository.coalesce_run import CoalesceRun
 from gateway.repository.coalescer import PAUSED_KEY
 from gateway.repository.inventory import Inventory
 from gateway.repository.scan import ScanResult
@@ -103,6 +105,27 @@ async def test_a_leaf_that_was_made_larger_makes_its_parent_larger_first(
     found = content(inventory, ref)
     assert (len(found), found[:4096], found[11 * MIB :][:4096]) == (12 * MIB, b"\x11" * 4096, b"\x22" * 4096)
     assert inventory.records.vdis.get(ref).virtual_size == 12 * MIB
+    await house.assert_records_are_true(sr)
+
+
+async def test_a_parent_that_was_made_larger_is_other_content_under_another_id(
+    house: House, tmp_path: Path
+) -> None:
+    inventory = house.inventory
+    sr, ref = await make(inventory, tmp_path)
+    await inventory.records.srs.change(sr, other_config={PAUSED_KEY: "true"})
+    taken = await inventory.vdi_snapshot(ref)
+    await inventory.vdi_resize(ref, 12 * MIB)
+    await inventory.vdi_destroy(taken)
+    child, parent = house.chain(ref)
+    before = inventory.records.vdis.by_uuid(parent)
+    candidate = Candidate(CoalesceKind.LEAF, child, parent, (), 0, 2, grow_to=12 * MIB)
+    records, limiter = house.coalescer(sr)._records, trio.CapacityLimiter(1)
+    run = CoalesceRun(inventory.repository(sr), records, candidate, limiter)
+    await run.grow_parent(Holder("the gateway", "coalesce", before.ref))
+    after = inventory.records.vdis.by_uuid(parent)
+    assert (before.virtual_size, after.virtual_size) == (4 * MIB, 12 * MIB)
+    assert after.content_id != before.content_id
     await house.assert_records_are_true(sr)
 
 
