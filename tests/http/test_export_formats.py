@@ -152,12 +152,12 @@ def read_vhd(path: Path) -> bytes:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 async def test_random_histories(coalescing: Gate, memory: Path, seed: int) -> None:
     """Any pair of VDIs of a family, at any time: right, and the same bytes again after a coalesce."""
     gate, choose = coalescing, random.Random(seed)
     family = [await gate.vdi(SIZE)]
-    for _ in range(40):
+    for _ in range(30):
         vdi = choose.choice(family)
         step = choose.choice(["write", "write", "write", "snapshot", "clone", "destroy", "grow", "coalesce"])
         if step == "write" and not vdi.is_a_snapshot:
@@ -171,15 +171,11 @@ async def test_random_histories(coalescing: Gate, memory: Path, seed: int) -> No
         elif step == "destroy" and len(family) > 2:
             await gate.inventory.vdi_destroy(vdi.ref, wait=5)
             family.remove(vdi)
-        elif step == "coalesce":
-            before = [
-                await in_all_ways(gate, one, other) for one in family for other in family if one != other
-            ]
+        elif step == "coalesce" and len(family) > 1:
+            pairs = [choose.sample(family, 2) for _ in range(3)]
+            before = [await in_all_ways(gate, *pair) for pair in pairs]
             await coalesce(gate)
-            after = [
-                await in_all_ways(gate, one, other) for one in family for other in family if one != other
-            ]
-            assert before == after
+            assert before == [await in_all_ways(gate, *pair) for pair in pairs]
         elif step == "grow" and not vdi.is_a_snapshot and vdi.virtual_size < 2 * SIZE:
             with suppress(XenAPIError):  # beside a larger parent
                 await gate.inventory.vdi_resize(vdi.ref, vdi.virtual_size + BLOCK)
