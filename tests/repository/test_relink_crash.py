@@ -38,7 +38,8 @@ from tests.repository.chains import (
     attach_and_scan,
     image,
 )
-from tests.repository.test_journals import INLINE_STEPS, LEAF_STEPS, SNAPSHOTS, Step
+from tests.repository.journal_steps import Step
+from tests.repository.test_journals import INLINE_STEPS, LEAF_STEPS, SNAPSHOTS
 
 Work = Callable[[SRDirectory, FileCalls], object]
 SweepTest = Callable[[Path, Leases, Chains, int], Awaitable[None]]
