@@ -6,32 +6,29 @@ port in use is told at once, and the ready line comes last, when a client would 
 """
 
 import ctypes
-import ipaddress
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import structlog
 import trio
 
 from gateway.access.server import AccessServer
+from gateway.administrator import AdministratorPassword
 from gateway.certificates import ServerCertificate, ensure_server_certificate, own_names
 from gateway.core.current_operations import CurrentOperations
 from gateway.core.database import Database, DatabaseUnusable
-from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
 from gateway.core.log import configure
 from gateway.core.nbd_service import NbdDoor
-from gateway.core.passwords import Verdict
 from gateway.core.records import Records
 from gateway.core.refusals import Refusals
 from gateway.core.sessions import Sessions
@@ -44,7 +41,15 @@ from gateway.http.import_raw_vdi import ImportRawVDI
 from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.rpc import JSON, XML, rpc_handler
-from gateway.http.server import Listener, Server, listen, listen_locally
+from gateway.http.server import Listener, Server
+from gateway.listening import (
+    ServeRefused,
+    access_sockets,
+    address_for_others,
+    listen_all,
+    listen_on_socket,
+    urls_of,
+)
 from gateway.nbd import Nbd
 from gateway.nbd_files import NbdFiles, NbdRefused
 from gateway.options import OFF
@@ -77,10 +82,6 @@ class _ToldToStop(Exception):  # noqa: N818  nothing has failed
     """A signal came before the gateway was ready."""
 
 
-class ServeRefused(Exception):  # noqa: N818  it says what happened, like the errors of the core
-    """The gateway can't start: one line that says why and what to do."""
-
-
 def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. `ready` gets one line once clients are answered. ServeRefused, if not."""
     os.umask(0o077)
@@ -93,8 +94,8 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
         raise ServeRefused(str(error)) from None
     with ExitStack() as opened:
         opened.callback(state.release)
-        plain = _listen_all(config.http, config.named("listen.http"), opened)
-        encrypted = _listen_all(config.https, config.named("listen.https"), opened)
+        plain = listen_all(config.http, config.named("listen.http"), opened)
+        encrypted = listen_all(config.https, config.named("listen.https"), opened)
         nbd = _nbd_files(configuration, state)
         try:
             with_tls = encrypted or (nbd is not None and nbd.tls)
@@ -106,8 +107,8 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
             raise ServeRefused(f"{error.filename or state.path}: {error.strerror}") from error
         gateway = _Gateway(
             state=state,
-            local=_listen_locally(state.socket, opened),
-            access=_access_sockets(state, nbd, opened),
+            local=listen_on_socket(state.socket, opened),
+            access=access_sockets(state, nbd, opened),
             nbd_files=nbd,
             plain=plain,
             encrypted=encrypted,
@@ -132,33 +133,6 @@ def give_memory_back() -> None:
     mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
-def _listen_all(addresses: Sequence[tuple[str, int]], name: str, opened: ExitStack) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
-    for host, port in addresses:
-        try:
-            bound = listen(host, port)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ServeRefused(
-                f"{name}: can't listen on {_host_port(host, port)}: {reason};"
-                " give a free port and an address of this machine"
-            ) from None
-        for one in bound:
-            opened.callback(one.close)
-        sockets += bound
-    return sockets
-
-
-def _listen_locally(path: str, opened: ExitStack, *, mode: int = 0o600) -> socket.socket:
-    try:
-        bound = listen_locally(path, mode)
-    except OSError as error:
-        raise ServeRefused(f"can't listen on {path}: {error.strerror}") from error
-    opened.callback(Path(path).unlink, missing_ok=True)
-    opened.callback(bound.close)
-    return bound
-
-
 def _nbd_files(configuration: Configuration, state: StateDirectory) -> NbdFiles | None:
     """What NBD needs; None where it isn't served."""
     config = configuration.started
@@ -171,18 +145,6 @@ def _nbd_files(configuration: Configuration, state: StateDirectory) -> NbdFiles 
             raise ServeRefused(str(refused)) from None
         log.warning("NBD is not served", why=str(refused))
         return None
-
-
-def _access_sockets(state: StateDirectory, nbd: NbdFiles | None, opened: ExitStack) -> list[socket.socket]:
-    sockets = [_listen_locally(state.access_socket, opened, mode=0o660)]
-    if nbd is not None and nbd.access_socket is not None:
-        try:
-            nbd.prepare()
-            sockets.append(_listen_locally(nbd.access_socket, opened, mode=0o600))
-            nbd.open_to_workers(nbd.access_socket)
-        except OSError as error:
-            raise ServeRefused(f"{error.filename or nbd.directory}: {error.strerror}") from error
-    return sockets
 
 
 def _context(configuration: Configuration, state: StateDirectory) -> ReloadableContext:
@@ -203,14 +165,6 @@ def _context(configuration: Configuration, state: StateDirectory) -> ReloadableC
 def _caller(request: Request, connection: Connection) -> Caller:
     transport = LOCAL if request.address == LOCAL else request.scheme
     return Caller(request.address, transport, connection.ending)
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _urls(scheme: str, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
-    return tuple(f"{scheme}://{_host_port(*one.getsockname()[:2])}" for one in sockets)
 
 
 async def _told_to_stop(signals: AsyncIterator[int]) -> None:
@@ -336,12 +290,16 @@ class _Gateway:
         try:
             events = Events(entries=self.limits.event_entries)
             records = await Records.load(
-                database, events, address=self._address(), software_version=software_version(VERSION)
+                database,
+                events,
+                address=address_for_others([*self.encrypted, *self.plain]),
+                software_version=software_version(VERSION),
             )
             tasks = await Tasks.load(database, events, limits=self.limits, resident_on=records.this_host.ref)
             users = await Users.load(database)
-            await self._apply_password(users)
-            users.keep_passwords(self._keep_password)
+            administrator = AdministratorPassword(self.state, self.password)
+            await administrator.apply(users)
+            users.keep_passwords(administrator.keep)
             sessions = await Sessions.load(database, users, limits=self.limits)
             leases = Leases(self.limits, changed=partial(events.publish, "VDI", "mod"))
             async with Inventory.open(
@@ -361,36 +319,6 @@ class _Gateway:
                 )
         finally:
             await database.aclose()
-
-    async def _apply_password(self, users: Users) -> None:
-        """The administrator's password is what the file says, also after somebody has written another one."""
-        try:
-            if await users.ensure_administrator(self.password) is not None:
-                return
-            user = users.find(ADMINISTRATOR)
-            if user is None:
-                return
-            if await users.passwords.verify(user.password_hash, self.password) is Verdict.WRONG:
-                await users.set_password(ADMINISTRATOR, self.password)
-                log.info("password changed, as its file says", user=ADMINISTRATOR)
-        except XenAPIError as error:
-            raise ServeRefused(f"{self.state.password_file}: {error.message}") from error
-
-    async def _keep_password(self, name: str, password: str) -> None:
-        """The file always has the administrator's password, also when it was changed through the API."""
-        if name != ADMINISTRATOR:
-            return
-        if password.splitlines() != [password]:
-            raise XenAPIError(
-                "VALUE_NOT_SUPPORTED", "password", "***", "it goes into a file, where it must be one line"
-            )
-        try:
-            await trio.to_thread.run_sync(self.state.write_password, password)
-        except OSError as error:
-            problem = f"{self.state.password_file} can't be written: {error.strerror}"
-            log.warning("the password was not changed", user=name, why=problem)
-            raise XenAPIError("INTERNAL_ERROR", f"{problem}, the password is as it was") from error
-        log.info("password written to its file", user=name, file=self.state.password_file)
 
     def _who(self) -> str:
         return f"{socket.gethostname()}, process {os.getpid()}, state directory {self.state.path}"
@@ -425,16 +353,6 @@ class _Gateway:
             listeners += [Listener(one, self.context.current) for one in self.encrypted]
         return listeners
 
-    def _address(self) -> str:
-        """What other hosts are told of this one: an address that they reach, if it listens on any."""
-        for one in (*self.encrypted, *self.plain):
-            address = ipaddress.ip_address(one.getsockname()[0])
-            if address.is_unspecified:
-                return socket.gethostname()
-            if not address.is_loopback:
-                return f"[{address}]" if address.version == 6 else str(address)
-        return "127.0.0.1"
-
     def _say_ready(self, nbd: Nbd | None) -> None:
         urls = self._announce()
         notify("READY=1")
@@ -445,8 +363,8 @@ class _Gateway:
         """Tell the commands on this machine where the gateway is and whose certificate it has."""
         running = RunningGateway(
             pid=os.getpid(),
-            http=_urls("http", self.plain),
-            https=_urls("https", self.encrypted),
+            http=urls_of("http", self.plain),
+            https=urls_of("https", self.encrypted),
             authority=self.context.authority if self.context is not None and self.encrypted else None,
         )
         self.state.announce(running)

@@ -81,7 +81,8 @@ def serve(
     present = read(origins)
 
     # The gateway itself is loaded only now: bad arguments answer at once.
-    from gateway.app import ServeRefused, serve  # noqa: PLC0415
+    from gateway.app import serve  # noqa: PLC0415
+    from gateway.listening import ServeRefused  # noqa: PLC0415
     from gateway.reload import Configuration  # noqa: PLC0415
 
     try:
