@@ -56,7 +56,7 @@ class _Journal:
     format: int = _JOURNAL_FORMAT
 
     def path(self, directory: SRDirectory) -> str:
-        return os.path.join(directory.service, f"fork-{self.leaf}.json")
+        return os.path.join(directory.service, fork_journal_name(self.leaf))
 
 
 class Fork:
@@ -227,6 +227,11 @@ def require_same_leaf(lease: Lease) -> None:
     status = os.stat(leaf.path, follow_symlinks=False)
     if FileIdentity(status.st_dev, status.st_ino) != leaf.identity:
         raise XenAPIError("VDI_IN_USE", lease.holder.vdi, "its file was replaced from outside")
+
+
+def fork_journal_name(leaf: str) -> str:
+    """The name of the journal of a fork of `leaf`, in the directory `service`."""
+    return f"fork-{leaf}.json"
 
 
 def unfinished_forks(directory: SRDirectory) -> list[str]:

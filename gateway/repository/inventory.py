@@ -192,6 +192,8 @@ class Inventory(ChainOperations):
         vdi = self.records.vdis.get(ref)
         repository = self.repository(vdi.sr)
         wanted = _rounded(size, vdi.image_format)
+        if repository.writable:
+            await repository.settle(vdi.uuid)
         lease = await self.lease(vdi, LeaseMode.WRITE, Holder(who, "resize", ref, task), wait)
         try:
             # Under the lease nobody changes the size.

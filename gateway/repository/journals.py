@@ -105,6 +105,12 @@ def read_leaf_journal(directory: SRDirectory, leaf: str) -> str | None:
     return text if is_uuid(text) else None
 
 
+def names_at_work(uuid: str) -> tuple[str, ...]:
+    """All names by which SM, or a gateway, would say that it is at work on one image."""
+    kinds = (journal_name(kind, uuid) for kind in JournalKind)
+    return (*kinds, f"clone_{uuid}", f"OLD_{uuid}.vhd", f"{uuid}.vhd.new", f".journal-{uuid}")
+
+
 def unfinished_journals(directory: SRDirectory) -> tuple[str, ...]:
     """The names in the directory by which SM, or a gateway, says that it is at work. Raises OSError."""
     return tuple(sorted(name for name in os.listdir(directory.root) if JOURNAL_NAME.fullmatch(name)))

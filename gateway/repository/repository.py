@@ -170,12 +170,15 @@ class Repository(Survey):
         """Lease a VDI's chain; see Leases.acquire.
 
         Raises VDI_MISSING, VDI_IN_USE, VDI_READONLY in a read-only SR, OPERATION_NOT_ALLOWED for changing
-        what other images stand on, DirectoryUnavailable, ImageError, OSError.
+        what other images stand on and for replacing what an interrupted operation has left half done,
+        DirectoryUnavailable, ImageError, OSError.
         """
         self.image_path(vdi_uuid)
         if mode is not LeaseMode.READ:
             if not self.writable:
                 raise XenAPIError("VDI_READONLY", holder.vdi)
+            if mode is LeaseMode.REPLACE:
+                await self.settle(vdi_uuid)
             self._require_no_children(self._images, vdi_uuid)
         return await self._acquire(vdi_uuid, mode, holder, wait=wait)
 

@@ -26,9 +26,9 @@ from gateway.repository.directory import (
     read_marker,
     require_directory,
 )
-from gateway.repository.fork import recover_forks, unfinished_forks
+from gateway.repository.fork import fork_journal_name, recover_forks, unfinished_forks
 from gateway.repository.journal_recovery import Recovery, recover_journals
-from gateway.repository.journals import child_of, unfinished_journals
+from gateway.repository.journals import child_of, names_at_work, unfinished_journals
 from gateway.repository.relink_steps import kept_headers
 from gateway.repository.scan import ScannedImage, Scanner, ScanResult
 
@@ -118,6 +118,19 @@ class Survey:
             journals += self._unresolved_forks
             return replace(result, images=images, journals=journals, unresolved=self._unresolved)
 
+    async def settle(self, uuid: str) -> None:
+        """Finish or undo what an interrupted operation has left of an image, before another one replaces it.
+
+        Raises OPERATION_NOT_ALLOWED if that can't be done, DirectoryUnavailable, OSError.
+        """
+        if not await self._in_thread(self._left_of, uuid):
+            return
+        await self.scan()
+        for name in await self._in_thread(self._left_of, uuid):
+            if name in self._unresolved:  # else somebody is at work there just now
+                reason = f"an operation on the VDI was interrupted and can't be finished: {name}"
+                raise XenAPIError("OPERATION_NOT_ALLOWED", f"{reason}: {self._unresolved[name]}")
+
     async def restructure(self, change: Callable[[], object], uuids: Sequence[str]) -> None:
         """Run `change`, which gives files names in the SR or takes them, and note what `uuids` are then.
 
@@ -179,6 +192,18 @@ class Survey:
         return tuple(name for name in names if os.path.lexists(os.path.join(self.directory.root, name)))
 
     # Recovery
+
+    def _left_of(self, uuid: str) -> list[str]:
+        """The names that say that somebody is, or was, at work on an image; none for a coalesce of ours."""
+        if uuid in self.coalescing:
+            return []
+        names = (*names_at_work(uuid), fork_journal_name(uuid))
+        places = (*[self.directory.root] * (len(names) - 1), self.directory.service)
+        return [
+            name
+            for name, place in zip(names, places, strict=True)
+            if os.path.lexists(os.path.join(place, name))
+        ]
 
     async def _recover(self) -> None:
         """Recover from what is half done and nobody's here; one that is under way has the lock."""

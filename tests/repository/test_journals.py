@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.core.leases import Holder, Leases
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.images.errors import CorruptImage
 from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.files import FILES
@@ -123,6 +124,44 @@ async def test_a_leaf_coalesce_of_sm_is_undone_or_finished(
     assert_sound(root, found, expected, steps, libvhdi=True)
     assert set(found.images) == {H, L} | kept
     assert found.images[L].parent == (Q if kept else H)
+
+
+@pytest.mark.parametrize(("steps", "kept"), LEAF_STEPS.values(), ids=LEAF_STEPS.keys())
+async def test_what_is_half_done_is_finished_or_undone_before_the_image_is_replaced(
+    tmp_path: Path, leases: Leases, chains: Chains, steps: tuple[Step, ...], kept: set[str]
+) -> None:
+    root = tmp_path / "sr"
+    expected = chains.place(root, H, Q, L)
+    (root / ".vdi-gateway" / "owner").unlink(missing_ok=True)
+    repository = await Repository.attach(str(root), leases, writable=True, who="now", uuid=SR_UUID)
+    await repository.scan()
+    for step in steps:
+        step(root)
+    lease = await repository.lease(L, LeaseMode.REPLACE, HOLDER)
+    assert not unfinished_journals(repository.directory)
+    lease.release()
+    await lease.released()
+    await repository.detach()
+    found = await attach_and_scan(root, leases)
+    assert_sound(root, found, expected, steps, libvhdi=True)
+    assert set(found.images) == {H, L} | kept
+
+
+async def test_what_cannot_be_finished_is_not_replaced(
+    tmp_path: Path, leases: Leases, chains: Chains
+) -> None:
+    root = tmp_path / "sr"
+    chains.place(root, H, Q, L)
+    repository = await Repository.attach(str(root), leases, writable=True, who="now", uuid=SR_UUID)
+    await repository.scan()
+    journal("clone", L, f"{Q}_{H}")(root)
+    with pytest.raises(XenAPIError, match=f"clone_{L}: .* only SM") as refused:
+        await repository.lease(L, LeaseMode.REPLACE, HOLDER)
+    assert refused.value.code == "OPERATION_NOT_ALLOWED"
+    lease = await repository.lease(L, LeaseMode.READ, HOLDER)
+    lease.release()
+    await lease.released()
+    await repository.detach()
 
 
 def written_to(root: Path) -> None:
