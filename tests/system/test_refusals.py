@@ -21,7 +21,7 @@ UNKNOWN = "1b2e7f0c-7a51-4a52-8e0c-2c1f6a3f6a10"
         ({"session_id": ""}, 403),
         ({"vdi": ""}, 500),
         ({"vdi": UNKNOWN}, 500),
-        ({"format": "vmdk"}, 404),
+        ({"format": "tar"}, 404),
     ],
 )
 def test_bad_requests_have_the_statuses_of_the_proposal(

@@ -118,6 +118,7 @@ ROLES = {
     },
     Role.VM_POWER_ADMIN: {"SR.scan"},
     Role.VM_ADMIN: {"VDI.create", "VDI.destroy", "VDI.forget", "VDI.get_nbd_info"},
+    Role.VM_OPERATOR: {"VDI.list_changed_blocks"},
     Role.READ_ONLY: {
         *["event.from", "event.inject", "event.next", "event.register", "event.unregister"],
         "session.change_password",
