@@ -30,8 +30,18 @@ from pathlib import Path
 
 from gateway.access.client import open_vdi
 from scripts.benchmarks.harness.gateway import Gateway
-from scripts.benchmarks.harness.measure import GIB, MIB, Report, Rounds, interleave, log, timed
+from scripts.benchmarks.harness.measure import (
+    GIB,
+    MIB,
+    Report,
+    Rounds,
+    interleave,
+    log,
+    timed,
+    touch_memory,
+)
 from scripts.benchmarks.harness.nbd_servers import Server, export, file_plugin, plugin, qemu_nbd
+from scripts.benchmarks.harness.workplace import clean_up_at_sigterm
 
 BLOCK = 2 * MIB
 RAW, CHAIN, PARTIAL = "raw VDI", "VHD chain of depth 3", "VHD chain with partial bitmaps"
@@ -218,6 +228,7 @@ class Bench:
             target.unlink()
 
     def _write_to(self, uri: str) -> float:
+        touch_memory(self.size)
         return timed(lambda: self._run("nbdcopy", "--connections=1", "--flush", self.file, uri))
 
     def _convert(self, vdi: str) -> float:
@@ -292,6 +303,7 @@ def main() -> None:
     )
     parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files lie")
     options = parser.parse_args()
+    clean_up_at_sigterm()
     directory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir=options.directory))
     try:
         for name in ("sr", "other"):

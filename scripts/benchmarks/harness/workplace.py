@@ -2,6 +2,8 @@
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,12 +32,18 @@ def add_groups(parser: argparse.ArgumentParser, groups: Iterable[str], *, size: 
     )
 
 
+def clean_up_at_sigterm() -> None:
+    """Let SIGTERM, as of timeout(1), unwind what is open: servers would run on, and directories stay."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 @contextmanager
 def workplace(name: str, parent: Path) -> Iterator[tuple[Path, Path]]:
     """A directory below `parent`, on the disk to measure, and one in memory; both are removed afterwards.
 
     Each has an empty directory `sr`.
     """
+    clean_up_at_sigterm()
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
     memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
