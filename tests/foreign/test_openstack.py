@@ -13,6 +13,7 @@ from tests.system.site import MIB, Site, Vdi, stored_content
 Maker = Callable[[int], Path]
 Program = Callable[..., dict[str, Any]]
 
+
 @pytest.fixture
 def openstack(site: Site, openstack_python: Path) -> Program:
     """Runs one program of openstack.py."""
