@@ -129,9 +129,15 @@ def test_kill_9_of_the_gateway_during_a_copy_harms_nobody_and_the_next_one_knows
             assert (nbd_site.supervisors(), nbd_site.workers()) == (supervisors, workers)
             wait_until(lambda: set(pending(nbd_site, vdi)) == before, "the tasks to be there again")
             wait_until(lambda: depth(nbd_site, vdi) == 2, "the chain to be known")
-            asked = gateway.command("sr-coalesce", gateway.call("SR.get_uuid", nbd_site.repository))
-            assert (asked.returncode, depth(nbd_site, vdi)) == (3, 2), asked.stdout + asked.stderr
-            assert re.search(r"waits for read by root at \S+ \(nbd, process", asked.stdout), asked.stdout
+            sr = gateway.call("SR.get_uuid", nbd_site.repository)
+
+            def is_refused_by_name() -> bool:
+                asked = gateway.command("sr-coalesce", sr)
+                assert (asked.returncode, depth(nbd_site, vdi)) == (3, 2), asked.stdout + asked.stderr
+                return bool(re.search(r"waits for read by root at \S+ \(nbd, process", asked.stdout))
+
+            # Until the readers have announced themselves, only the locks of their files say that they are there.
+            wait_until(is_refused_by_name, "the merge to know for whom it waits")
             assert reader.pread(MIB, 0) == beginning
             gateway.call("task.cancel", task)
             wait_until(partial(is_shut_down, libnbd, reader), "the disk to be taken away")
