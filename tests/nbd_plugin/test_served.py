@@ -136,7 +136,7 @@ def test_kill_9_of_the_gateway_during_a_copy_harms_nobody_and_the_next_one_knows
                 assert (asked.returncode, depth(nbd_site, vdi)) == (3, 2), asked.stdout + asked.stderr
                 return bool(re.search(r"waits for read by root at \S+ \(nbd, process", asked.stdout))
 
-            # Until the readers have announced themselves, only the locks of their files say that they are there.
+            # Until the readers have announced themselves, only their locks say that they are there.
             wait_until(is_refused_by_name, "the merge to know for whom it waits")
             assert reader.pread(MIB, 0) == beginning
             gateway.call("task.cancel", task)
