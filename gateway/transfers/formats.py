@@ -30,8 +30,6 @@ class BodyFormat(StrEnum):
     AUTO = "auto"
 
 
-# By qemu-img, from a file.
-FOREIGN: Final = frozenset({BodyFormat.QCOW2, BodyFormat.VHDX, BodyFormat.VMDK})
 _MAGIC: Final = (
     (b"conectix", BodyFormat.VHD),
     (b"QFI\xfb", BodyFormat.QCOW2),
