@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from gateway.images.errors import ImageError
 
-# A field {n:detail} is a parameter that may be missing, in parentheses if it is there.
+# A parameter that may be missing or empty: {n:detail} puts it into parentheses, {n:of user} names a user.
 MESSAGES: Final[dict[str, str]] = {
     # Who you are and what you may do.
     "SESSION_INVALID": "The session is not known or has ended; log in again and use the new one.",
-    "SESSION_AUTHENTICATION_FAILED": "The credentials of user {0!r} could not be verified ({1}); "
+    "SESSION_AUTHENTICATION_FAILED": "The credentials{0:of user} could not be verified ({1}); "
     "check the user name and the password.",
     "RBAC_PERMISSION_DENIED": "Your role does not allow {0} ({1}); ask an administrator for a higher role.",
     "HOST_IS_SLAVE": "This host is not the pool's master; send the request to {0}.",
@@ -132,6 +132,8 @@ class _Lenient(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         if format_spec == "detail":
             return "" if value is _MISSING else f" ({value})"
+        if format_spec == "of user":
+            return "" if value is _MISSING or not value else f" of user {str(value)!r}"
         return super().format_field(value, format_spec)
 
 

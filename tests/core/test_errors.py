@@ -42,6 +42,13 @@ def test_a_detail_is_told_if_there_is_one(params: tuple[str, ...], text: str) ->
     assert text in XenAPIError("OTHER_OPERATION_IN_PROGRESS", *params).message
 
 
+def test_a_user_is_named_if_one_was_given() -> None:
+    nobody = XenAPIError("SESSION_AUTHENTICATION_FAILED", "", "there are no credentials")
+    assert nobody.message.startswith("The credentials could not be verified (there are no credentials)")
+    somebody = XenAPIError("SESSION_AUTHENTICATION_FAILED", "eve", "wrong")
+    assert somebody.message.startswith("The credentials of user 'eve' could not be verified (wrong)")
+
+
 def test_the_reference_of_a_session_is_in_the_answer_but_not_in_the_text() -> None:
     error = XenAPIError("SESSION_INVALID", "OpaqueRef:secret")
     assert error.error_info == ["SESSION_INVALID", "OpaqueRef:secret"]
