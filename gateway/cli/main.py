@@ -25,6 +25,7 @@ PROGRAM = "vdi-gateway"
 COMMANDS = {
     "serve": "gateway.cli.serve:serve",
     "nbd": "gateway.cli.nbd:nbd",
+    "mount": "gateway.cli.mount:mount",
     "config-show": "gateway.cli.config:config_show",
     "status": "gateway.cli.host:status",
     "sr-list": "gateway.cli.sr:sr_list",
