@@ -18,6 +18,8 @@ import threading
 import time
 from typing import Final
 
+from nbd_plugin.proc import running_threads
+
 PATIENCE_SECONDS: Final = 5.0
 _MANY: Final = 1024
 
@@ -64,17 +66,13 @@ def pin() -> None:
     _python.PyGILState_Ensure()
     _threads.add(threading.get_native_id())
     if len(_threads) > _MANY:
-        _threads.intersection_update(_running())
+        _threads.intersection_update(running_threads())
 
 
 def unpin_all() -> None:
     """Wait for pinned threads that are about to end; those that don't in time keep their state for good."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while _threads & _running() and time.monotonic() < deadline:
+    while _threads & running_threads() and time.monotonic() < deadline:
         time.sleep(0.001)  # gives the GIL to the threads that are waited for
     while _keys:
         _pthread.pthread_key_delete(_keys.pop())
-
-
-def _running() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
