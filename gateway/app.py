@@ -225,6 +225,7 @@ class _Gateway:
                 holds=estate.holds,
                 nbd=estate.nbd,
                 refusals=estate.refusals,
+                publications=estate.publications,
             )
             for listener in self.access:
                 nursery.start_soon(access.run, listener)
@@ -316,6 +317,8 @@ class _Gateway:
                     operations=CurrentOperations(events),
                     nbd=await NbdDoor.load(database, events, records.this_host),
                     refusals=Refusals(events),
+                    pull_rules=lambda: self.configuration.current.pull_rules,
+                    limits=self.limits,
                 )
         finally:
             await database.aclose()

@@ -13,9 +13,9 @@ from itertools import islice
 from typing import Final
 
 from gateway.access.client import AccessDisk, open_vdi
+from gateway.access.client_patience import patiently
 from gateway.images.disk import ExtentKind, FileRange
 from nbd_plugin.export_name import ExportName, ExportNameError, parse_export_name
-from nbd_plugin.patience import patiently
 
 # One answer to a block status request; what is left out the client asks for again.
 MOST_EXTENTS: Final = 8192

@@ -3,7 +3,7 @@
 import errno
 from typing import Final
 
-from gateway.images.errors import ImageTooLarge
+from gateway.access.client_failures import errno_of_failure
 
 _CARRIED: Final = frozenset(
     {
@@ -27,16 +27,6 @@ _NEAREST: Final = {
 
 def nbd_errno(error: BaseException) -> int:
     """The number for a failed request; EIO for all that the protocol has no word for."""
-    match error:
-        case PermissionError(errno=None):  # a disk that is open for reading only
-            return errno.EPERM
-        case OSError(errno=int(code)):
-            code = _NEAREST.get(code, code)
-            return code if code in _CARRIED else errno.EIO
-        case ImageTooLarge():
-            return errno.ENOSPC
-        case ValueError():
-            return errno.EINVAL
-        case MemoryError():
-            return errno.ENOMEM
-    return errno.EIO
+    code = errno_of_failure(error)
+    code = _NEAREST.get(code, code)
+    return code if code in _CARRIED else errno.EIO

@@ -31,6 +31,7 @@ import nbdkit
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from gateway.access.client import list_vdis
+from gateway.access.client_patience import patiently
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
 from nbd_plugin import handshakes, leash, memory, pinning
@@ -38,7 +39,6 @@ from nbd_plugin.connections import Room
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.export_name import ExportNameError
 from nbd_plugin.failures import nbd_errno
-from nbd_plugin.patience import patiently
 from nbd_plugin.pinning import local as this_thread
 from nbd_plugin.stopping import stop_at_signals
 

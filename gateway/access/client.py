@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from gateway.access.client_answer import AccessRefused, answer
 from gateway.access.client_link import ANSWER_SECONDS, ClientLink
@@ -36,6 +36,8 @@ from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
 from gateway.images.disk import Extent, FileDisk, FileRange, Hole, Reader
 from gateway.images.errors import ImageError
 from gateway.images.files import Buffer, FileIdentity, identity_of
+
+T = TypeVar("T")
 
 __all__ = ["AccessDisk", "AccessRefused", "list_vdis", "open_vdi"]
 
@@ -77,14 +79,13 @@ def open_vdi(
         granted = _ask(link, Open(vdi, write, purpose, session))
         chain = _chain(granted, link.take_descriptors(), write=write)
         try:
-            fds = [node.fd for node in chain.nodes]
             files = tuple(node.identity for node in chain.nodes)
             disk = open_disk(chain, read_only=not write)
         except BaseException:
             chain.close()
             raise
         hold = _Hold(control_socket, vdi, write, purpose, session, granted.lease, files)
-        return AccessDisk(disk, fds, link, hold, on_revoke)
+        return AccessDisk(disk, chain, link, hold, on_revoke)
     except ProtocolError as error:
         link.close()
         raise ConnectionError(f"{control_socket}: the gateway was not understood: {error}") from error
@@ -120,7 +121,7 @@ class AccessDisk:
     def __init__(
         self,
         disk: FileDisk,
-        fds: list[int],
+        chain: ChainFiles,
         link: ClientLink,
         hold: _Hold,
         on_revoke: Callable[[str], None] | None,
@@ -132,7 +133,7 @@ class AccessDisk:
         self.bytes_read = 0
         self.bytes_written = 0
         self._disk = disk
-        self._fds = fds
+        self._chain = chain  # the disk owns its descriptors
         self._hold = hold
         self._on_revoke = on_revoke
         self._link: ClientLink | None = link
@@ -174,9 +175,9 @@ class AccessDisk:
             raise self._reason(error) from error
         self.bytes_read += len(buf)
 
-    def reader(self) -> Reader:
-        """Return the fastest way to read, which the bytes and a revocation count for as well."""
-        read = self._disk.reader()
+    def reader(self, *, nowait: bool = False) -> Reader:
+        """Return the fastest way to read (see FileDisk); bytes and a revocation count there, too."""
+        read = self._disk.reader(nowait=nowait)
 
         def counted(buf: bytearray | memoryview, offset: int) -> None:
             if self.revoked is not None:
@@ -233,6 +234,18 @@ class AccessDisk:
             raise self._reason(None)
         try:
             yield from self._disk.segments(offset, length)
+        except (OSError, ImageError) as error:
+            raise self._reason(error) from error
+
+    def look(self, question: Callable[[ChainFiles], T]) -> T:
+        """What `question` finds in the files of the chain, which stay open and locked.
+
+        Raises what it raises, or that the disk was revoked meanwhile.
+        """
+        if self.revoked is not None:
+            raise self._reason(None)
+        try:
+            return question(self._chain)
         except (OSError, ImageError) as error:
             raise self._reason(error) from error
 
@@ -343,7 +356,7 @@ class AccessDisk:
             with self._guard:
                 if self._closing.is_set():
                     return False
-                link.send(announce, self._fds)
+                link.send(announce, [node.fd for node in self._chain.nodes])
             come = link.receive(ANSWER_SECONDS)
         except (OSError, ProtocolError):
             return False
@@ -366,8 +379,8 @@ class AccessDisk:
             self.revoked = reason
             if self._closing.is_set():
                 return
-            for fd in self._fds:
-                os.dup2(_dead_descriptor(), fd, inheritable=False)
+            for node in self._chain.nodes:
+                os.dup2(_dead_descriptor(), node.fd, inheritable=False)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 """Asking a gateway that may be about to come: it restarts, or stores what the client's last connection did.
+Standard library only.
 
 The trap: only what passes by itself is waited for. A refusal is an answer, and is handed on at once.
 """
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from gateway.access.client import AccessRefused
+from gateway.access.client_answer import AccessRefused
 
 FIRST_PAUSE_SECONDS: Final = 0.02
 LONGEST_PAUSE_SECONDS: Final = 0.25

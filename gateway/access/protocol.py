@@ -80,6 +80,31 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
+class Describe:
+    """Asks what a VDI is, by its uuid, without a lease."""
+
+    vdi: str
+    session: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the VDI's files were at one moment. All sizes are bytes.
+
+    `content_id` names the bytes of whoever holds `leaf`, the VDI's own file, while nobody writes. `stored` is
+    how much of `size` lies in blocks that any file of the chain has. `vhd` and `qcow2` are the sizes of whole
+    exports; None where the format can't hold the disk.
+    """
+
+    content_id: str
+    leaf: FileIdentity
+    size: int
+    stored: int
+    vhd: int | None
+    qcow2: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class File:
     """One file of a chain, as images.chain.OpenNode has it."""
 
@@ -138,17 +163,31 @@ class Revoke:
 
 
 Message: TypeAlias = (
-    Open | Announce | List | Granted | Adopted | Listed | Refused | Moved | Closed | Working | Revoke
+    Open
+    | Announce
+    | List
+    | Describe
+    | Granted
+    | Adopted
+    | Listed
+    | Described
+    | Refused
+    | Moved
+    | Closed
+    | Working
+    | Revoke
 )
-First: TypeAlias = Open | Announce | List
+First: TypeAlias = Open | Announce | List | Describe
 
 _KINDS: Final[dict[str, type[Message]]] = {
     "open": Open,
     "announce": Announce,
     "list": List,
+    "describe": Describe,
     "granted": Granted,
     "adopted": Adopted,
     "listed": Listed,
+    "described": Described,
     "refused": Refused,
     "moved": Moved,
     "closed": Closed,
@@ -182,7 +221,7 @@ def decode(data: bytes) -> Message:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ProtocolError("there is no message of that name")
-    if kind in (Open, Announce, List) and body.get("version") != VERSION:
+    if kind in (Open, Announce, List, Describe) and body.get("version") != VERSION:
         raise ProtocolError(f"this gateway speaks version {VERSION} of the protocol alone")
     return kind(**{each.name: _read(body, each.name, _READERS[each.name, kind]) for each in fields(kind)})
 
@@ -294,6 +333,10 @@ def _count(value: Any) -> int:
     return value
 
 
+def _optional_count(value: Any) -> int | None:
+    return None if value is None else _count(value)
+
+
 def _few(value: Any) -> list[Any]:
     if not isinstance(value, list) or len(value) > MAX_DESCRIPTORS:
         raise TypeError
@@ -301,8 +344,12 @@ def _few(value: Any) -> list[Any]:
 
 
 def _identities(value: Any) -> tuple[FileIdentity, ...]:
-    pairs = [_few(pair) for pair in _few(value)]
-    return tuple(FileIdentity(_count(device), _count(inode)) for device, inode in pairs)
+    return tuple(_identity(pair) for pair in _few(value))
+
+
+def _identity(value: Any) -> FileIdentity:
+    device, inode = _few(value)
+    return FileIdentity(_count(device), _count(inode))
 
 
 def _files(value: Any) -> tuple[File, ...]:
@@ -333,6 +380,12 @@ _BY_NAME: Final = {
     "reason": _text,
     "vdis": _vdis,
     "last": _flag,
+    "content_id": _text,
+    "leaf": _identity,
+    "size": _count,
+    "stored": _count,
+    "vhd": _optional_count,
+    "qcow2": _optional_count,
 }
 _READERS: Final[dict[tuple[str, type[Message]], Any]] = {
     **{(each.name, kind): _BY_NAME.get(each.name) for kind in _KINDS.values() for each in fields(kind)},

@@ -17,11 +17,13 @@ import structlog
 import trio
 
 from gateway.access.announced import verified_chain
+from gateway.access.described import Describing
 from gateway.access.holding import Held, Holding, Holds
 from gateway.access.listing import listed
 from gateway.access.protocol import (
     Adopted,
     Announce,
+    Describe,
     File,
     First,
     Granted,
@@ -38,6 +40,7 @@ from gateway.core.refs import new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity
 from gateway.images.errors import ImageError
+from gateway.transfers.publications import Publications
 
 if TYPE_CHECKING:
     from gateway.core.limits import Limits
@@ -75,6 +78,7 @@ class AccessServer:
         holds: Holds,
         nbd: "NbdDoor",
         refusals: "Refusals",
+        publications: Publications | None = None,
     ) -> None:
         self._inventory = inventory
         self._tasks = tasks
@@ -85,6 +89,7 @@ class AccessServer:
         self._holds = holds
         self._nbd = nbd
         self._refusals = refusals
+        self._describing = Describing(inventory, limits, publications or Publications())
         sessions.on_end(partial(holds.revoke_session, reason=_SESSION_ENDED))
 
     async def run(self, listener: socket.socket) -> None:
@@ -130,7 +135,7 @@ class AccessServer:
             first = await link.receive()
             if first is None or isinstance(first, First):
                 return first
-            raise ProtocolError("a connection begins by opening or announcing a disk, or asks for a list")
+            raise ProtocolError("a connection begins by opening or announcing a disk, or with a question")
         return None
 
     # Beginning
@@ -138,6 +143,9 @@ class AccessServer:
     async def _answer(self, link: Link, first: First) -> None:
         if isinstance(first, List):
             await self._list(link, first)
+            return
+        if isinstance(first, Describe):
+            await self._describe(link, first)
             return
         identity: Identity | None = None
         try:
@@ -191,6 +199,16 @@ class AccessServer:
             return
         for page in listed(self._inventory):
             await link.send(page)
+
+    async def _describe(self, link: Link, asked: Describe) -> None:
+        try:
+            await self._identify(link.peer, asked.session, READ_PERMISSION)
+            await link.send(await self._describing.describe(asked.vdi))
+        except (XenAPIError, ImageError, OSError) as failure:
+            # Who lists directories asks again and again, so that it isn't noted with the VDI.
+            error = as_xenapi_error(failure)
+            _log_refusal("refused a description", error, vdi=printable(asked.vdi)[:64])
+            await link.refuse(error)
 
     async def _identify(self, peer: Peer, session: str | None, permission: Permission) -> Identity:
         """Who asks: the session's user if one is given, else the gateway's own user or root."""

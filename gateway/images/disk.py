@@ -112,8 +112,13 @@ class Disk(Protocol):
 class FileDisk(Disk, Protocol):
     """A disk over open files, for doors that are asked for small pieces 100,000 times a second."""
 
-    def reader(self) -> Reader:
-        """Return the fastest way to read, good until the disk is closed."""
+    def reader(self, *, nowait: bool = False) -> Reader:
+        """Return the fastest way to read, good until the disk is closed.
+
+        With `nowait` it never waits for storage: BlockingIOError when the bytes are not all in memory, or
+        where they lie isn't known yet; what the buffer has then is of no use. OSError EOPNOTSUPP where the
+        file system can't tell.
+        """
         ...
 
 

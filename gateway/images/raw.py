@@ -4,10 +4,11 @@ The size is fixed at opening and nothing is written beyond it, so a fixed VHD's 
 Holes of the file are holes of the disk.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
-from os import preadv
+from os import RWF_NOWAIT, preadv
 
 from gateway.images.disk import (
     Extent,
@@ -47,15 +48,19 @@ class RawDisk:
         if os.preadv(self._fd, (buf,), offset) != length:
             read_range(self._fd, memoryview(buf), offset, self._path)
 
-    def reader(self) -> Reader:
-        """Return `pread_into` for who knows that a range lies on the disk."""
+    def reader(self, *, nowait: bool = False) -> Reader:
+        """Return `pread_into` for who knows that a range lies on the disk; see FileDisk."""
         fd, path = self._fd, self._path
+
+        def read_at_hand(buf: bytearray | memoryview, offset: int) -> None:
+            if preadv(fd, (buf,), offset, RWF_NOWAIT) != len(buf):
+                raise not_at_hand()
 
         def read(buf: bytearray | memoryview, offset: int) -> None:
             if preadv(fd, (buf,), offset) != len(buf):
                 read_range(fd, memoryview(buf), offset, path)
 
-        return read
+        return read_at_hand if nowait else read
 
     def pwrite(self, buf: Buffer, offset: int) -> None:
         """Write `buf` at `offset`. Durable only after `flush`."""
@@ -132,6 +137,11 @@ def read_range(fd: int, view: memoryview, offset: int, path: str) -> None:
         if count == 0:
             raise CorruptImage(path, "the file was cut shorter while it was open")
         done += count
+
+
+def not_at_hand() -> BlockingIOError:
+    """What a reader that doesn't wait raises."""
+    return BlockingIOError(errno.EAGAIN, "the bytes are not in memory")
 
 
 class DataRun:

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from gateway.images.allocation import differing_blocks, stored_blocks
+from gateway.images.export_layout import SparseFormat, sparse_layout
 from gateway.images.layout import Layout, entity_tag, raw_layout
-from gateway.images.qcow2.layout import Backing, qcow2_layout
-from gateway.images.vhd.layout import VhdParent, vhd_id, vhd_layout
 from gateway.transfers.export_disk import DiskExport
 
 if TYPE_CHECKING:
@@ -129,8 +128,6 @@ def _layout(disk: "Disk", blocks: "array[int]", source: Source) -> tuple[Layout,
     if base is not None:
         named += [base.content_id, base.uuid]
     tag = entity_tag(named, source.image_format.value)
-    if source.image_format is ExportFormat.VHD:
-        parent = None if base is None else VhdParent(vhd_id(base.content_id), f"{base.uuid}.vhd")
-        return vhd_layout(disk, blocks, vhd_id(source.content_id), parent), tag
-    backing = None if base is None else Backing(f"{base.uuid}.qcow2")
-    return qcow2_layout(disk, blocks, backing), tag
+    stands_on = None if base is None else (base.uuid, base.content_id)
+    sparse_format = SparseFormat(source.image_format.value)
+    return sparse_layout(disk, blocks, source.content_id, sparse_format, stands_on), tag

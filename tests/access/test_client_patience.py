@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from gateway.access.client import AccessRefused
+from gateway.access.client_patience import patiently
 from gateway.access.protocol import Refused
-from nbd_plugin.patience import patiently
 
 BUSY = AccessRefused(Refused("TOO_MANY_TRANSFERS", (), "later"))
 

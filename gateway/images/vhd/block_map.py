@@ -15,6 +15,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 from gateway.images.errors import UnsupportedImage
@@ -113,6 +114,32 @@ class BlockMap:
             offset += size
             length -= size
 
+    def known_pieces(self, offset: int, length: int, most: int) -> list[tuple[int, int, int]] | None:
+        """What `pieces` yields; None if a file had to be looked into for it, or there are more than `most`.
+
+        Takes no lock, so that it never waits for who looks into a file just now.
+        """
+        found: list[tuple[int, int, int]] = []
+        while length > 0:
+            granule = offset >> self.shift
+            within = offset & self.within
+            size = min(length, self.granule - within)
+            place = self.places[granule]
+            if place > 0:
+                found.append((place & LEVEL, (place & OFFSET) + within, size))
+            elif place == _HOLE:
+                found.append((0, 0, size))
+            else:
+                runs = self._mixed.get(granule)
+                if runs is None:
+                    return None
+                found += islice(self._cut(runs, within, size), most + 1)
+            if len(found) > most:
+                return None
+            offset += size
+            length -= size
+        return found
+
     def stored_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield (block of the leaf, offset within it, length) for what any file may have of a range.
 
@@ -166,7 +193,13 @@ class BlockMap:
         if cached is None:
             with self._lock:
                 cached = self._runs(granule)
-        starts, places = cached
+        return self._cut(cached, within, length)
+
+    def _cut(
+        self, runs: "tuple[array[int], array[int]]", within: int, length: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield the pieces of a part of a mixed granule, whose runs these are."""
+        starts, places = runs
         index = bisect_right(starts, within) - 1
         stop = within + length
         while within < stop:

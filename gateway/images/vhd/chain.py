@@ -9,7 +9,7 @@ there yet; and nobody may close a disk while a request of another thread runs.
 
 import threading
 from collections.abc import Iterator, Sequence
-from os import preadv
+from os import RWF_NOWAIT, preadv
 from typing import Final
 
 from gateway.images.disk import (
@@ -23,13 +23,14 @@ from gateway.images.disk import (
     merge_extents,
 )
 from gateway.images.files import FILES, Buffer, FileCalls, close_all
-from gateway.images.raw import DataRun, file_extents, read_range
+from gateway.images.raw import DataRun, file_extents, not_at_hand, read_range
 from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.writer import LeafWriter
 
 _ZEROES: Final = bytes(1 << 20)
+_MOST_AT_HAND: Final = 64  # pieces; to read more of them takes so long that it is waiting
 
 
 class VhdChain:
@@ -72,21 +73,26 @@ class VhdChain:
         check_range(offset, len(buf), self.size)
         self._read_pieces(buf, offset)
 
-    def reader(self) -> Reader:
-        """Return `pread_into` for who knows that a range lies on the disk.
+    def reader(self, *, nowait: bool = False) -> Reader:
+        """Return `pread_into` for who knows that a range lies on the disk; see FileDisk.
 
         It has at hand what a request inside one granule needs. The disk doesn't keep it: a circle of
         references would keep closed disks in memory.
         """
-        places, fds, pieces = self._map.places, self._fds, self._read_pieces
+        places, fds = self._map.places, self._fds
+        pieces = self._read_at_hand if nowait else self._read_pieces
         shift, mask, granule = self._map.shift, self._map.within, self._map.granule
+        flags = RWF_NOWAIT if nowait else 0
 
         def read(buf: bytearray | memoryview, offset: int) -> None:
             length = len(buf)
             within = offset & mask
             if 0 < length <= granule - within:
                 place = places[offset >> shift]
-                if place > 0 and preadv(fds[place & LEVEL], (buf,), (place & OFFSET) + within) == length:
+                if (
+                    place > 0
+                    and preadv(fds[place & LEVEL], (buf,), (place & OFFSET) + within, flags) == length
+                ):
                     return
             pieces(buf, offset)
 
@@ -169,9 +175,21 @@ class VhdChain:
             if level:
                 read_range(self._fds[level], part, position, self._paths[level])
             else:
-                for start in range(0, size, len(_ZEROES)):
-                    piece = min(len(_ZEROES), size - start)
-                    part[start : start + piece] = _ZEROES[:piece]
+                _clear(part)
+            done += size
+
+    def _read_at_hand(self, buf: bytearray | memoryview, offset: int) -> None:
+        view = memoryview(buf)
+        pieces = self._map.known_pieces(offset, len(view), _MOST_AT_HAND)
+        if pieces is None:
+            raise not_at_hand()
+        done = 0
+        for level, position, size in pieces:
+            part = view[done : done + size]
+            if not level:
+                _clear(part)
+            elif preadv(self._fds[level], (part,), position, RWF_NOWAIT) != size:
+                raise not_at_hand()
             done += size
 
     def _joined(self, offset: int, length: int) -> Iterator[FileRange | Hole]:
@@ -259,3 +277,9 @@ class VhdChain:
                     block_size = self._leaf.block_size
                     self._write(writer, start // block_size, start % block_size, sector)
                 position = end
+
+
+def _clear(view: memoryview) -> None:
+    for start in range(0, len(view), len(_ZEROES)):
+        piece = min(len(_ZEROES), len(view) - start)
+        view[start : start + piece] = _ZEROES[:piece]
