@@ -26,6 +26,7 @@ from gateway.options import (
     address,
     path_text,
 )
+from gateway.transfers.pull_source import PullRules
 
 FILE_NAME: Final = "config.toml"
 
@@ -108,6 +109,11 @@ class Config:
         """The files of the operator's certificate and its key; None: the gateway makes its own."""
         certificate, key = self.value("tls.certificate"), self.value("tls.key")
         return (certificate, key) if certificate and key else None
+
+    @property
+    def pull_rules(self) -> PullRules:
+        """Where images are fetched from."""
+        return PullRules.of(self.value("pull.from"), self.value("pull.ca"))
 
     @property
     def log_level(self) -> str:
@@ -227,7 +233,11 @@ def _check_together(settings: Mapping[str, Setting], file: str) -> None:
                 together if settings[one].source is Source.COMMAND_LINE else f"{file}: {together}",
                 argument=settings[one].source is Source.COMMAND_LINE,
             )
-    for path, setting in (("tls.certificate", certificate), ("tls.key", key)):
+    for path, setting in (
+        ("tls.certificate", certificate),
+        ("tls.key", key),
+        ("pull.ca", settings["pull.ca"]),
+    ):
         if setting.value and not os.access(setting.value, os.R_OK):
             raise refuse(path, f": {setting.value} can't be read; give a PEM file that this user may read")
     if certificate.value and not settings["listen.https"].value and not _nbd_beyond(settings):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.core.limits import LIMITS, Limit, Unit
+from gateway.transfers.pull_source import source
 
 DEFAULT_HTTP: Final = "127.0.0.1:8080"
 DEFAULT_NBD: Final = ("127.0.0.1", 10809)
@@ -173,6 +174,15 @@ def _address_or_off_text(value: Address | None) -> str:
     return OFF if value is None else _addresses_text([value])[0]
 
 
+def _sources(given: Any) -> list[str]:
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in given):
+        raise WrongValue(f"{_called(given)} is no list of texts")
+    try:
+        return [str(source(each)) for each in given]
+    except ValueError as error:
+        raise WrongValue(str(error)) from None
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -265,6 +275,27 @@ OPTIONS: Final[tuple[Option, ...]] = (
         read=path_text,
         shown=_same,
         argument="--tls-key",
+    ),
+    Option(
+        section="pull",
+        key="from",
+        default=[],
+        reason="images are fetched from public addresses, and from others only if they are named here: the"
+        " gateway may reach what those who call it must not; the name of a host stands for its private and"
+        " loopback addresses, link-local and multicast ones have to be named themselves",
+        allowed='hosts, addresses and networks as in "images.example", "192.0.2.7" or "10.1.0.0/16"',
+        read=_sources,
+        shown=_same,
+    ),
+    Option(
+        section="pull",
+        key="ca",
+        default="",
+        reason="servers with https are verified by the system's authorities, and by those in this file; a"
+        " relative path starts at this file's directory",
+        allowed="the path of a PEM file",
+        read=path_text,
+        shown=_same,
     ),
     Option(
         section="log",

@@ -97,6 +97,26 @@ MESSAGES: Final[dict[str, str]] = {
     "install it (Debian: qemu-utils), or send a raw disk or a VHD.",
     "IMPORT_ERROR_CONVERTER_LIMIT": "Reading the {0} image took more memory, or more than {1} seconds of a "
     "processor; nothing was changed: convert it, or send a raw disk.",
+    "IMPORT_ERROR_BAD_COMPRESSION": "What {0} compressed can't be unpacked ({1}); "
+    "nothing was changed: look at the file.",
+    # What the gateway fetches itself.
+    "PULL_ERROR_ADDRESS_REFUSED": "{0} is at {1}, {2}, and nothing is fetched from there unless pull.from "
+    "in the gateway's configuration names it.",
+    "PULL_ERROR_BROKEN_OFF": "The connection to {0} broke off after {1} bytes, and trying again did not help "
+    "({2}); nothing was changed: try again later.",
+    "PULL_ERROR_CERTIFICATE": "The certificate of {0} could not be verified ({1}); "
+    "pull.ca in the gateway's configuration names further authorities.",
+    "PULL_ERROR_CHANGED": "{0} became another file while it was being fetched, after {1} bytes; "
+    "nothing was changed: start again.",
+    "PULL_ERROR_CHECKSUM": "{0} should have the checksum {1} and has {2}; "
+    "nothing was changed: look which of them is right.",
+    "PULL_ERROR_CHECKSUM_FILE": "{0} gives no checksum of {1} ({2}); give the checksum itself.",
+    "PULL_ERROR_LENGTH_REQUIRED": "{0} tells neither its length nor its end, so a part of it could be taken "
+    "for the whole; give its checksum.",
+    "PULL_ERROR_NOT_HTTP": "The answer of {0} can't be used ({1}); check the URL and the server.",
+    "PULL_ERROR_REDIRECT": "{0} redirects to where it isn't followed ({1}); give the final URL.",
+    "PULL_ERROR_STATUS": "{0} answers with the status {1}; check the URL and who may read it.",
+    "PULL_ERROR_UNREACHABLE": "{0} can't be reached from the gateway ({1}); check the URL and the network.",
     "TOO_MANY_TRANSFERS": "{0} transfers are running, the most that this gateway allows; try again later.",
     # Tasks.
     "TASK_CANCELLED": "The task {0} was cancelled; start the operation again if you still want it.",

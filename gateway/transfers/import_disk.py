@@ -8,7 +8,7 @@ BodyReader, one after the other.
 
 import errno
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
@@ -28,11 +28,12 @@ from gateway.transfers.import_flat import begin_flat
 from gateway.transfers.import_foreign import Spool, begin_foreign
 from gateway.transfers.import_raw import UNKNOWN_LENGTH
 from gateway.transfers.import_vhd import begin_vhd
+from gateway.transfers.measured import measured
 from gateway.transfers.thread import run_abortable
 
 if TYPE_CHECKING:
     from gateway.core.leases import Lease
-    from gateway.core.tasks import Task, Tasks
+    from gateway.core.tasks import Operation, Task, Tasks
     from gateway.images.files import FileCalls
     from gateway.repository.inventory import Inventory
     from gateway.repository.repository import Repository
@@ -83,6 +84,14 @@ class Sent:
     format: BodyFormat
     length: int | None
     end_is_told: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a disk whose size nothing tells is kept until its end does. Clients have to tell it."""
+        return False
+
+    def finish(self) -> None:
+        """Called by the thread that has filled the disk; there is no commit if it raises."""
 
     def reader(self) -> BodyReader:
         """The body for those that parse it."""
@@ -174,6 +183,8 @@ class IntoSR:
     task: str
     size: int | None = None
     name_label: str = NEW_NAME
+    known: Callable[[VDI], dict[str, str]] | None = None
+    """What the VDI's other_config says of its content, asked when it is filled."""
     ref: str = field(default_factory=new_ref)
     uuid: str = field(default_factory=new_uuid)
     is_new: bool = field(default=True, init=False)
@@ -210,6 +221,8 @@ class IntoSR:
         holder = Holder(self.who, "import", self.ref, self.task)
         async with self.inventory.vdi_new(vdi, holder) as new:
             await fill(new.staging)
+            if self.known is not None:
+                new.vdi = replace(vdi, other_config=self.known(vdi))
             with trio.CancelScope(shield=True):
                 await new.staging.commit()
         return vdi.ref
@@ -234,40 +247,61 @@ async def import_disk(
     cancellation = trio.CancelScope()
     async with tasks.operation(task, cancellation.cancel) as operation:
         with cancellation:
-            repository = target.repository
-            transfer = _Transfer(
-                sent.reader(),
-                Spool(staging_path(repository.directory, "import"), spool_bytes, repository.files),
-                threads,
+            ref = await fill_target(
+                operation, sent=sent, target=target, spool_bytes=spool_bytes, threads=threads
             )
-            try:
-                incoming = await transfer.run(lambda: _begin(sent.format, transfer, target))
-                operation.progress = incoming.fraction
-
-                async def fill(staging: "Staging") -> None:
-                    await transfer.run(lambda: incoming.receive(staging.disk, files=repository.files))
-
-                operation.result = f"<value>{await target.store(incoming, fill)}</value>"
-            except OSError as error:
-                if error.errno in _NO_SPACE:
-                    total, used = await repository.space()
-                    raise XenAPIError("SR_FULL", "unknown", str(max(0, total - used))) from error
-                if error.errno == errno.EFBIG:
-                    raise XenAPIError("VDI_TOO_LARGE", "unknown", "what its file system holds") from error
-                raise
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(transfer.spool.remove)
+            operation.result = f"<value>{ref}</value>"
         if cancellation.cancelled_caught:
             raise XenAPIError("TASK_CANCELLED", task.ref)
 
 
-def _begin(name: BodyFormat, transfer: "_Transfer", target: Target) -> Incoming:
+async def fill_target(
+    operation: "Operation",
+    *,
+    sent: Sent,
+    target: Target,
+    spool_bytes: int,
+    threads: trio.CapacityLimiter | None = None,
+) -> str:
+    """As import_disk, as the work of a task that has begun; the VDI's reference."""
+    repository = target.repository
+    transfer = _Transfer(
+        sent.reader(),
+        Spool(staging_path(repository.directory, "import"), spool_bytes, repository.files),
+        threads,
+    )
+    try:
+        incoming = await transfer.run(lambda: _begin(sent, transfer, target))
+        operation.progress = incoming.fraction
+
+        def receive(staging: "Staging") -> None:
+            incoming.receive(staging.disk, files=repository.files)
+            sent.finish()
+
+        async def fill(staging: "Staging") -> None:
+            await transfer.run(lambda: receive(staging))
+
+        return await target.store(incoming, fill)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            total, used = await repository.space()
+            raise XenAPIError("SR_FULL", "unknown", str(max(0, total - used))) from error
+        if error.errno == errno.EFBIG:
+            raise XenAPIError("VDI_TOO_LARGE", "unknown", "what its file system holds") from error
+        raise
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(transfer.spool.remove)
+
+
+def _begin(sent: Sent, transfer: "_Transfer", target: Target) -> Incoming:
     """Read the head. Blocks."""
     reader = transfer.reader
-    wanted = name
+    wanted = name = sent.format
     if name is BodyFormat.AUTO:
         name = recognise(reader.peek(MAGIC_BYTES))
+    if sent.is_kept and reader.length is None and _is_flat(reader, name):
+        reader = transfer.reader = measured(reader, transfer.spool, target.fits)
     match name:
         case BodyFormat.VHD:
             incoming: Incoming = begin_vhd(reader, target.fits, room=target.room, is_new=target.is_new)
@@ -284,7 +318,14 @@ def _begin(name: BodyFormat, transfer: "_Transfer", target: Target) -> Incoming:
     return incoming
 
 
-@dataclass(frozen=True, slots=True)
+def _is_flat(reader: BodyReader, name: BodyFormat) -> bool:
+    """Whether nothing at its beginning tells the size of the disk: raw, or a fixed VHD."""
+    if name is BodyFormat.VHD:
+        return recognise(reader.peek(MAGIC_BYTES)) is BodyFormat.RAW
+    return name is BodyFormat.RAW
+
+
+@dataclass(slots=True)
 class _Transfer:
     """A body, what is kept of it, and the thread's turn."""
 

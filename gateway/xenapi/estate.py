@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from gateway.access.holding import Holds
+from gateway.core.limits import Limits
 from gateway.transfers.publications import Publications
+from gateway.transfers.pull_source import PullRules
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.core.current_operations import CurrentOperations
     from gateway.core.events import Events
     from gateway.core.leases import Leases
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 _COPIES: Final = 4
 """So many VDIs are copied at once: more of them would only make each of them slower."""
+
+_PULLS: Final = 4
+"""So many images are fetched at once, for the same reason."""
 
 _MOST_REGISTRATIONS: Final = 1000
 """Sessions that listen through event.next; those that began first are forgotten, and told so."""
@@ -74,3 +81,6 @@ class Estate:
     registrations: Registrations = field(default_factory=Registrations)
     publications: Publications = field(default_factory=Publications)
     copies: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_COPIES))
+    pulls: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_PULLS))
+    pull_rules: Callable[[], PullRules] = PullRules
+    limits: Limits = field(default_factory=Limits)

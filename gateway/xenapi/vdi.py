@@ -33,6 +33,7 @@ from gateway.xenapi.types import (
 )
 from gateway.xenapi.vdi_changed_blocks import MESSAGES as CHANGED_BLOCKS
 from gateway.xenapi.vdi_changed_blocks import is_offered
+from gateway.xenapi.vdi_pull import MESSAGES as PULL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -415,6 +416,7 @@ VDI = ApiClass(
         force_unlock,
         get_nbd_info,
         *CHANGED_BLOCKS,
+        *PULL,
     ),
     objects=lambda estate: estate.records.vdis,
 )
