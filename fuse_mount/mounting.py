@@ -140,8 +140,7 @@ def _clean(mounted: Mounted) -> None:
     if not dead or mounted.kind != KIND:
         state = "has died and is still" if dead else "is"
         raise MountRefused(
-            f"a file system ({mounted.kind}) {state} mounted on {directory};"
-            " unmount it, or give another directory"
+            f"a file system ({mounted.kind}) {state} mounted on {directory}; give another directory"
         )
     try:
         unmount(directory, lazily=True)

@@ -165,7 +165,7 @@ class Tree:
         else:
             uuid = node.vdi.uuid
             del self._vdis[ref]
-            del self._by_uuid[uuid.encode()]
+            self._by_uuid.pop(uuid.encode(), None)
             self._leave(node)
         self._take_out(node.home.children, node, uuid)
         node.home.changed_ns = time.time_ns()
@@ -265,6 +265,11 @@ class Tree:
         """The kernel was told of this inode, once more."""
         if (node := self._numbered.get(inode >> _PLACE_BITS)) is not None:
             node.lookups += 1
+
+    @property
+    def lookups(self) -> int:
+        """How many lookups the kernel has not taken back."""
+        return sum(node.lookups for node in self._numbered.values())
 
     def forget(self, inode: int, times: int) -> None:
         """The kernel takes back that many lookups."""

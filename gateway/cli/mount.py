@@ -74,7 +74,8 @@ def mount(
         )
     os.umask(0o077)
     wanted = _Wanted(
-        directory=directory,
+        # The process in the background has another working directory.
+        directory=os.path.abspath(directory) if background else directory,
         state=StateDirectory(state_dir or DEFAULT_STATE_DIR),
         user=user or ADMINISTRATOR,
         password="" if password_file is None else read_password(password_file),
@@ -162,7 +163,9 @@ def _feed(wanted: _Wanted) -> "RecordFeed":
         wanted.state.running()
         door = Door(f"the socket {wanted.state.socket}", path=wanted.state.socket)
         return RecordFeed(door, wanted.user, wanted.password)
-    except (StateError, FeedRefused) as error:
+    except StateError as error:
+        raise CommandError(str(error).removesuffix(" or --url")) from None
+    except FeedRefused as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(

@@ -1,7 +1,7 @@
 import json
 from dataclasses import replace
 
-from fuse_mount.catalogue import Catalogue, Changes, Sr, Vdi
+from fuse_mount.catalogue import Catalogue, Changes, Sr, Touched, Vdi
 
 SR = Sr("sr", "uuid-of-sr", "disks")
 OTHER = Sr("other", "uuid-of-other", "others")
@@ -67,7 +67,7 @@ def test_records_that_go_round_in_a_circle_stand_in_the_sr() -> None:
 def test_an_sr_that_is_detached_takes_its_disks_along() -> None:
     catalogue = filled(DISK)
     touched = catalogue.apply(change(attached=frozenset()))
-    assert (touched.srs, touched.vdis) == ({"sr"}, {"disk"})
+    assert touched == Touched(frozenset({"sr"}), frozenset({"disk"}))
     assert homes(catalogue) == {"disk": None}
 
 
@@ -75,7 +75,7 @@ def test_a_record_that_comes_again_as_it_was_touches_nothing() -> None:
     catalogue = filled(DISK, SNAPSHOT)
     for again in (change(DISK, replace(SNAPSHOT)), everything(DISK, SNAPSHOT)):
         touched = catalogue.apply(again)
-        assert (touched.srs, touched.vdis) == (frozenset(), frozenset())
+        assert touched == Touched(frozenset(), frozenset())
 
 
 def test_what_a_whole_list_does_not_name_has_gone() -> None:

@@ -105,7 +105,7 @@ def test_names_are_allowed_and_unique_and_stay(first: Mapping[str, str], later: 
 
 @given(labels)
 def test_the_same_set_gets_the_same_names_in_any_order(told: Mapping[str, str]) -> None:
-    shuffled = dict(reversed(told.items()))
+    shuffled = dict(reversed(list(told.items())))
     assert Names().give(told) == Names().give(shuffled)
 
 
