@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import RunningGateway
+from tests.system.mounted import NO_FUSE, Mounted, mounted
 from tests.system.site import Site
 
 
@@ -47,6 +49,35 @@ def own_site(tmp_path: Path) -> Iterator[Site]:
         yield Site(gateway, tmp_path / "sr")
     finally:
         stop(gateway)
+
+
+@pytest.fixture(scope="session")
+def shared_mount(shared_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    if NO_FUSE:
+        pytest.skip(NO_FUSE)
+    with mounted(shared_site.gateway, tmp_path_factory.mktemp("mount") / "disks") as mount:
+        yield mount
+
+
+@pytest.fixture
+def mount(site: Site, shared_mount: Mounted) -> Iterator[Mounted]:
+    """The disks of the shared gateway, read-only; no test may leave one open."""
+    yield shared_mount
+    assert shared_mount.running, shared_mount.log()
+
+
+@pytest.fixture
+def mount_of_own_site(own_site: Site, tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
+    """Mounts the disks of the test's own gateway, with arguments, as often as it is called."""
+    if NO_FUSE:
+        pytest.skip(NO_FUSE)
+    with ExitStack() as stack:
+
+        def make(*arguments: str) -> Mounted:
+            directory = tmp_path / f"mount-{os.urandom(4).hex()}"
+            return stack.enter_context(mounted(own_site.gateway, directory, *arguments))
+
+        yield make
 
 
 @pytest.fixture
