@@ -51,7 +51,8 @@ def download(
         display.note(f"interrupted{_kept(target)}")
         raise
     except CommandError as error:
-        raise CommandError(f"{error}{_kept(target)}") from None
+        error.args = (f"{error}{_kept(target)}",)
+        raise
     except OSError as error:
         raise CommandError(f"{target.name}: {error.strerror or error}{_kept(target)}") from None
 

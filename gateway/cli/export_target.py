@@ -49,12 +49,20 @@ class ExportTarget(ABC):
         """Take the first `count` bytes of the buffer. Raises OSError."""
 
     @abstractmethod
+    def zeroes(self, count: int) -> None:
+        """Take so many zeroes. Raises OSError."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Everything was written: make it durable. Raises OSError."""
 
     def keep(self) -> str:
         """The transfer ends early: keep what can be gone on with, and say so. Raises OSError."""
         return ""
+
+    def drop(self) -> str:
+        """The transfer failed, and nothing of it is wanted; what is there nevertheless. Raises OSError."""
+        return f"; what {self.name} holds now is of no use" if self.offset else ""
 
     @abstractmethod
     def close(self) -> None:
@@ -83,6 +91,13 @@ class StreamTarget(ExportTarget):
                 done += os.write(self._fd, view[done:count])
         self.offset += count
         self.physical += count
+
+    def zeroes(self, count: int) -> None:
+        zeroes = bytearray(min(count, _WRITEBACK_BYTES))
+        while count:
+            piece = min(count, len(zeroes))
+            self.write(zeroes, piece)
+            count -= piece
 
     def finish(self) -> None:
         try:
@@ -114,21 +129,26 @@ class DeviceTarget(ExportTarget):
         with memoryview(buffer) as view:
             for start, stop, zero in runs(buffer, count):
                 if zero:
-                    self._write_zeroes(view[start:stop], self.offset + start)
+                    self._write_zeroes(stop - start, self.offset + start)
                 else:
                     FILES.pwrite(self._fd, view[start:stop], self.offset + start)
                     self.physical += stop - start
         self.offset += count
 
-    def _write_zeroes(self, zeroes: memoryview, offset: int) -> None:
+    def zeroes(self, count: int) -> None:
+        self._write_zeroes(count, self.offset)
+        self.offset += count
+
+    def _write_zeroes(self, count: int, offset: int) -> None:
         # Only whole sectors can be given back, and after a broken connection the offset may be any.
+        end = offset + count
         first = -(-offset // _SECTOR_BYTES) * _SECTOR_BYTES
-        stop = (offset + len(zeroes)) // _SECTOR_BYTES * _SECTOR_BYTES
+        stop = end // _SECTOR_BYTES * _SECTOR_BYTES
         if first < stop and not _fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, first, stop - first):
-            FILES.pwrite(self._fd, zeroes[: first - offset], offset)
-            FILES.pwrite(self._fd, zeroes[stop - offset :], stop)
+            FILES.write_zeroes(self._fd, offset, first - offset)
+            FILES.write_zeroes(self._fd, stop, end - stop)
         else:
-            FILES.pwrite(self._fd, zeroes, offset)
+            FILES.write_zeroes(self._fd, offset, count)
 
     def finish(self) -> None:
         os.fsync(self._fd)
@@ -184,6 +204,9 @@ class FileTarget(ExportTarget):
         if time.monotonic() - self._noted > _NOTE_SECONDS:
             self._write_note()
 
+    def zeroes(self, count: int) -> None:
+        self.offset += count  # the file is a hole there
+
     def finish(self) -> None:
         os.fsync(self._fd)
         os.rename(self._part, self.name)
@@ -195,6 +218,11 @@ class FileTarget(ExportTarget):
             return ""
         self._write_note()
         return f"; {self.offset} bytes are kept in {self._part}: the same command goes on from there"
+
+    def drop(self) -> str:
+        self.offset = 0
+        self._remove_note()
+        return ""
 
     def close(self) -> None:
         if not self.offset and not os.path.exists(self._note):

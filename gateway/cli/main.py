@@ -47,6 +47,8 @@ COMMANDS = {
     "vdi-disable-cbt": "gateway.cli.changed_blocks:vdi_disable_cbt",
     "vdi-list-changed-blocks": "gateway.cli.changed_blocks:vdi_list_changed_blocks",
     "vdi-data-destroy": "gateway.cli.changed_blocks:vdi_data_destroy",
+    "vdi-backup": "gateway.cli.backup:vdi_backup",
+    "vdi-restore": "gateway.cli.restore:vdi_restore",
     "vdi-resize": "gateway.cli.vdi:vdi_resize",
     "vdi-param-set": "gateway.cli.vdi:vdi_param_set",
     "vdi-unlock": "gateway.cli.vdi:vdi_unlock",

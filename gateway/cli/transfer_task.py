@@ -10,6 +10,15 @@ from gateway.cli.output import CommandError
 _CANCEL_SECONDS: Final = 5.0
 
 
+class RefusedError(CommandError):
+    """The gateway refused a transfer before its first byte; `code` is XenAPI's, "" where there is none."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"the gateway refused (status {status}): {said}")
+        code, colon, _ = said.partition(": ")
+        self.code: Final = code if colon else ""
+
+
 class TransferTask:
     """A task of our own, made before the transfer, so that it can be cancelled from its first moment on."""
 
@@ -65,4 +74,4 @@ def refusal(exchange: Exchange, head: Head, vdi: str) -> CommandError:
     text = exchange.rest(head.length if head.length is not None else 4096).decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = lines[0] if lines else "without a reason; see the gateway's log"
-    return CommandError(f"the gateway refused (status {head.status}): {said}")
+    return RefusedError(head.status, said)

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,13 +34,17 @@ _FIXED: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is sent: `size` bytes from `offset` of a file, or a pipe of unknown (None) or given size."""
+    """What is sent: `size` bytes from `offset` of a file, or a pipe of unknown (None) or given size.
+
+    With `pieces` it is what that yields instead, `size` bytes in all; a failure of it ends the upload.
+    """
 
     fd: int
     name: str
     size: int | None
     offset: int
     seekable: bool
+    pieces: Callable[[], Iterable[bytes | memoryview]] | None = None
 
 
 @contextlib.contextmanager
@@ -189,7 +193,9 @@ class _Sender:
     def run(self) -> None:
         """Send the body, or as much of it as the gateway wants: after its last word nothing is sent."""
         with contextlib.suppress(_AnsweredEarlyError):
-            if self._source.seekable:
+            if self._source.pieces is not None:
+                self._send_pieces(self._source.pieces())
+            elif self._source.seekable:
                 self._send_file()
             elif self._in_chunks:
                 self._send_chunks()
@@ -242,6 +248,11 @@ class _Sender:
             got = os.preadv(fd, [view[: min(count, PIECE_BYTES)]], position)
             self._send(view[:got])
         return got
+
+    def _send_pieces(self, pieces: Iterable[bytes | memoryview]) -> None:
+        for piece in pieces:
+            self._send(memoryview(piece))
+            self._transfer.physical += len(piece)
 
     def _send_pipe(self) -> None:
         held = 0

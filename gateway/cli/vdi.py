@@ -305,11 +305,18 @@ def pairs(entries: list[str], argument: str) -> dict[str, str]:
     return found
 
 
-def find_vdi(connection: Connection, wanted: str) -> tuple[str, dict[str, Any]]:
-    """Reference and record of the disk with this uuid or name. CommandError if there is none, or several."""
+def find_vdi(connection: Connection, wanted: str, *, snapshots: bool = True) -> tuple[str, dict[str, Any]]:
+    """Reference and record of the disk with this uuid or name. CommandError if there is none, or several.
+
+    Without `snapshots` a name is never that of a snapshot, which is called like its disk at first.
+    """
     records: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
     found = [ref for ref, record in records.items() if wanted in (record["uuid"], ref)]
-    found = found or [ref for ref, record in records.items() if record["name_label"] == wanted]
+    found = found or [
+        ref
+        for ref, record in records.items()
+        if record["name_label"] == wanted and (snapshots or not record["is_a_snapshot"])
+    ]
     if not found:
         raise CommandError(f"there is no disk {wanted!r}; vdi-list shows them")
     if len(found) > 1:

@@ -39,11 +39,13 @@ def _translate(words: Sequence[str], parameters: "Sequence[Argument]") -> Iterat
             yield from words[position - 1 :]
             return
         if word.startswith("-") and word != "-":
-            yield word
             option = known.get(word)
-            if option is not None and not option.is_flag() and position < len(words):
-                yield words[position]
-                position += 1
+            if option is None or option.is_flag() or position >= len(words):
+                yield word
+                continue
+            # cyclopts takes a "-" by itself for an option without a name.
+            yield from (f"{word}=-",) if words[position] == "-" else (word, words[position])
+            position += 1
             continue
         if word == "-" and "--filename" in known:
             # cyclopts takes it for an option without a name; everybody else for stdin or stdout.

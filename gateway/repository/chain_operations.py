@@ -10,7 +10,7 @@ content id at the next scan, as after a change from outside.
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -81,15 +81,21 @@ class ChainOperations(ChangedBlocks):
             del self._being_filled[vdi.uuid]
 
     async def vdi_snapshot(
-        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+        self,
+        ref: str,
+        *,
+        who: str = "XenAPI",
+        task: str | None = None,
+        wait: float | None = None,
+        marks: Mapping[str, str] | None = None,
     ) -> str:
-        """Keep a VDI as it is now; the snapshot's reference.
+        """Keep a VDI as it is now; the snapshot's reference. Its other_config has `marks` from the beginning.
 
         Raises SR_BACKEND_FAILURE_109 for a chain of 30 levels, VDI_IN_USE while somebody writes,
         OPERATION_NOT_ALLOWED for a raw image or a hidden parent and in a read-only SR, SR_FULL,
         SR_NOT_ATTACHED, ImageError, OSError.
         """
-        return (await self._fork(ref, Holder(who, "snapshot", ref, task), wait)).ref
+        return (await self._fork(ref, Holder(who, "snapshot", ref, task), wait, marks=marks)).ref
 
     async def vdi_clone(
         self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
@@ -134,7 +140,15 @@ class ChainOperations(ChangedBlocks):
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(revert.discard)
 
-    async def _fork(self, ref: str, holder: Holder, wait: float | None, *, child: bool = True) -> VDI:
+    async def _fork(
+        self,
+        ref: str,
+        holder: Holder,
+        wait: float | None,
+        *,
+        child: bool = True,
+        marks: Mapping[str, str] | None = None,
+    ) -> VDI:
         """The new VDI; without `child` the source itself, which then has no blocks of its own."""
         repository = self._forkable(ref)
         uuid, base = new_uuid(), new_uuid()
@@ -149,7 +163,8 @@ class ChainOperations(ChangedBlocks):
                 base_copy = _base_copy(source, base)
                 made = _made(source, uuid, is_snapshot) if child else source
                 if child:
-                    made = replace(made, cbt_enabled=tracked)
+                    known = {**made.other_config, **(marks or {})}
+                    made = replace(made, cbt_enabled=tracked, other_config=known)
                 fork = Fork(
                     repository.directory,
                     lease,

@@ -236,13 +236,24 @@ _FORK_ERRORS: Final = (
 _DRIVER_PARAMS: Final = Parameter("driver_params", STRING_MAP, "not used", default={})
 
 
-def _fork(name: str, doc: str, vdi: str) -> Callable[[Run], Message]:
+_MARKS: Final = Parameter(
+    "driver_params",
+    STRING_MAP,
+    "keys that the snapshot has in its other_config from its first moment on, by which whoever lost the "
+    "answer finds it",
+    default={},
+)
+
+
+def _fork(
+    name: str, doc: str, vdi: str, driver_params: Parameter = _DRIVER_PARAMS
+) -> Callable[[Run], Message]:
     """A message that makes a VDI which shares its bytes with `vdi`, of which it says what that may be."""
     return message(
         name,
         doc,
         Parameter("vdi", Reference("VDI"), vdi),
-        _DRIVER_PARAMS,
+        driver_params,
         result=Reference("VDI"),
         role=Role.VM_ADMIN,
         errors=_FORK_ERRORS,
@@ -253,10 +264,13 @@ def _fork(name: str, doc: str, vdi: str) -> Callable[[Run], Message]:
     "snapshot",
     "Keep the VDI as it is now, as a read-only VDI. Nobody may be writing; who reads is not disturbed.",
     "the VDI",
+    _MARKS,
 )
-async def snapshot(call: Call, vdi: str, _driver_params: dict[str, str]) -> str:
+async def snapshot(call: Call, vdi: str, driver_params: dict[str, str]) -> str:
     with call.operating(_sr_of(call, vdi), "vdi_snapshot"):
-        return await call.estate.inventory.vdi_snapshot(vdi, who=call.who, task=call.task)
+        return await call.estate.inventory.vdi_snapshot(
+            vdi, who=call.who, task=call.task, marks=driver_params
+        )
 
 
 @_fork(

@@ -42,8 +42,9 @@ _CREATOR: Final = b"win "
 _CREATOR_VERSION: Final = 0x000A0000
 _CREATOR_OS: Final = b"Wi2k"
 _NAMES: Final = uuid.UUID("5d1f3c1e-8a64-5b0e-9d57-2f0c6f1f7a11")
-_BITMAP: Final = b"\xff" * (BLOCK_SIZE // SECTOR // 8)
-_BLOCK_SECTORS: Final = (len(_BITMAP) + BLOCK_SIZE) // SECTOR
+BLOCK_PREFIX: Final = b"\xff" * (BLOCK_SIZE // SECTOR // 8)
+"""The bitmap before each block: all of its sectors are there."""
+_BLOCK_SECTORS: Final = (len(BLOCK_PREFIX) + BLOCK_SIZE) // SECTOR
 _METADATA_END: Final = FOOTER_SIZE + HEADER_SIZE
 _TABLE_PIECE: Final = 64 << 10  # bytes
 
@@ -68,7 +69,18 @@ def vhd_layout(
 
     The size is the disk's, rounded up to 512 bytes. Raises ImageTooLarge over 2040 GiB.
     """
-    size = round_up_to_sector(disk.size)
+    head, footer = vhd_frame(disk.size, blocks, unique_id, parent)
+    return Layout([*head, DiskBlocks(disk, blocks, BLOCK_SIZE, BLOCK_PREFIX), footer])
+
+
+def vhd_frame(
+    disk_size: int, blocks: "array[int]", unique_id: uuid.UUID, parent: VhdParent | None = None
+) -> tuple[list[Literal | Computed], Literal]:
+    """What comes before the blocks, and what behind; each block stands behind BLOCK_PREFIX.
+
+    Raises as vhd_layout.
+    """
+    size = round_up_to_sector(disk_size)
     check_virtual_size(size, f"VHD {unique_id}")
     footer = Footer(
         current_size=size,
@@ -100,14 +112,11 @@ def vhd_layout(
         locators=(*locators, *[ParentLocator()] * (LOCATORS - len(locators))),
     )
     table = _Table(blocks, entries, header.table_end // SECTOR)
-    return Layout(
-        [
-            Literal(footer + header.pack() + named),
-            Computed(header.table_end - header.table_offset, _TABLE_PIECE, table.piece),
-            DiskBlocks(disk, blocks, BLOCK_SIZE, _BITMAP),
-            Literal(footer),
-        ]
-    )
+    head: list[Literal | Computed] = [
+        Literal(footer + header.pack() + named),
+        Computed(header.table_end - header.table_offset, _TABLE_PIECE, table.piece),
+    ]
+    return head, Literal(footer)
 
 
 @dataclass(frozen=True, slots=True)
