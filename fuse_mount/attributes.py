@@ -70,11 +70,11 @@ class Attributes:
         self._partitions[node] = partitions
 
     def of(self, inode: int) -> EntryAttributes:
-        """FUSEError ENOENT if there is nothing any more."""
+        """FUSEError ESTALE or ENOENT if there is nothing any more."""
         try:
             node, place = self._tree.find(inode)
         except KeyError:
-            raise FUSEError(errno.ENOENT) from None
+            raise FUSEError(errno.ESTALE) from None
         told = EntryAttributes()
         told.st_ino = inode
         told.st_uid = self._access.user

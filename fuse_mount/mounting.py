@@ -34,7 +34,7 @@ DEVICE: Final = "/dev/fuse"
 FUSE_CONFIGURATION: Final = "/etc/fuse.conf"
 
 FIRST_RETRY_SECONDS: Final = 0.1
-SLOWEST_RETRY_SECONDS: Final = 5.0
+SLOWEST_RETRY_SECONDS: Final = 1.0
 ENDING_SECONDS: Final = 20.0
 """How long requests that have begun may take to end; an open waits up to 10 s."""
 
@@ -127,7 +127,7 @@ def _clean(mounted: Mounted) -> None:
     """Take away a mount of ours that has died; MountRefused for any other."""
     directory = mounted.directory
     try:
-        os.stat(directory)
+        os.statvfs(directory)  # what stat() says the kernel may still remember
     except OSError as error:
         dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     else:

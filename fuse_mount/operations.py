@@ -167,6 +167,7 @@ class VdiOperations(Operations):
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         found = self._find(parent_inode)
+        self._must_be_there(found)
         if found.place == Place.PARTITIONS:
             inode = await self._partition(found, name)
         else:
@@ -226,7 +227,17 @@ class VdiOperations(Operations):
         try:
             return self._tree.find(inode)
         except KeyError:
-            raise FUSEError(errno.ENOENT) from None
+            raise FUSEError(errno.ESTALE) from None
+
+    @staticmethod
+    def _must_be_there(found: Found) -> None:
+        """Of what has gone nothing is found or opened any more.
+
+        With ESTALE the kernel walks the path anew and asks for each name: what came in its place is found
+        at once, and not when the kernel stops believing in the name.
+        """
+        if found.node is not None and found.node.gone:
+            raise FUSEError(errno.ESTALE)
 
     @staticmethod
     def _is_disk(place: int) -> bool:
@@ -275,6 +286,7 @@ class VdiOperations(Operations):
 
     async def _entries(self, inode: int) -> list[tuple[bytes, int]]:
         found = self._find(inode)
+        self._must_be_there(found)
         if found.place != Place.PARTITIONS:
             return self._tree.entries(inode)
         node, partitions = await self._partitions_of(found)
@@ -297,8 +309,6 @@ class VdiOperations(Operations):
         """The partitions by their numbers. Takes a lease if the disk was not looked at since it changed."""
         node = found.node
         assert isinstance(node, VdiNode)
-        if node.gone:
-            raise FUSEError(errno.ENOENT)
         known = {
             each.number: each
             for each in await self._partitions.of(node.vdi.uuid)
@@ -320,11 +330,10 @@ class VdiOperations(Operations):
         if write and not self._is_disk(place):
             raise FUSEError(errno.EPERM)
         file: OpenFile
+        self._must_be_there(found)
         if place == Place.RECORD:
             file = _Document(node.document)
         else:
-            if node.gone:
-                raise FUSEError(errno.ENOENT)
             file = await self._disks.open(node.vdi.uuid, await self._part(found), write=write)
         self._last_handle += 1
         handle = self._last_handle

@@ -35,6 +35,11 @@ STANDARD_LIBRARY_ROOMS = {"images", "access.client", "nbd_plugin"}
 BESIDE_IMAGES = {"nbd_plugin": {"access.client", "images"}, "access.client": {"images"}, "images": set[str]()}
 
 
+# The mount is a process without the gateway's rooms: what they do, it asks for at the sockets.
+OF_THE_MOUNT = {"access.client", "images", "fuse_mount"}
+BESIDE_THE_MOUNT = {"pyfuse3", "structlog", "trio"}
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -111,4 +116,18 @@ def test_the_bottom_imports_images_and_the_standard_library_alone(path: Path) ->
             allowed = top in sys.stdlib_module_names or (room == "nbd_plugin" and top == "nbdkit")
         if not allowed:
             wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {imported}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fuse_mount").rglob("*.py")), ids=module_name)
+def test_the_mount_does_not_load_the_gateway(path: Path) -> None:
+    wrong = []
+    for line, imported in imports_of(path):
+        top = imported.partition(".")[0]
+        if top in PACKAGES:
+            allowed = imported in PACKAGES or room_of(imported) in OF_THE_MOUNT
+        else:
+            allowed = top in sys.stdlib_module_names or top in BESIDE_THE_MOUNT
+        if not allowed:
+            wrong.append(f"{path.relative_to(ROOT)}:{line}: {imported}")
     assert wrong == []

@@ -24,10 +24,10 @@ SR = Sr("sr", "00000000-0000-4000-8000-000000000000", "disks")
 
 
 def generated(count: int) -> list[Vdi]:
-    """VDIs of which every third has the name of another one, and every fifth is a snapshot of the first."""
+    """VDIs: each third has a name of its own, the others share in pairs; each fifth is a snapshot."""
     vdis = []
     for number in range(count):
-        name = f"disk {number // 3 * 3 if number % 3 else number}"
+        name = f"disk {number // 3 * 3 + bool(number % 3)}"
         above = "vdi 0" if number and number % 5 == 0 else ""
         record = json.dumps({"name_label": name, "uuid": str(number), "other_config": {"a": "b"}}).encode()
         vdis.append(

@@ -202,8 +202,8 @@ async def test_a_partition_that_is_not_there_is_not_found(house: House, name: by
 async def test_names_that_are_not_there_and_inodes_of_nothing_are_not_found(house: House) -> None:
     assert await code_of(house.operations.lookup(ROOT_INODE, b"nothing", CONTEXT)) == errno.ENOENT
     for inode in (7, 1 << 40, (1 << 63) + 1):
-        assert await code_of(house.operations.getattr(inode, CONTEXT)) == errno.ENOENT
-        assert await code_of(house.operations.open(inode, os.O_RDONLY, CONTEXT)) == errno.ENOENT
+        assert await code_of(house.operations.getattr(inode, CONTEXT)) == errno.ESTALE
+        assert await code_of(house.operations.open(inode, os.O_RDONLY, CONTEXT)) == errno.ESTALE
 
 
 async def test_lookups_are_counted_and_forgotten(house: House) -> None:
@@ -380,9 +380,15 @@ async def test_a_failure_is_told_in_the_log_with_its_disk_and_not_again_and_agai
 
 async def test_a_disk_that_has_gone_is_not_opened_and_what_was_open_goes_on(house: House) -> None:
     inode = await house.inode("disks/web/disk.raw")
+    directory = await house.inode("disks/web")
     handle = await house.open("disks/web/disk.raw")
     house.tree.apply(Changes({"disk": None}, {}, frozenset({"sr"})))
-    assert await code_of(house.operations.open(inode, os.O_RDONLY, CONTEXT)) == errno.ENOENT
+    for call in (
+        house.operations.open(inode, os.O_RDONLY, CONTEXT),
+        house.operations.opendir(directory, CONTEXT),
+        house.operations.lookup(directory, b"disk.raw", CONTEXT),
+    ):
+        assert await code_of(call) == errno.ESTALE
     assert await house.operations.read(handle, 0, 2) == b"xx"
     told = await house.operations.getattr(inode, CONTEXT)
     assert (told.st_nlink, told.st_size) == (0, 8 * MIB)
