@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -107,16 +108,14 @@ class Disks:
         self._wait: Final = wait_seconds
         self._current: dict[str, _Held] = {}  # what a new file of a VDI can share
         self._all: dict[_Held, None] = {}
+        self._held: dict[str, str] = {}
+        self.held: Final[Mapping[str, str]] = MappingProxyType(self._held)
+        """What is leased at any time, by the VDIs' uuids: "reading" or "writing"."""
         self._buffers = Buffers()
         self._opens = trio.CapacityLimiter(_OPENS_AT_A_TIME)
         self._closes = trio.CapacityLimiter(_OPENS_AT_A_TIME)  # an open may wait for one
         self._threads = trio.CapacityLimiter(_READS_AT_A_TIME)
         self._closed = False
-
-    @property
-    def held(self) -> Mapping[str, str]:
-        """What is leased now, by the VDIs' uuids: "reading" or "writing"."""
-        return {held.vdi: "writing" if held.write else "reading" for held in self._all}
 
     async def open(self, vdi: str, part: Part | Window, *, write: bool) -> OpenFile:
         """Open a file of the VDI with this uuid.
@@ -208,6 +207,7 @@ class Disks:
             if held is None or held.is_revoked:
                 held = self._current[vdi] = _Held(vdi, write)
                 self._all[held] = None
+                self._note(vdi)
                 await self._begin(held)
                 return held
             if held.ending or (write and not held.write) or (alone and held.write):
@@ -287,6 +287,15 @@ class Disks:
     def _forget(self, held: _Held) -> None:
         self._retire(held)
         self._all.pop(held, None)
+        self._note(held.vdi)
+
+    def _note(self, vdi: str) -> None:
+        """Have `held` say what is; one VDI may be read by more than one lease."""
+        writes = [held.write for held in self._all if held.vdi == vdi]
+        if writes:
+            self._held[vdi] = "writing" if any(writes) else "reading"
+        else:
+            self._held.pop(vdi, None)
 
     async def _let_go(self, held: _Held) -> None:
         """One use less; with the last the lease ends. Raises what the last flush does."""

@@ -34,6 +34,7 @@ LARGEST_WINDOW: Final = 2 << 20
 NEVER: Final = 1 << 63
 
 _IN_ORDER: Final = 1 << 20  # bytes; several requests of one reader may overtake each other
+_ADVISED_BYTES: Final = 128 << 10  # of more the kernel reads the beginning, as long as one request may be
 _REMEMBERED: Final = 1024  # windows, 64 MiB
 _MEMORY: Final = frozenset({0x01021994, 0x858458F6})  # statfs(2): tmpfs, ramfs
 
@@ -247,7 +248,7 @@ class DiskReads:
             if isinstance(segment, Hole):
                 continue
             if scratch is None:
-                os.posix_fadvise(segment.fd, segment.offset, segment.length, os.POSIX_FADV_WILLNEED)
+                begin_to_read(segment)
                 continue
             for at in range(0, segment.length, WINDOW_BYTES):
                 piece = min(WINDOW_BYTES, segment.length - at)
@@ -274,6 +275,13 @@ class DiskReads:
             lately.move_to_end(number)
         while len(lately) > _REMEMBERED:
             lately.popitem(last=False)
+
+
+def begin_to_read(run: FileRange) -> None:
+    """Have the kernel read a part of a file, without waiting for it. Raises OSError."""
+    for at in range(0, run.length, _ADVISED_BYTES):
+        piece = min(_ADVISED_BYTES, run.length - at)
+        os.posix_fadvise(run.fd, run.offset + at, piece, os.POSIX_FADV_WILLNEED)
 
 
 def how_at_hand(fd: int) -> AtHand:

@@ -8,14 +8,15 @@ after the lease was granted, and told which file it was of.
 import errno
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from fuse_mount.reading import DiskReads
+from fuse_mount.reading import LARGEST_READ, LARGEST_WINDOW, DiskReads, begin_to_read
 from gateway.access.client import AccessDisk
 from gateway.images.allocation import stored_blocks
 from gateway.images.disk import FileRange, Hole, Literal
-from gateway.images.errors import CorruptImage
+from gateway.images.errors import CorruptImage, ImageError
 from gateway.images.export_layout import SparseFormat, sparse_layout
 from gateway.images.files import Buffer
 from gateway.images.layout import Gather, Layout
@@ -34,13 +35,15 @@ class SynthesisedFile:
         self._layout = layout
         self._reads = reads
         self._close: Callable[[], Awaitable[None]] | None = close
+        self._next = self.size + LARGEST_WINDOW  # one read alone is in no order
+        self._ahead = 0
 
     async def read(self, offset: int, length: int) -> memoryview:
         """The bytes at `offset`, from a worker thread."""
         length = max(0, min(length, self.size - offset))
         if not length:
             return memoryview(b"")
-        return await self._reads.in_thread(length, partial(self._fill, offset))
+        return await self._reads.in_thread(length, partial(self._fill, offset, self._fetched(offset, length)))
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Never."""
@@ -58,8 +61,24 @@ class SynthesisedFile:
     def end(self) -> None:
         """Nothing is read any more; reads in threads are refused already."""
 
-    def _fill(self, offset: int, buffer: memoryview) -> None:
-        self._disk.look(lambda _: read_layout(self._layout, buffer, offset))
+    def _fetched(self, offset: int, length: int) -> tuple[int, int]:
+        """The bytes [start, stop) that the kernel should read, because this is read in order."""
+        in_order, self._next = abs(offset - self._next) <= LARGEST_READ, offset + length
+        if not in_order:
+            self._ahead = 0
+        elif self._next + LARGEST_WINDOW // 2 > self._ahead:
+            start = max(self._ahead, offset)
+            self._ahead = min(self._next + LARGEST_WINDOW, self.size)
+            return start, self._ahead
+        return 0, 0
+
+    def _fill(self, offset: int, ahead: tuple[int, int], buffer: memoryview) -> None:
+        def read(_: object) -> None:
+            with suppress(OSError, ImageError):  # nobody has asked for that
+                _fetch(self._layout, *ahead)
+            read_layout(self._layout, buffer, offset)
+
+        self._disk.look(read)
         self._disk.bytes_read += len(buffer)
 
 
@@ -89,6 +108,19 @@ def read_layout(layout: Layout, buffer: memoryview, offset: int) -> None:
                 except EOFError as error:
                     raise OSError(errno.EIO, str(error)) from error
         done += segment.length
+
+
+def _fetch(layout: Layout, start: int, stop: int) -> None:
+    for segment in layout.segments(start, stop):
+        match segment:
+            case FileRange():
+                begin_to_read(segment)
+            case Gather():
+                for piece in segment.pieces:
+                    if isinstance(piece, FileRange):
+                        begin_to_read(piece)
+            case _:
+                pass
 
 
 def _read_file(segment: FileRange, part: memoryview) -> None:
