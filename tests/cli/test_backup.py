@@ -16,8 +16,8 @@ def disk(house: RunningGateway, tmp_path: Path) -> BackedUpDisk:
     return BackedUpDisk(house, tmp_path)
 
 
-def exported(house: RunningGateway, uuid: str, out: Path) -> bytes:
-    assert house.command("vdi-export", uuid, str(out), "--quiet", "--force").returncode == 0
+def exported(disk: BackedUpDisk, uuid: str, out: Path) -> bytes:
+    assert disk.command("vdi-export", uuid, str(out), "--quiet", "--force").returncode == 0
     return out.read_bytes()
 
 
@@ -54,30 +54,28 @@ def test_the_checksums_are_those_of_the_files_and_of_what_the_gateway_sends(disk
     assert disk.restore("--verify").returncode == 0
 
 
-def test_a_disk_is_restored_as_a_new_one_or_over_another(
-    house: RunningGateway, disk: BackedUpDisk, tmp_path: Path
-) -> None:
+def test_a_disk_is_restored_as_a_new_one_or_over_another(disk: BackedUpDisk, tmp_path: Path) -> None:
     disk.backed_up()
     disk.write()
     disk.backed_up()
     done = disk.restore("sr=disks", "name=again")
     made = done.stdout.strip()
-    [row] = json.loads(house.command("vdi-list", "--json", f"uuid={made}").stdout)
+    [row] = json.loads(disk.command("vdi-list", "--json", f"uuid={made}").stdout)
     assert (row["name_label"], row["virtual_size"]) == ("again", len(disk.plain))
-    assert exported(house, made, tmp_path / "out") == disk.plain
-    larger = house.command("vdi-create", "larger", str(20 * MIB)).stdout.strip()
+    assert exported(disk, made, tmp_path / "out") == disk.plain
+    larger = disk.command("vdi-create", "larger", str(20 * MIB)).stdout.strip()
     filled = tmp_path / "filled"
     filled.write_bytes(b"x" * 20 * MIB)
-    assert house.command("vdi-import", larger, str(filled)).returncode == 0
+    assert disk.command("vdi-import", larger, str(filled)).returncode == 0
     assert disk.restore("generation=1", f"vdi={larger}", "--quiet").stderr == ""
-    assert exported(house, larger, tmp_path / "out") == disk.kept[1] + bytes(4 * MIB)
-    smaller = house.command("vdi-create", "smaller", str(4 * MIB)).stdout.strip()
+    assert exported(disk, larger, tmp_path / "out") == disk.kept[1] + bytes(4 * MIB)
+    smaller = disk.command("vdi-create", "smaller", str(4 * MIB)).stdout.strip()
     assert "vdi-resize" in error(disk.restore(f"vdi={smaller}"))
 
 
-def test_a_disk_that_grew_goes_on(house: RunningGateway, disk: BackedUpDisk) -> None:
+def test_a_disk_that_grew_goes_on(disk: BackedUpDisk) -> None:
     disk.backed_up()
-    assert house.command("vdi-resize", disk.uuid, str(22 * MIB)).returncode == 0
+    assert disk.command("vdi-resize", disk.uuid, str(22 * MIB)).returncode == 0
     disk.plain += bytes(6 * MIB)
     disk.backed_up()
     disk.plain[21 * MIB : 22 * MIB] = b"y" * MIB
@@ -88,18 +86,18 @@ def test_a_disk_that_grew_goes_on(house: RunningGateway, disk: BackedUpDisk) -> 
     disk.assert_right()
 
 
-def test_snapshots_of_other_people_stay(house: RunningGateway, disk: BackedUpDisk) -> None:
+def test_snapshots_of_other_people_stay(disk: BackedUpDisk) -> None:
     disk.backed_up()
     disk.write()
-    mine = house.command("vdi-snapshot", disk.uuid).stdout.strip()
+    mine = disk.command("vdi-snapshot", disk.uuid).stdout.strip()
     disk.write()
     disk.backed_up()
     disk.write()
     disk.backed_up()
     disk.assert_snapshots(mine)
-    assert house.command("vdi-revert", mine).returncode == 0
+    assert disk.command("vdi-revert", mine).returncode == 0
     before = disk.kept[1]
-    disk.plain[:] = exported(house, disk.uuid, disk.tmp_path / "reverted")
+    disk.plain[:] = exported(disk, disk.uuid, disk.tmp_path / "reverted")
     assert before != disk.plain != disk.kept[2]
     disk.backed_up()
     for number, plain in disk.kept.items():
@@ -135,9 +133,8 @@ def test_what_there_is_can_be_listed(disk: BackedUpDisk) -> None:
 
 
 def test_an_empty_disk_of_2_tib_is_backed_up_and_restored(house: RunningGateway, tmp_path: Path) -> None:
-    disk = BackedUpDisk.__new__(BackedUpDisk)
-    disk.house, disk.tmp_path, disk.directory = house, tmp_path, tmp_path / "backups"
-    disk.uuid = house.command("vdi-create", "huge", "2040GiB").stdout.strip()
+    disk = BackedUpDisk(house, tmp_path)
+    disk.uuid = disk.command("vdi-create", "huge", "2040GiB").stdout.strip()
     assert disk.backup().returncode == 0
     assert disk.backup().returncode == 0
     assert disk.restore("--to", str(tmp_path / "out")).returncode == 0
@@ -147,11 +144,11 @@ def test_an_empty_disk_of_2_tib_is_backed_up_and_restored(house: RunningGateway,
     assert sum(each["file_size"] for each in disk.manifest["generations"]) < 2 * MIB
 
 
-def test_wrong_arguments_are_told(house: RunningGateway, disk: BackedUpDisk, tmp_path: Path) -> None:
+def test_wrong_arguments_are_told(disk: BackedUpDisk, tmp_path: Path) -> None:
     disk.backed_up()
-    other = house.command("vdi-create", "other", "4MiB").stdout.strip()
-    snapshot = house.command("vdi-snapshot", other).stdout.strip()
-    raw = house.command("vdi-create", "raw", "4MiB", "sm-config:image-format=raw").stdout.strip()
+    other = disk.command("vdi-create", "other", "4MiB").stdout.strip()
+    snapshot = disk.command("vdi-snapshot", other).stdout.strip()
+    raw = disk.command("vdi-create", "raw", "4MiB", "sm-config:image-format=raw").stdout.strip()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("dear")
     (tmp_path / "file").write_text("")
@@ -177,7 +174,7 @@ def test_wrong_arguments_are_told(house: RunningGateway, disk: BackedUpDisk, tmp
         (["vdi-restore", str(disk.directory), "--to", str(tmp_path / "no" / "x")], "No such file", 1),
     ]
     for arguments, words, code in cases:
-        assert words in error(house.command(*arguments), code), arguments
+        assert words in error(disk.command(*arguments), code), arguments
     assert disk.restored(1) == disk.plain
 
 
@@ -186,7 +183,7 @@ def test_a_raw_disk_goes_into_a_pipe(disk: BackedUpDisk) -> None:
     command = ["vdi-restore", str(disk.directory), "--to", str(disk.tmp_path / "pipe"), "--quiet"]
     subprocess.run(["mkfifo", disk.tmp_path / "pipe"], check=True)
     reader = subprocess.Popen(["sha256sum", disk.tmp_path / "pipe"], stdout=subprocess.PIPE)
-    assert disk.house.command(*command).returncode == 0
+    assert disk.command(*command).returncode == 0
     told, _ = reader.communicate(timeout=30)
     (disk.tmp_path / "expected").write_bytes(disk.plain)
     done = subprocess.run(["sha256sum", disk.tmp_path / "expected"], capture_output=True, check=True)

@@ -98,7 +98,7 @@ def test_what_was_begun_is_dropped_when_it_does_not_fit_any_more(disk: BackedUpD
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     [begun] = [uuid for uuid, kind in disk.snapshots().items() if kind == "user" and uuid not in known(disk)]
-    assert disk.house.command("vdi-destroy", begun).returncode == 0
+    assert disk.command("vdi-destroy", begun).returncode == 0
     disk.backed_up()
     disk.assert_right()
 
@@ -190,6 +190,6 @@ def test_a_backup_killed_at_each_step_is_put_right_by_the_next_one(
         disk.kept = {each: disk.kept.get(each, bytes(disk.plain)) for each in numbers}
         assert numbers[-1] == number
         disk.assert_right()
-        assert house.command("vdi-destroy", disk.uuid).returncode == 0
+        assert disk.command("vdi-destroy", disk.uuid).returncode == 0
         step += 1
     assert step > 30
