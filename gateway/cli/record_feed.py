@@ -9,6 +9,7 @@ is asked for once more.
 import contextlib
 import http.client
 import socket
+import threading
 from typing import Any, Final
 
 import msgspec
@@ -88,14 +89,18 @@ class RecordFeed:
         self._door = door
         self._user = user
         self._password = password
-        self._connection: _Connection | None = None
+        self._connection = _Connection(door)
         self._token = ""
         # The references that are known, by class, since counts are all that tells of what has gone.
         self._known: dict[str, set[str]] = {name.lower(): set() for name in CLASSES}
         self._attached: dict[str, str] = {}  # SRs by the PBDs that attach them here
         self._session: str | None = None
         self._host = ""
-        self._log_in()
+        try:
+            self._log_in()
+        except BaseException:
+            self._connection.end()
+            raise
 
     @property
     def session(self) -> str | None:
@@ -119,15 +124,13 @@ class RecordFeed:
         return changes
 
     def close(self) -> None:
-        """Log out, on a connection of its own: another thread may be waiting on the other one."""
-        waiting, self._connection = self._connection, None
-        if waiting is not None:
-            waiting.break_off()
+        """Log out. A thread that is waiting is woken: its connection breaks."""
+        self._connection.end()
         if self._session is not None:
-            with contextlib.suppress(OSError, CommandError):
-                self._call("session.logout", self._session)
-        if self._connection is not None:
-            self._connection.close()
+            last = _Connection(self._door)
+            with contextlib.suppress(OSError):
+                last.call("session.logout", self._session)
+            last.end()
 
     def _ask(self, *, anew: bool = False) -> _Batch:
         token = "" if anew else self._token
@@ -171,26 +174,70 @@ class RecordFeed:
         )
 
     def _call(self, method: str, *parameters: Any) -> msgspec.Raw:
-        """The result of one call as JSON."""
-        if self._connection is None:
-            self._connection = _Connection(self._door)
-        connection = self._connection
+        return self._connection.call(method, *parameters)
+
+
+class _Connection:
+    """One connection, opened when it is needed. One thread calls; another one may end it meanwhile."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._guard = threading.Lock()
+        self._http: _HTTPConnection | None = None
+        self._calling = False
+        self._ended = False
+
+    def call(self, method: str, *parameters: Any) -> msgspec.Raw:
+        """The result of one call as JSON. FeedRefused, ConnectionError."""
         body = msgspec.json.encode({"jsonrpc": "2.0", "id": 1, "method": method, "params": parameters})
+        http_connection = self._begin()
         try:
-            connection.request("POST", "/jsonrpc", body, {"Content-Type": "application/json"})
-            answer = msgspec.json.decode(connection.getresponse().read(), type=_Answer)
+            http_connection.request("POST", "/jsonrpc", body, {"Content-Type": "application/json"})
+            if self._ended:  # before there was a socket to shut down
+                raise ConnectionError("the connection was ended")
+            answer = msgspec.json.decode(http_connection.getresponse().read(), type=_Answer)
         except (http.client.HTTPException, OSError, CommandError, msgspec.DecodeError) as error:
-            connection.close()
-            self._connection = None
-            raise ConnectionError(
-                getattr(error, "strerror", None) or str(error) or type(error).__name__
-            ) from error
+            self._finish(broken=True)
+            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise ConnectionError(text) from error
+        except BaseException:
+            self._finish(broken=True)
+            raise
+        self._finish(broken=False)
         if answer.error is not None:
             raise FeedRefused(method, answer.error.message, answer.error.data)
         return answer.result
 
+    def end(self) -> None:
+        """Close it; if a thread waits for an answer, that one closes it, and gets a ConnectionError."""
+        with self._guard:
+            self._ended = True
+            if self._http is None:
+                return
+            if not self._calling:
+                self._http.close()
+            elif self._http.sock is not None:
+                with contextlib.suppress(OSError):
+                    self._http.sock.shutdown(socket.SHUT_RDWR)
 
-class _Connection(http.client.HTTPConnection):
+    def _begin(self) -> "_HTTPConnection":
+        with self._guard:
+            if self._ended:
+                raise ConnectionError("the connection was ended")
+            if self._http is None:
+                self._http = _HTTPConnection(self._door)
+            self._calling = True
+            return self._http
+
+    def _finish(self, *, broken: bool) -> None:
+        with self._guard:
+            self._calling = False
+            if self._http is not None and (broken or self._ended):
+                self._http.close()
+                self._http = None
+
+
+class _HTTPConnection(http.client.HTTPConnection):
     def __init__(self, door: Door) -> None:
         super().__init__(door.host, timeout=ANSWER_SECONDS)
         self._door = door
@@ -198,11 +245,6 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = self._door.open()
         self.sock.settimeout(ANSWER_SECONDS)
-
-    def break_off(self) -> None:
-        """Wake whoever waits for an answer in another thread."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _vdi(event: _Event) -> Vdi:
