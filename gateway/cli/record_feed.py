@@ -193,8 +193,7 @@ class _Connection:
         http_connection = self._begin()
         try:
             http_connection.request("POST", "/jsonrpc", body, {"Content-Type": "application/json"})
-            if self._ended:  # before there was a socket to shut down
-                raise ConnectionError("the connection was ended")
+            self._expect_answer()
             answer = msgspec.json.decode(http_connection.getresponse().read(), type=_Answer)
         except (http.client.HTTPException, OSError, CommandError, msgspec.DecodeError) as error:
             self._finish(broken=True)
@@ -220,10 +219,14 @@ class _Connection:
                 with contextlib.suppress(OSError):
                     self._http.sock.shutdown(socket.SHUT_RDWR)
 
+    def _expect_answer(self) -> None:
+        """ConnectionError if it was ended, maybe before there was a socket to shut down."""
+        if self._ended:
+            raise ConnectionError("the connection was ended")
+
     def _begin(self) -> "_HTTPConnection":
         with self._guard:
-            if self._ended:
-                raise ConnectionError("the connection was ended")
+            self._expect_answer()
             if self._http is None:
                 self._http = _HTTPConnection(self._door)
             self._calling = True
