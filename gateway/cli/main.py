@@ -38,6 +38,7 @@ COMMANDS = {
     "vdi-create": "gateway.cli.vdi:vdi_create",
     "vdi-import": "gateway.cli.transfers:vdi_import",
     "vdi-export": "gateway.cli.transfers:vdi_export",
+    "vdi-deploy": "gateway.cli.deploy:vdi_deploy",
     "vdi-snapshot": "gateway.cli.chains:vdi_snapshot",
     "vdi-clone": "gateway.cli.chains:vdi_clone",
     "vdi-copy": "gateway.cli.copy:vdi_copy",

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cyclopts import App
     from cyclopts.argument import Argument
 
-_WORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?::([^=\s]+))?=(.*)", re.DOTALL)
+# A URL may have a = in its query, and http: is no map.
+_WORD: Final = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)(?::(?!//)([^=\s]+))?=(.*)", re.DOTALL)
 
 
 def translated(app: "App", arguments: Sequence[str]) -> list[str]:

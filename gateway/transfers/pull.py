@@ -16,7 +16,8 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 from gateway.core.errors import XenAPIError
-from gateway.transfers.pull_connection import LEAST_BYTES, Answer, Broken, Client, Unreachable
+from gateway.transfers.pull_connection import LEAST_BYTES, Answer, Client
+from gateway.transfers.pull_socket import Broken, Unreachable
 from gateway.transfers.pull_source import ImageURL
 
 ALGORITHMS: Final = {"sha256": 64, "sha512": 128}

@@ -1,36 +1,28 @@
 """One answer of an HTTP server, fetched by a worker thread that can be woken at any time.
 
-h11 reads what is HTTP; the sockets are our own, because the address that was checked has to be the one that
-is connected to, and because a thread that waits has to hear of a cancellation: everything waits with poll()
-on the socket and on an eventfd. Bytes of a body of known length go straight from the socket into the
-caller's buffer.
+h11 reads what is HTTP. Bytes of a body of known length go straight from the socket into the caller's buffer.
 
 The trap: a server may send a byte now and then and so hold a transfer for ever. What counts is therefore
 not silence: in as much waiting as the patience allows, a good piece has to come.
 """
 
-import errno
-import ipaddress
-import os
 import select
 import socket
 import ssl
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 import h11
 
 from gateway.core.errors import XenAPIError
-from gateway.transfers.body import TransferAborted
-from gateway.transfers.pull_source import ImageURL, IPAddress, PullRules, WrongURL
+from gateway.transfers.pull_socket import Broken, Interrupt, Patience, open_socket
+from gateway.transfers.pull_source import ImageURL, PullRules, WrongURL
 
 MOST_REDIRECTS: Final = 5
 # In `Patience.idle` seconds of waiting so much has to come.
 LEAST_BYTES: Final = 64 << 10
-_MOST_ADDRESSES: Final = 8
 _MOST_INFORMATION: Final = 16
 _HEAD_BYTES: Final = 64 << 10
 _PIECE_BYTES: Final = 256 << 10
@@ -38,64 +30,6 @@ _PIECE_BYTES: Final = 256 << 10
 _LOOK_SECONDS: Final = 0.25
 _REDIRECTIONS: Final = frozenset({301, 302, 303, 307, 308})
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-# A family of addresses, and what connect() takes of one.
-_Place = tuple[int, tuple[Any, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds: to find and reach a server, without a good piece of an answer, before each new attempt."""
-
-    connect: float = 12.0
-    idle: float = 60.0
-    pauses: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
-
-
-class Broken(Exception):  # noqa: N818  a state of the transfer
-    """An attempt failed, and another may succeed; `error` is what to say if none does."""
-
-    def __init__(self, error: XenAPIError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class Unreachable(Broken):
-    """Nobody answers there at all."""
-
-
-class Interrupt:
-    """What wakes the thread of one transfer, from any other one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._aborted = False
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def abort(self) -> None:
-        """The wait of the thread and all later ones raise TransferAborted."""
-        with self._lock:
-            self._aborted = True
-            if self._fd >= 0:
-                os.eventfd_write(self._fd, 1)
-
-    def close(self) -> None:
-        """The thread has ended."""
-        with self._lock:
-            fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def wait(self, fd: int | None, events: int, seconds: float) -> bool:
-        """Until the descriptor is ready (True) or `seconds` have passed (False). Raises TransferAborted."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        if fd is not None:
-            poll.register(fd, events)
-        ready = poll.poll(max(0.0, seconds) * 1000)
-        if self._aborted:
-            raise TransferAborted
-        return bool(ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,125 +110,10 @@ class Answer:
 
     def ask(self, headers: dict[str, str]) -> None:
         """Connect, send the request and read the head of the answer. Raises as Client.get."""
-        self._socket = self._connect()
-        if self.url.scheme == "https":
-            self._encrypt()
+        client = self._client
+        self._socket = open_socket(self.url, client.rules, client.patience, client.interrupt)
         self._send(headers)
         self._read_head()
-
-    def _connect(self) -> socket.socket:
-        url, until = self.url, monotonic() + self._client.patience.connect
-        permitted: list[_Place] = []
-        objection: XenAPIError | None = None
-        for family, place in self._addresses():
-            address = _address_of(place)
-            kind = self._client.rules.objection(url.host, address)
-            if kind is None:
-                permitted.append((family, place))
-            else:
-                objection = XenAPIError("PULL_ERROR_ADDRESS_REFUSED", str(url), str(address), kind)
-        if not permitted:
-            assert objection is not None
-            raise objection
-        why = ""
-        for number, (family, place) in enumerate(permitted[:_MOST_ADDRESSES]):
-            # The first ones must not take the time of those that would answer.
-            left = max(0.0, until - monotonic()) / min(2, len(permitted) - number)
-            try:
-                return self._connect_to(family, place, left)
-            except OSError as error:
-                why = error.strerror or str(error)
-        raise self._unreachable(why)
-
-    def _unreachable(self, why: str) -> Unreachable:
-        return Unreachable(XenAPIError("PULL_ERROR_UNREACHABLE", str(self.url), why))
-
-    def _addresses(self) -> list[_Place]:
-        """What the host's name stands for. The resolver can't be woken, so it has a thread to hang in."""
-        host, port = self.url.host, self.url.port
-        found: list[_Place] = []
-        failed: list[OSError | UnicodeError] = []
-        done, tell = os.pipe2(os.O_CLOEXEC)
-
-        def resolve() -> None:
-            try:
-                answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                found.extend((int(family), tuple(place)) for family, _, _, _, place in answers)
-            except (OSError, UnicodeError) as error:
-                failed.append(error)
-            finally:
-                os.close(tell)
-
-        threading.Thread(target=resolve, name="resolver", daemon=True).start()
-        try:
-            told = self._client.interrupt.wait(done, select.POLLIN, self._client.patience.connect)
-        finally:
-            os.close(done)
-        if not told:
-            raise self._unreachable("its name could not be resolved in time")
-        if failed or not found:
-            why = getattr(failed[0], "strerror", None) if failed else None
-            raise self._unreachable(f"its name can't be resolved: {why or 'it has no address'}")
-        return found
-
-    def _connect_to(self, family: int, place: tuple[Any, ...], seconds: float) -> socket.socket:
-        """A connection to this very address. Raises OSError, TransferAborted."""
-        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            code = made.connect_ex(place)
-            if code == errno.EINPROGRESS:
-                answered = self._client.interrupt.wait(made.fileno(), select.POLLOUT, seconds)
-                code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if answered else errno.ETIMEDOUT
-        except BaseException:
-            made.close()
-            raise
-        if code:
-            made.close()
-            raise OSError(code, os.strerror(code))
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return made
-
-    def _encrypt(self) -> None:
-        context = ssl.create_default_context()
-        authorities = self._client.rules.authorities
-        if authorities:
-            try:
-                context.load_verify_locations(authorities)
-            except (OSError, ssl.SSLError) as error:
-                why = f"{authorities} can't be used: {getattr(error, 'strerror', None) or error}"
-                raise XenAPIError("PULL_ERROR_CERTIFICATE", self.url.host, why) from error
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        # The end of a body without a length must be told, or a cut would be taken for it.
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
-        assert self._socket is not None
-        try:
-            encrypted = context.wrap_socket(
-                self._socket,
-                server_hostname=self.url.host,
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,
-            )
-        except (OSError, ValueError) as error:
-            raise self._broken(str(error)) from error
-        self._socket = encrypted
-        until = monotonic() + self._client.patience.connect
-        while True:
-            try:
-                encrypted.do_handshake()
-            except ssl.SSLWantReadError:
-                events = select.POLLIN
-            except ssl.SSLWantWriteError:
-                events = select.POLLOUT
-            except ssl.SSLCertVerificationError as error:
-                raise XenAPIError("PULL_ERROR_CERTIFICATE", self.url.host, error.verify_message) from error
-            except (ssl.SSLError, OSError) as error:
-                why = f"TLS can't be begun: {getattr(error, 'reason', None) or error.strerror or error}"
-                raise self._unreachable(why) from error
-            else:
-                return
-            if not self._client.interrupt.wait(encrypted.fileno(), events, until - monotonic()):
-                raise self._unreachable("TLS was not begun in time; is it http://?")
 
     def _wait_until(self, events: int, until: float) -> None:
         assert self._socket is not None
@@ -465,10 +284,6 @@ class Answer:
             self._low_water = count
             with suppress(OSError):  # a socket that is gone says so to the next recv
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-
-
-def _address_of(place: tuple[Any, ...]) -> IPAddress:
-    return ipaddress.ip_address(str(place[0]).partition("%")[0])
 
 
 def _said(error: OSError) -> str:

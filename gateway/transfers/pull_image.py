@@ -26,7 +26,8 @@ from gateway.transfers.decompressed import COMPRESSION_BYTES, Decompressed, comp
 from gateway.transfers.formats import BodyFormat, corrupt_image
 from gateway.transfers.import_disk import IntoSR, Sent, fill_target
 from gateway.transfers.pull import ALGORITHMS, Checksum, Pull
-from gateway.transfers.pull_connection import Client, Interrupt, Patience
+from gateway.transfers.pull_connection import Client
+from gateway.transfers.pull_socket import Interrupt, Patience
 from gateway.transfers.pull_source import ImageURL
 from gateway.transfers.thread import run_abortable
 

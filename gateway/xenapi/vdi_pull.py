@@ -13,8 +13,8 @@ from gateway.core.roles import Role
 from gateway.transfers.formats import BodyFormat, body_format
 from gateway.transfers.import_disk import NEW_NAME
 from gateway.transfers.pull import Checksum
-from gateway.transfers.pull_connection import Patience
 from gateway.transfers.pull_image import FORMATS, Order, Terms, pull_image
+from gateway.transfers.pull_socket import Patience
 from gateway.transfers.pull_source import ImageURL, WrongURL
 from gateway.xenapi.messages import Call, Parameter, message
 from gateway.xenapi.types import BOOL, STRING, Reference

@@ -16,7 +16,8 @@ import trustme
 from gateway.core.errors import XenAPIError
 from gateway.transfers.body import TransferAborted
 from gateway.transfers.pull import Checksum, Pull
-from gateway.transfers.pull_connection import Client, Interrupt, Patience
+from gateway.transfers.pull_connection import Client
+from gateway.transfers.pull_socket import Interrupt, Patience
 from gateway.transfers.pull_source import ImageURL, PullRules
 from tests.transfers.pull_server import LOOPBACK, Connection, Handler, Request, file_of, serving
 
@@ -323,9 +324,7 @@ def test_a_redirection_to_something_else_is_refused(location: str) -> None:
         assert refusal(server.url).code == "PULL_ERROR_REDIRECT"
 
 
-@pytest.mark.parametrize(
-    "place", ["10.1.2.3", "169.254.169.254", "[::1]", "[::ffff:7f00:1]", "127.0.0.2"]
-)
+@pytest.mark.parametrize("place", ["10.1.2.3", "169.254.169.254", "[::1]", "[::ffff:7f00:1]", "127.0.0.2"])
 def test_each_redirection_is_held_against_the_rules(place: str) -> None:
     with serving(redirect(f"http://{place}:9/latest/meta-data/")) as server:
         error = refusal(server.url)

@@ -19,8 +19,8 @@ from gateway.core.task import Operation
 from gateway.repository.inventory import Inventory
 from gateway.transfers.formats import BodyFormat
 from gateway.transfers.pull import Checksum
-from gateway.transfers.pull_connection import Patience
 from gateway.transfers.pull_image import Order, Terms, checksums_in, pull_image
+from gateway.transfers.pull_socket import Patience
 from gateway.transfers.pull_source import ImageURL, PullRules
 from tests.images.disks import qemu_compare
 from tests.repository.test_snapshots import write
