@@ -225,10 +225,12 @@ class FileTarget(ExportTarget):
         return ""
 
     def close(self) -> None:
-        if not self.offset and not os.path.exists(self._note):
+        # Nobody can go on with it without a note. It may be what fills the disk, so that there is none.
+        if not os.path.exists(self._note):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._fd), os.stat(self._part)):
                     os.unlink(self._part)
+                    os.unlink(f"{self._note}.new")
         os.close(self._fd)
 
     def _recall(self) -> None:

@@ -133,6 +133,28 @@ def test_a_file_that_can_not_grow_ends_a_backup_with_one_sentence(disk: BackedUp
     disk.assert_right()
 
 
+def test_a_full_disk_ends_a_backup_with_one_sentence_and_is_not_full_afterwards(
+    disk: BackedUpDisk, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        disk.directory = small / "backups"
+        disk.put(bytes(disk.plain))
+        (small / "others").write_bytes(bytes(8 * MIB))
+        assert "No space left on device" in error(disk.backup())
+        assert {path.name for path in disk.directory.iterdir()} == {"lock", "manifest.json"}
+        (small / "others").unlink()
+        disk.kept = {}
+        disk.backed_up()
+        assert disk.restored(1) == disk.plain
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def killed_at(step: int, disk: BackedUpDisk, *arguments: str) -> bool:
     """Whether a backup that was to be killed at this step came to it."""
     environment = {**os.environ, "VDI_GATEWAY_STATE_DIR": str(disk.house.state_dir)}
