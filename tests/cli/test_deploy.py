@@ -101,7 +101,7 @@ class Site:
             command = ["qemu-img", "convert", "-f", "raw", "-O", form, *more, str(raw)]
             subprocess.run([*command, str(self.files / name)], check=True)
         # As an image of its own, which no other test fetches.
-        command = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", str(raw)]
+        command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=128k", str(raw)]
         subprocess.run([*command, str(self.files / "gold.qcow2")], check=True)
         for tool in ("xz -k1", "zstd -qk"):
             subprocess.run([*tool.split(), str(raw)], check=True)
