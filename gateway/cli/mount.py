@@ -6,6 +6,7 @@ runs in it that a fork would break: threads, trio, connections.
 """
 
 import os
+import resource
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 LOG_FILE: Final = "mount.log"
 """Where a mount in the background logs, in the state directory."""
+
+MOST_DESCRIPTORS: Final = 65536
 
 
 def mount(
@@ -102,11 +105,14 @@ class _Wanted:
 def _announce(wanted: _Wanted, path: str, how: str) -> None:
     """The one line on stdout."""
     writable = "writable" if wanted.writable else "read-only"
-    sys.stdout.write(
+    line = (
         f"the gateway on {wanted.state.path} is mounted on {path}, {writable};"
         f" {how}`fusermount3 -u {shlex.quote(path)}` unmounts it\n"
     )
-    sys.stdout.flush()
+    # A path may be no UTF-8. That nobody reads the line is no reason to end the mount.
+    with suppress(OSError):
+        sys.stdout.write(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        sys.stdout.flush()
 
 
 def _serve(wanted: _Wanted, mounted: Callable[[str], None]) -> int:
@@ -131,6 +137,7 @@ def _serve(wanted: _Wanted, mounted: Callable[[str], None]) -> int:
     from gateway.core import log  # noqa: PLC0415
 
     log.configure()
+    _allow_descriptors()
     try:
         path = mounting.claim(wanted.directory)
         mounting.check_machine(others=wanted.others)
@@ -154,6 +161,14 @@ def _serve(wanted: _Wanted, mounted: Callable[[str], None]) -> int:
             feed.close()
     except mounting.MountRefused as refused:
         raise CommandError(str(refused)) from None
+
+
+def _allow_descriptors() -> None:
+    """Each open VDI takes as many as its chain has files, and two; 1,024 is a shell's habit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else MOST_DESCRIPTORS
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _feed(wanted: _Wanted) -> "RecordFeed":
@@ -198,14 +213,14 @@ def _in_background(wanted: _Wanted) -> int:
     told, telling = os.pipe()
     if os.fork():
         os.close(telling)
-        with open(told, encoding="utf-8") as answer:
+        with open(told, encoding="utf-8", errors="surrogateescape") as answer:
             path, _, reason = answer.read().partition("\0")
         if path:
             _announce(wanted, path, "")
             return 0
         raise CommandError(reason or f"the process ended before it had mounted; see {log_file}")
     os.close(told)
-    with open(telling, "w", encoding="utf-8") as answer:
+    with open(telling, "w", encoding="utf-8", errors="surrogateescape") as answer:
 
         def tell(path: str, reason: str = "") -> None:
             with suppress(OSError):  # Ctrl-C: nobody waits for it any more.

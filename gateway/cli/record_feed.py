@@ -124,12 +124,13 @@ class RecordFeed:
         return changes
 
     def close(self) -> None:
-        """Log out. A thread that is waiting is woken: its connection breaks."""
+        """Log out, once. A thread that is waiting is woken: its connection breaks."""
         self._connection.end()
-        if self._session is not None:
+        session, self._session = self._session, None
+        if session is not None:
             last = _Connection(self._door)
             with contextlib.suppress(OSError):
-                last.call("session.logout", self._session)
+                last.call("session.logout", session)
             last.end()
 
     def _ask(self, *, anew: bool = False) -> _Batch:

@@ -18,7 +18,7 @@ from fuse_mount import mounting
 from fuse_mount.mounting import MountRefused, check_machine, claim, mounted_at
 from tests.conftest import RunningGateway
 from tests.system.mounted import Mounted, mounted, needs_fuse
-from tests.system.site import MIB, Site, Vdi, wait_until
+from tests.system.site import MIB, Site, Vdi, stored_content, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -367,6 +367,26 @@ def test_a_signal_unmounts_also_while_a_file_is_open(site: Site, mount: Mounted,
             os.pread(fd, 1, MIB)
     assert vdi.uuid in mount.log()
     wait_until(lambda: operations(site, vdi) == [], "the lease to end")
+
+
+@needs_fuse
+def test_what_was_written_before_a_signal_is_there_and_the_writer_hears_that_it_ends(
+    site: Site, tmp_path: Path
+) -> None:
+    written_to = site.create_vdi(8 * MIB)
+    piece = os.urandom(MIB)
+    with mounted(site.gateway, tmp_path / "mnt", "--writable") as mount:
+        fd = os.open(mount.of(written_to, "disk.raw"), os.O_RDWR)
+        os.pwrite(fd, piece, 3 * MIB)
+        assert mount.stop() == 0
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.pwrite(fd, piece, 4 * MIB)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(fd)
+        assert f'"{written_to.uuid}": "writing"' in mount.log()
+    wait_until(lambda: operations(site, written_to) == [], "the lease to end")
+    assert stored_content(written_to) == bytes(3 * MIB) + piece + bytes(4 * MIB)
+    site.gateway.call("VDI.destroy", written_to.ref)
 
 
 @needs_fuse
