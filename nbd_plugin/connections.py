@@ -20,23 +20,29 @@ COUNT_PAUSE_SECONDS: Final = 0.1
 _listened: Final[set[Address]] = set()
 
 
-def client_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """The clients' descriptors from the moment they were accepted, each with a duplicate that is the caller's
-    to close.
-    """
+def client_sockets() -> Iterator[socket.socket]:
+    """The clients' sockets from the moment they were accepted: duplicates that are the caller's to close."""
+    for name in os.listdir("/proc/self/fd"):
+        client = client_socket(int(name))
+        if client is not None:
+            yield client
+
+
+def client_socket(fd: int) -> socket.socket | None:
+    """A duplicate of this descriptor if it is a client's; the caller's to close."""
     if not _listened:
         remember_listening()
-    for fd, each in _sockets():
-        if not _listens(each) and _local_address(each) in _listened:
-            yield fd, each
-        else:
-            each.close()
+    each = _stream_socket(fd)
+    if each is None or (not _listens(each) and _local_address(each) in _listened):
+        return each
+    each.close()
+    return None
 
 
 def count_clients() -> int:
     """How many clients are connected."""
     found = 0
-    for _, each in client_sockets():
+    for each in client_sockets():
         each.close()
         found += 1
     return found
@@ -92,22 +98,28 @@ def remember_listening() -> None:
 def _sockets() -> Iterator[tuple[int, socket.socket]]:
     """Descriptors of stream sockets, each with a duplicate."""
     for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            duplicate = os.dup(fd)
-        except OSError:  # closed by now
-            continue
-        try:
-            each = socket.socket(fileno=duplicate)
-        except OSError:  # something else by now
-            os.close(duplicate)
-            continue
-        if each.type == socket.SOCK_STREAM:
-            yield fd, each
-        else:
-            each.close()
+        each = _stream_socket(int(name))
+        if each is not None:
+            yield int(name), each
+
+
+def _stream_socket(fd: int) -> socket.socket | None:
+    """A duplicate of this descriptor if it is one of a stream socket."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return None
+        duplicate = os.dup(fd)
+    except OSError:  # closed by now
+        return None
+    try:
+        each = socket.socket(fileno=duplicate)
+    except OSError:  # something else by now
+        os.close(duplicate)
+        return None
+    if each.type == socket.SOCK_STREAM:
+        return each
+    each.close()
+    return None
 
 
 def _listens(each: socket.socket) -> bool:

@@ -20,6 +20,7 @@ nbdkit finds the callbacks by their names at every call and runs this file as `_
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ API_VERSION: Final = 2
 
 _PREFERRED_BLOCK: Final = 64 << 10
 _LARGEST_BLOCK: Final = 32 << 20
+_SHARE_OF_SILENT: Final = 0.5  # of all clients; the others have a disk open
 _PR_SET_PDEATHSIG: Final = 1
 _TYPES: Final = {
     ExtentKind.DATA: 0,
@@ -84,7 +86,7 @@ def after_fork() -> None:
     memory.keep_little()
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
-    handshakes.watch(parameters.handshake)
+    handshakes.watch(parameters.handshake, math.ceil(parameters.clients * _SHARE_OF_SILENT))
     if parameters.leash:
         leash.follow(int(parameters.leash))
 
@@ -100,7 +102,8 @@ def cleanup() -> None:
 
 
 def preconnect(readonly: bool) -> None:
-    if parameters.clients and not _room.is_there(parameters.clients):
+    most = parameters.clients
+    if most and not _room.is_there(most) and not handshakes.make_room():
         raise ConnectionRefusedError("too many clients are connected")
     handshakes.clients_turn()
 

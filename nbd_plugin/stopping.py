@@ -40,6 +40,6 @@ def stop_at_signals(shutdown: Callable[[], None]) -> None:
 
 def stop_reading_from_clients() -> None:
     """Let every client's connection end as soon as what it has asked is answered."""
-    for _, each in client_sockets():
+    for each in client_sockets():
         with each, contextlib.suppress(OSError):  # it may have ended by itself
             each.shutdown(socket.SHUT_RD)

@@ -123,6 +123,7 @@ class Supervisor:
                 announce(self._ready_line())
             self._look_for_starter()
             self._links.tell_status()
+        self._workers.tell_repeats()
         self._links.end()
         return 0
 
@@ -162,9 +163,10 @@ class Supervisor:
             self._kill_at = None
             self._workers.kill()
         self._workers.replace()
+        self._workers.tell_repeats(now)
 
     def _pause(self, now: float) -> float:
-        times = [self._count_at, *self._workers.again_at]
+        times = [self._count_at, *self._workers.due]
         if not self._begun:
             times.append(self._start_until)
         if not self._leaving:

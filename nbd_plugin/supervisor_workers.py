@@ -6,6 +6,7 @@ killed. The trap: the number of a process may be another one's by then; so its s
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from nbd_plugin.pool import Pool
 from nbd_plugin.supervisor_events import Events
 from nbd_plugin.supervisor_log import Log
 from nbd_plugin.supervisor_options import Refused
+from nbd_plugin.supervisor_repeats import Repeats
 from nbd_plugin.worker import Worker, find_again
 
 LIST: Final = "nbd-workers"
@@ -35,6 +37,7 @@ class Workers:
         self._pools: Final = (public, private)
         self._events: Final = events
         self._log: Final = log
+        self._repeats: Final = Repeats()
         self._orphans: set[Worker] = set()
         self._leaving = False
         self._listed = True
@@ -61,9 +64,10 @@ class Workers:
         return not self._leaving or not all(each.draining for pool in self._pools for each in pool.leaving)
 
     @property
-    def again_at(self) -> list[float]:
-        """When what has to be tried again is due."""
-        return [pool.again_at for pool in self._pools if pool.again_at is not None]
+    def due(self) -> list[float]:
+        """When something is due: a start that has to be tried again, or a line that has come again."""
+        times = [self._repeats.due, *(pool.again_at for pool in self._pools)]
+        return [each for each in times if each is not None]
 
     def fill(self, now: float) -> None:
         """Start those that are missing and due. Raises Refused."""
@@ -75,6 +79,12 @@ class Workers:
         """Ask each how many clients are with it; the answers come later."""
         for worker in self.present:
             worker.tell("count")
+
+    def tell_repeats(self, now: float = math.inf) -> None:
+        """Log how often lines have come again, as far as that is due; at the end all that was counted."""
+        for line, level, again in self._repeats.counted(now):
+            write = self._log.error if level == "error" else self._log.info
+            write("nbdkit has said this again", line=line, times=again)
 
     def replace(self) -> None:
         """Have new workers take over that have got ready since the last time."""
@@ -166,11 +176,12 @@ class Workers:
 
     def _read_log(self, worker: Worker) -> None:
         lines = worker.lines()
+        now = time.monotonic()
         for line in lines or ():
             match worker.tracebacks.feed(line):
-                case (told, None):
+                case (told, None) if self._repeats.is_first(told, "info", now):
                     self._log.info("nbdkit says", process=worker.pid, line=told)
-                case (told, str() as traceback):
+                case (told, str() as traceback) if self._repeats.is_first(told, "error", now):
                     self._log.error("nbdkit says", process=worker.pid, line=told, traceback=traceback)
         if lines is None:
             assert worker.log is not None

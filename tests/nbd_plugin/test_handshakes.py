@@ -1,17 +1,19 @@
 """Clients that connect and then don't say what they want; and those that must not be taken for such."""
 
+import json
 import os
 import shutil
 import socket
 import ssl
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.certificates import ensure_server_certificate
-from tests.nbd_plugin.conftest import Nbd
+from tests.nbd_plugin.conftest import Nbd, run
 from tests.nbd_plugin.supervised import Supervised, eventually
 from tests.system.site import MIB
 
@@ -48,8 +50,8 @@ def test_a_client_that_falls_silent_is_disconnected(tmp_path: Path, said: bytes)
             client.sendall(said)
             assert ends(client)
         assert supervisor.stop() == 0
-        told = [line for line in supervisor.log().splitlines() if "opened nothing" in line]
-        assert len(told) == 2, supervisor.log()
+        told = [json.loads(line) for line in supervisor.log().splitlines() if "opened nothing" in line]
+        assert [line.get("times") for line in told] == [None, 1], supervisor.log()
 
 
 @pytest.mark.parametrize("handshake", ["none", "half", "whole"])
@@ -111,5 +113,71 @@ def test_a_client_that_the_gateway_lets_wait_is_not_silent(nbd: Nbd, libnbd: Any
             own.connect(libnbd, nbd.site.create_vdi(MIB))
         assert "the gateway doesn't answer, also after 4 s: No such file or directory" in own.log()
         assert "opened nothing" not in own.log()
+    finally:
+        assert own.stop() == 0, own.log()
+
+
+def silent(clients: ExitStack, nbd: Nbd) -> socket.socket:
+    client = clients.enter_context(socket.socket(socket.AF_UNIX))
+    client.connect(str(nbd.socket))
+    assert client.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGICIHAVEOPT")
+    return client
+
+
+def is_connected(client: socket.socket) -> bool:
+    try:
+        return client.recv(1, socket.MSG_DONTWAIT) != b""
+    except BlockingIOError:
+        return True
+
+
+def test_hundreds_of_silent_clients_keep_nobody_out_and_take_no_disk_away(
+    nbd: Nbd, libnbd: Any, tmp_path: Path
+) -> None:
+    own = Nbd(nbd.site, tmp_path, "clients=32", "handshake=3600")
+    vdi, other = nbd.site.create_vdi(MIB), nbd.site.create_vdi(MIB)
+    try:
+        with ExitStack() as clients:
+            writer = own.connect(libnbd, vdi, write=True)
+            strangers = []
+            for _ in range(10):
+                strangers += [silent(clients, own) for _ in range(30)]
+                assert run("nbdinfo", "--size", own.uri(other)) == f"{other.size}\n"
+            eventually(lambda: sum(map(is_connected, strangers)) <= 16, "the strangers to be disconnected")
+            # Those that came last are left in peace.
+            assert all(map(is_connected, strangers[-10:]))
+            writer.pwrite(b"1" * 512, 0)
+            writer.shutdown()
+    finally:
+        assert own.stop() == 0, own.log()
+    assert "too many clients" not in own.log()
+
+
+def test_a_silent_client_makes_room_and_one_with_a_disk_does_not(
+    nbd: Nbd, libnbd: Any, tmp_path: Path
+) -> None:
+    own = Nbd(nbd.site, tmp_path, "clients=4", "handshake=0")
+    vdi = nbd.site.create_vdi(MIB)
+    try:
+        with ExitStack() as clients:
+            readers = [own.connect(libnbd, vdi) for _ in range(3)]
+            stranger = silent(clients, own)
+            readers.append(own.connect(libnbd, vdi))
+            assert ends(stranger)
+            with pytest.raises(libnbd.Error):
+                own.connect(libnbd, vdi)
+            assert "too many clients are connected" in own.log()
+            for reader in readers:
+                assert reader.pread(512, 0) == bytes(512)
+                reader.shutdown()
+
+            def let_in() -> bool:
+                try:
+                    own.connect(libnbd, vdi).shutdown()
+                except libnbd.Error:
+                    return False
+                return True
+
+            eventually(let_in, "room for another")
     finally:
         assert own.stop() == 0, own.log()

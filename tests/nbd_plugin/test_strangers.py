@@ -9,6 +9,7 @@ import pytest
 
 from nbd_plugin.connections import COUNT_PAUSE_SECONDS, Room
 from nbd_plugin.export import Parameters
+from nbd_plugin.supervisor_repeats import MOST_KINDS, OTHERS, Repeats
 from tests.nbd_plugin.supervised import Supervised
 
 GO, EXPORT_NAME = 7, 1
@@ -45,12 +46,45 @@ def test_names_that_are_no_exports_are_refused_and_leave_one_harmless_line_each(
         assert supervisor.stop() == 0
         lines = [json.loads(line) for line in supervisor.log().splitlines()]
     said = [line for line in lines if line["event"] == "nbdkit says"]
-    assert len(said) == len(names) + 2
-    for line, reason in zip(said, names.values(), strict=False):
+    reasons = list(dict.fromkeys(names.values()))
+    assert len(said) == len(reasons) + 2
+    for line, reason in zip(said, reasons, strict=False):
         assert reason in line["line"]
-    assert {line["level"] for line in said} == {"info"}
+    again = [(line["line"], line["times"]) for line in lines if line["event"] == "nbdkit has said this again"]
+    assert [times for _, times in again] == [1, 1]
+    assert {line["level"] for line in lines} == {"info"}
     assert "forged" not in supervisor.log()
     assert "secret" not in supervisor.log()
+
+
+def test_what_comes_again_and_again_is_counted_and_told_once_a_minute() -> None:
+    repeats = Repeats()
+    line = "nbdkit: python[{}]: error: too many clients are connected"
+    assert [repeats.is_first(line.format(number), "info", 0.0) for number in (1, 2, 3)] == [
+        True,
+        False,
+        False,
+    ]
+    assert repeats.is_first("something else[1]", "error", 10.0)
+    assert repeats.due == 60.0
+    assert repeats.counted(59.9) == []
+    assert repeats.counted(60.0) == [(line.format(1), "info", 2)]
+    # Within the minute after what was told nothing but the count is, either.
+    assert not repeats.is_first(line.format(4), "info", 60.0)
+    assert repeats.counted(119.0) == []
+    assert repeats.counted(120.0) == [(line.format(1), "info", 1)]
+    assert repeats.counted(180.0) == []
+    assert repeats.due is None
+    assert repeats.is_first(line.format(5), "info", 200.0)
+
+
+def test_lines_that_are_all_different_are_bounded_too() -> None:
+    repeats = Repeats()
+    told = sum(
+        repeats.is_first(f"unknown option version {number:x}", "info", 0.0) for number in range(10_000)
+    )
+    assert told == MOST_KINDS + 1
+    assert repeats.counted(60.0) == [(OTHERS, "info", 10_000 - told)]
 
 
 class Counted:
