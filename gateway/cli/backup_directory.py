@@ -260,6 +260,10 @@ def _make(path: str) -> None:
                 f"{path} holds {others[0]} but no {MANIFEST}; give an empty directory, or a new one"
             ) from None
     except FileNotFoundError:
+        if not path:
+            raise CommandError(
+                "the directory's name is empty; give one for the backups of this disk"
+            ) from None
         parent = os.path.dirname(os.path.abspath(path))
         raise CommandError(f"there is no directory {parent}; make it, or mount what belongs there") from None
     else:

@@ -179,6 +179,7 @@ class BackupRun:
             return
         try:
             with ImageFile(path) as image:
+                self._say(f"{generation.file} was copied or touched since it was backed up; it is read once")
                 image.check(generation)
                 modified = image.modified_ns
         except DamagedError as damaged:

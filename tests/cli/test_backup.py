@@ -2,10 +2,12 @@
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from gateway.access.client import open_vdi
 from tests.cli.backups import MIB, BackedUpDisk
 from tests.cli.test_transfers import error
 from tests.conftest import RunningGateway
@@ -188,3 +190,36 @@ def test_a_raw_disk_goes_into_a_pipe(disk: BackedUpDisk) -> None:
     (disk.tmp_path / "expected").write_bytes(disk.plain)
     done = subprocess.run(["sha256sum", disk.tmp_path / "expected"], capture_output=True, check=True)
     assert told.split()[0] == done.stdout.split()[0]
+
+
+def test_a_disk_may_be_backed_up_into_several_directories(disk: BackedUpDisk) -> None:
+    one, other = disk.directory, disk.tmp_path / "other"
+    kept: dict[Path, dict[int, bytes]] = {one: {}, other: {}}
+    for directory in (one, other, one, one, other, one, other):
+        disk.directory, disk.kept = directory, kept[directory]
+        disk.write()
+        disk.backed_up()
+    for directory in (one, other):
+        disk.directory = directory
+        for number, plain in kept[directory].items():
+            assert disk.restored(number) == plain
+    kinds = sorted(disk.snapshots().values())
+    assert kinds == ["cbt_metadata", "cbt_metadata", "user", "user"]
+
+
+def test_a_disk_that_somebody_writes_to_is_not_backed_up(disk: BackedUpDisk) -> None:
+    disk.backed_up()
+    with closing(open_vdi(str(disk.house.state_dir / "access.sock"), disk.uuid, write=True)):
+        said = error(disk.backup())
+        assert "VDI_IN_USE" in said or "OTHER_OPERATION" in said, said
+    assert disk.manifest["attempt"] is None
+    disk.backed_up()
+    disk.assert_right()
+
+
+def test_a_snapshot_has_its_marks_from_the_beginning(house: RunningGateway, disk: BackedUpDisk) -> None:
+    ref = house.call("VDI.get_by_uuid", disk.uuid)
+    house.call("VDI.add_to_other_config", ref, "owner", "me")
+    taken = house.call("VDI.snapshot", ref, {"mine": "yes"})
+    assert house.call("VDI.get_other_config", taken) == {"owner": "me", "mine": "yes"}
+    assert house.call("VDI.get_other_config", ref) == {"owner": "me"}
