@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.access.client import AccessDisk, AccessRefused, list_vdis, open_vdi
+from gateway.images.allocation import stored_blocks
 from tests.conftest import RunningGateway
 from tests.system.site import MIB, Site, Vdi, wait_until
 
@@ -330,3 +331,37 @@ def test_a_stopped_process_keeps_a_revoked_disk_until_it_goes_on_and_the_log_say
 def test_without_a_gateway_opening_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No such file|refused"):
         open_vdi(str(tmp_path / "access.sock"), "00000000-0000-4000-8000-000000000000")
+
+
+def test_the_files_of_a_disk_can_be_looked_at_until_they_are_taken_away(site: Site) -> None:
+    vdi = site.create_vdi()
+    disk = opened(site, vdi)
+    assert disk.look(lambda chain: [node.path for node in chain.nodes]) == [str(vdi.file)]
+    assert list(disk.look(stored_blocks)) == []
+    with pytest.raises(ZeroDivisionError):
+        disk.look(lambda _: 1 // 0)
+    site.gateway.call("VDI.force_unlock", vdi.ref)
+    wait_until(lambda: disk.revoked is not None, "the disk to be taken away")
+    with pytest.raises(OSError, match="lease has ended"):
+        disk.look(stored_blocks)
+    with pytest.raises(OSError, match="lease has ended"):
+        disk.reader(nowait=True)(bytearray(512), 0)
+    disk.close()
+
+
+def test_a_reader_that_does_not_wait_counts_what_it_has_read(site: Site) -> None:
+    vdi = site.create_vdi()
+    with_data = opened(site, vdi, write=True)
+    with_data.pwrite(b"d" * MIB, 0)
+    with_data.close()
+    disk = opened(site, vdi)
+    now = disk.reader(nowait=True)
+    with pytest.raises(BlockingIOError):
+        now(bytearray(4096), 0)
+    assert disk.bytes_read == 0
+    disk.pread_into(bytearray(4096), 0)
+    buffer = bytearray(4096)
+    now(buffer, 0)
+    assert buffer == b"d" * 4096
+    assert disk.bytes_read == 8192
+    disk.close()
