@@ -30,15 +30,18 @@ class ProgramError(OSError):
 class Ended:
     """How a program ended: its exit code, standard output and standard error."""
 
+    program: str
     code: int
     output: bytes
     messages: bytes
 
     @property
     def complaint(self) -> str:
-        """The last line of what it said on standard error."""
-        lines = self.messages.decode("utf-8", "replace").strip().splitlines()
-        return lines[-1].strip() if lines else f"it ended with exit code {self.code}"
+        """The line on standard error that begins with the program's name, else the last one."""
+        lines = [line.strip() for line in self.messages.decode("utf-8", "replace").splitlines()]
+        own = [line for line in lines if line.startswith(f"{self.program}: ")]
+        said = (own or [line for line in lines if line][-1:] or [f"exit code {self.code}"])[0]
+        return said.removeprefix(f"{self.program}: ")
 
 
 def program_path(name: str) -> str:
@@ -82,7 +85,7 @@ def run_program(
             stream.close()
     if process.returncode < 0:
         raise ProgramError(errno.EIO, f"{arguments[0]} was ended by signal {-process.returncode}")
-    return Ended(process.returncode, output, messages)
+    return Ended(arguments[0], process.returncode, output, messages)
 
 
 def end_process(process: "subprocess.Popen[bytes]", grace: float) -> bool:

@@ -26,6 +26,7 @@ COMMANDS = {
     "serve": "gateway.cli.serve:serve",
     "nbd": "gateway.cli.nbd:nbd",
     "mount": "gateway.cli.mount:mount",
+    "inspect": "gateway.cli.inspect:inspect",
     "config-show": "gateway.cli.config:config_show",
     "status": "gateway.cli.host:status",
     "sr-list": "gateway.cli.sr:sr_list",
