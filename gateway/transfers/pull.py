@@ -266,7 +266,7 @@ def _validator(answer: Answer) -> str | None:
         return tag if re.fullmatch(r'"[!#-~]*"', tag) else None
     changed, now = answer.header("last-modified"), answer.header("date")
     try:
-        if changed is None or now is None:
+        if changed is None or now is None or not re.fullmatch(r"[ -~]+", changed):
             return None
         age = parsedate_to_datetime(now) - parsedate_to_datetime(changed)
     except (TypeError, ValueError):

@@ -10,6 +10,7 @@ from gateway.cli.config import lines_of
 from gateway.config import ConfigError, Origins, Source
 from gateway.core.limits import LIMITS, Limits, Unit
 from gateway.options import OPTIONS, quantity_text
+from gateway.transfers.pull_source import PullRules
 
 
 def origins(directory: Path, text: str | None = None, **arguments: Any) -> Origins:
@@ -106,6 +107,10 @@ def test_an_argument_comes_before_the_file_and_the_file_before_the_default(tmp_p
         ("[listen]\ninsecure = 'yes'", ["listen.insecure: 'yes' is neither true nor false"]),
         ("[tls]\ncertificate = 'x.pem'", ["tls.key is missing"]),
         ("[tls]\nkey = 3", ["tls.key: 3 is no path"]),
+        ("[pull]\nfrom = '10.0.0.0/8'", ["pull.from: '10.0.0.0/8' is no list of texts"]),
+        ("[pull]\nfrom = ['10.0.0.1/8']", ["pull.from: '10.0.0.1/8' is no network", "host bits set"]),
+        ("[pull]\nfrom = ['http://a']", ["pull.from: 'http://a' is no network", "images.example"]),
+        ("[pull]\nca = 'none.pem'", ["pull.ca: ", "none.pem can't be read; give a PEM file"]),
         ("[limits]\nconnections = \n", ["this is not TOML", "line 2"]),
         (f"[limits]\nconnections = {'[' * 5000}", ["this is not TOML"]),
         ("[limits]\nconnections = 1\nconnections = 2", ["this is not TOML"]),
@@ -145,6 +150,16 @@ def test_paths_in_the_file_start_at_its_directory(tmp_path: Path) -> None:
         "[listen]\nhttps = ['127.0.0.1:0']\n[tls]\ncertificate = 'site.pem'\nkey = 'site-key.pem'\n",
     ).read()
     assert config.certificate == (str(tmp_path / "site.pem"), str(tmp_path / "site-key.pem"))
+
+
+def test_what_images_are_fetched_from_is_told_by_names_and_networks(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    config = origins(tmp_path, "[pull]\nfrom = ['Images.Test', '10.0.0.0/8', '::1']\nca = 'ca.pem'\n").read()
+    rules = config.pull_rules
+    assert rules.hosts == {"images.test"}
+    assert [str(network) for network in rules.networks] == ["10.0.0.0/8", "::1/128"]
+    assert rules.authorities == str(tmp_path / "ca.pem")
+    assert origins(tmp_path, "").read().pull_rules == PullRules()
 
 
 def test_what_is_shown_can_be_read_back_to_the_same_configuration(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_a_date_serves_as_well_as_a_tag_if_it_is_old_enough() -> None:
             assert (server.requests[1].headers.get("if-range") == date) is expected
 
 
+def test_a_date_that_cannot_be_sent_back_is_not_used() -> None:
+    cuts = iter([1_000_000, len(DATA)])
+    later, earlier = "Mon, 23 Nov 2026 04:00:01 GMT", "Tue, 17 Nov 2026 10:00:00 GMT (\xc3\xa9)"
+    with serving(file_of(DATA, tag=None, cuts=cuts, Date=later, Last_Modified=earlier)) as server:
+        assert fetched(server.url) == DATA
+        assert "range" not in server.requests[1].headers
+
+
 def changing(after: Handler, before: Handler) -> Handler:
     """Another file from the second request on."""
     count = iter(range(1000))

@@ -25,7 +25,9 @@ from gateway.transfers.pull_source import ImageURL, PullRules
 from tests.images.disks import qemu_compare
 from tests.repository.test_snapshots import write
 from tests.transfers.pull_server import LOOPBACK, Connection, Handler, Request, Server, file_of, serving
-from tests.transfers.test_copy_disk import foreign_reads, names, path_of
+from tests.transfers.test_copy_disk import foreign_reads, names, path_of, small_file_system
+
+__all__ = ["small_file_system"]
 
 MIB = 1 << 20
 SIZE = 5 * MIB + 512
@@ -281,6 +283,30 @@ async def test_where_nothing_can_be_made_nothing_is_fetched(house: House, files:
         with pytest.raises(XenAPIError, match="SR_NOT_ATTACHED"):
             await house.pull(server.url)
         assert server.requests == []
+
+
+def large_image(directory: Path, form: str) -> bytes:
+    """A disk of 45 MiB that nothing makes smaller."""
+    raw = directory / "large"
+    raw.write_bytes(random.Random(2).randbytes(45 * MIB))
+    if form == "raw":
+        return raw.read_bytes()
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", form, raw, directory / "large.image"], check=True
+    )
+    return (directory / "large.image").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_sr_without_room_is_full_and_stays_as_it_was(
+    house: House, tmp_path: Path, small_file_system: Path, form: str, chunked: bool
+) -> None:
+    house.sr = await house.inventory.sr_create("small", str(small_file_system / "sr"))
+    house.directory = small_file_system / "sr"
+    with serving(file_of(large_image(tmp_path, form), chunked=chunked)) as server:
+        assert await house.refusal(server.url) == "SR_FULL"
+    await house.inventory.pbd_unplug(house.inventory.records.pbds_of_sr(house.sr)[0].ref)
 
 
 # --- checksums in files
