@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed; its Debian package would start a server of its own")
     site = Site(tmp_path_factory.mktemp("site"))
     try:
         site.fill()

@@ -167,6 +167,19 @@ def test_a_rest_that_is_not_the_one_asked_for_is_refused() -> None:
         assert refusal(server.url).code == "PULL_ERROR_NOT_HTTP"
 
 
+def test_a_rest_that_is_longer_than_the_file_ends_with_the_file() -> None:
+    def longer(request: Request, connection: Connection) -> None:
+        first = int(request.headers["range"].removeprefix("bytes=").rstrip("-"))
+        content_range = f"bytes {first}-{len(DATA) - 1}/{len(DATA)}"
+        connection.head(206, Content_Range=content_range, Transfer_Encoding="chunked", ETag='"v1"')
+        connection.chunk(DATA[first:] + bytes(MIB))
+        connection.send(b"0\r\n\r\n")
+
+    for pieces in (1 << 20, 5000):
+        with serving(changing(longer, file_of(DATA, cuts=iter([MIB])))) as server:
+            assert fetched(server.url, SHA256, pieces=pieces) == DATA
+
+
 def test_a_rest_in_parts_is_taken_part_by_part() -> None:
     def parts(request: Request, connection: Connection) -> None:
         first = int(request.headers["range"].removeprefix("bytes=").rstrip("-"))
