@@ -13,7 +13,7 @@ import errno
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -22,7 +22,7 @@ from gateway.core.leases import Holder, LeaseMode
 from gateway.core.records import VDI, ImageFormat
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.images.chain import ChainFiles, NodeKind
-from gateway.images.disk import Disk, ExtentKind
+from gateway.images.disk import Disk, Extent, ExtentKind
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import (
     BLOCK_SIZE,
@@ -51,6 +51,23 @@ if TYPE_CHECKING:
 # So much of a disk is looked through for data at once (a multiple of PIECE_BYTES).
 _WINDOW_BYTES: Final = 64 << 20
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Readable(Protocol):
+    """As much of a Disk as a copy needs of its source."""
+
+    @property
+    def size(self) -> int:
+        """As Disk.size."""
+        ...
+
+    def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
+        """As Disk.pread_into."""
+        ...
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """As Disk.extents."""
+        ...
 
 
 @dataclass(slots=True)
@@ -284,7 +301,7 @@ def stored_blocks(chain: ChainFiles) -> int | None:
 
 
 def fill(
-    source: Disk,
+    source: Readable,
     target: Disk,
     copied: Copied,
     *,
@@ -311,7 +328,7 @@ def fill(
     copied.count = copied.expected
 
 
-def _pieces(source: Disk, copied: Copied, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
+def _pieces(source: Readable, copied: Copied, check: Callable[[], None]) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of what fits into a buffer, as long as there is something to read."""
     for window in range(0, source.size, _WINDOW_BYTES):
         copied.count = window
@@ -322,7 +339,7 @@ def _pieces(source: Disk, copied: Copied, check: Callable[[], None]) -> Iterator
                 yield offset, min(BUFFER_BYTES, stop - offset)
 
 
-def data_ranges(disk: Disk, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def data_ranges(disk: Readable, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of what is not known to be zeroes between `begin` and `end`.
 
     Starts are multiples of 64 KiB away from `begin`, stops too or `end`: shorter ranges cost more than they

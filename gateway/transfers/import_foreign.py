@@ -1,9 +1,10 @@
 """Images that qemu-img reads: qcow2, VHDX and VMDK. They need all of the file, so it is kept until then.
 
 The body goes into a file of the SR's staging directory. foreign_header.py looks at it first, as soon as it
-can; then qemu-img, told the format and held in limits of memory, time and file size, writes the disk into a
-sparse file beside it, and what isn't zeroes there goes into the image. Both files have no name that an image
-could have, and go at the end whatever happens; after a crash the next start sweeps them.
+can; then qemu-img, told the format and held in limits of memory, time and file size, says where in the file
+the disk lies (foreign_map.py). Where that can't be said it writes the disk into a sparse file beside. What
+isn't zeroes goes into the image. Both files have no name that an image could have, and go at the end whatever
+happens; after a crash the next start sweeps them.
 
 The trap: the process must end with its thread. It is killed when the transfer is aborted, and by the kernel
 when the gateway dies; that goes by the thread that started it, and this one stays until the process has gone.
@@ -11,23 +12,27 @@ when the gateway dies; that goes by the thread that started it, and this one sta
 
 import errno
 import os
+import selectors
 import shutil
 import subprocess
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.core.errors import XenAPIError
 from gateway.images.disk import Disk
+from gateway.images.errors import CorruptImage
 from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.files import FILES, FileCalls
 from gateway.images.raw import RawDisk
 from gateway.images.vhd.format import round_up_to_sector
 from gateway.transfers.body import BodyReader, TransferAborted
-from gateway.transfers.copy_disk import Copied, fill
+from gateway.transfers.copy_disk import Copied, Readable, fill
 from gateway.transfers.foreign_header import NotYet, virtual_size
+from gateway.transfers.foreign_map import MappedDisk, Unmapped
 from gateway.transfers.formats import BodyFormat, Fits, corrupt_image
 from gateway.transfers.import_raw import BUFFER_BYTES
 
@@ -41,6 +46,9 @@ _MEMORY_BYTES: Final = 2 << 30
 _SECONDS: Final = 120
 _BYTES_PER_SECOND: Final = 16 << 20
 _MOST_SAID: Final = 4096
+_PIPE_BYTES: Final = 64 << 10
+# Of VHDX nothing is told.
+_MAPPED: Final = frozenset({BodyFormat.QCOW2, BodyFormat.VMDK})
 # What `qemu-img check` ends with when there are no errors, and when clusters are lost to nobody.
 _CHECKED, _LEAKS = 0, 3
 _NO_SPACE: Final = "No space left on device"
@@ -98,31 +106,57 @@ class Spool:
         if self.aborted:
             raise TransferAborted
 
-    def run(self, command: list[str]) -> tuple[int, str]:
-        """Run a program that reads nothing and names no file but ours; its exit code and its last words."""
+    def run(self, command: list[str], tell: Callable[[bytes], None] | None = None) -> tuple[int, str]:
+        """Run a program that reads nothing and names no file but ours; its exit code and its last words.
+
+        `tell` gets each line of what it writes; if that raises, the program is killed.
+        """
         with tempfile.TemporaryDirectory(prefix="vdi-gateway-") as empty:
             with self._lock:
                 self.check()
                 process = self._process = subprocess.Popen(  # noqa: S603 - no shell, and a format we chose
                     command,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if tell is None else subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     cwd=empty,
                     env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "MALLOC_ARENA_MAX": "2"},
                 )
             try:
-                assert process.stderr is not None
-                said = b""
-                with process.stderr as stderr:
-                    while more := os.read(stderr.fileno(), _MOST_SAID):
-                        said = (said + more)[-_MOST_SAID:]
+                said = _listen(process, tell)
                 code = process.wait()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
             finally:
                 with self._lock:
                     self._process = None
         self.check()
         return code, said.decode("utf-8", "replace")
+
+
+def _listen(process: "subprocess.Popen[bytes]", tell: Callable[[bytes], None] | None) -> bytes:
+    """Read what a program writes until it ends; its last words."""
+    said = begun = b""
+    with selectors.DefaultSelector() as selector, ExitStack() as streams:
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                selector.register(streams.enter_context(stream), selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                more = os.read(key.fd, _PIPE_BYTES)
+                if not more:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stderr:
+                    said = (said + more)[-_MOST_SAID:]
+                elif tell is not None:
+                    *lines, begun = (begun + more).split(b"\n")
+                    for line in lines:
+                        tell(line)
+    if tell is not None:
+        tell(begun)
+    return said
 
 
 def begin_foreign(reader: BodyReader, name: BodyFormat, fits: Fits, spool: Spool) -> "ForeignImage":
@@ -199,32 +233,61 @@ class ForeignImage:
         """
         self.keep(None)
         self.look(whole=True)
-        spool = self.spool
-        self._convert()
-        fd = os.open(spool.disk, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        source = RawDisk(fd, os.fstat(fd).st_size, read_only=True, path=spool.disk)
-        try:
-            if source.size > round_up_to_sector(self.virtual_size):
-                raise corrupt_image(self.name, f"{PROGRAM} finds {source.size} bytes in it")
-            spool.files.unlink(spool.image)
-            self._copied = Copied(source.size)
-            fill(source, disk, self._copied, check=spool.check, files=files)
-        finally:
-            source.close()
-
-    def _convert(self) -> None:
-        spool = self.spool
-        size = round_up_to_sector(self.virtual_size)
-        seconds = _SECONDS + size // _BYTES_PER_SECOND
+        seconds = _SECONDS + self._size // _BYTES_PER_SECOND
         command = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--", "prlimit"]
-        command += [f"--as={_MEMORY_BYTES}", f"--cpu={seconds}", f"--fsize={size}", "--core=0", "--nofile=64"]
-        command += ["--", PROGRAM]
+        command += [f"--as={_MEMORY_BYTES}", f"--cpu={seconds}", f"--fsize={self._size}", "--core=0"]
+        command += ["--nofile=64", "--", PROGRAM]
         # What lies beyond the end of a file that was cut short would be read as zeroes.
-        code, said = spool.run([*command, "check", "-q", "-f", self.name, spool.image])
+        code, said = self.spool.run([*command, "check", "-q", "-f", self.name, self.spool.image])
         if code not in (_CHECKED, _LEAKS):
             raise self._failed(code, said, seconds)
-        source, disk = spool.image, spool.disk
-        code, said = spool.run([*command, "convert", "-f", self.name, "-O", "raw", "-S", "64k", source, disk])
+        mapped = self._map(command, seconds) if self.name in _MAPPED else None
+        if mapped is not None:
+            self._fill(mapped, disk, files)
+            return
+        self._convert(command, seconds)
+        fd = os.open(self.spool.disk, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        written = RawDisk(fd, os.fstat(fd).st_size, read_only=True, path=self.spool.disk)
+        try:
+            if written.size > self._size:
+                raise corrupt_image(self.name, f"{PROGRAM} finds {written.size} bytes in it")
+            # There need not be room for the body any more.
+            self.spool.files.truncate(self.spool.fd, 0)
+            self._fill(written, disk, files)
+        finally:
+            written.close()
+
+    @property
+    def _size(self) -> int:
+        """Bytes of the disk as qemu counts them."""
+        return round_up_to_sector(self.virtual_size)
+
+    def _fill(self, source: Readable, disk: Disk, files: FileCalls) -> None:
+        self._copied = Copied(source.size)
+        fill(source, disk, self._copied, check=self.spool.check, files=files)
+
+    def _map(self, command: list[str], seconds: int) -> MappedDisk | None:
+        """The disk as it lies in the body; None if it doesn't, or not all of it."""
+        spool = self.spool
+        mapped = MappedDisk(spool.fd, self._size, os.fstat(spool.fd).st_size, spool.image)
+        try:
+            code, said = spool.run(
+                [*command, "map", "--output=json", "-f", self.name, spool.image], mapped.tell
+            )
+            if code:
+                raise self._failed(code, said, seconds)
+            mapped.require_whole()
+        except Unmapped:
+            return None
+        except CorruptImage as error:
+            raise corrupt_image(self.name, error.problem) from error
+        return mapped
+
+    def _convert(self, command: list[str], seconds: int) -> None:
+        source, disk = self.spool.image, self.spool.disk
+        code, said = self.spool.run(
+            [*command, "convert", "-f", self.name, "-O", "raw", "-S", "64k", source, disk]
+        )
         if code:
             raise self._failed(code, said, seconds)
 
