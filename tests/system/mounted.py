@@ -88,8 +88,8 @@ class Mounted:
     @property
     def mounted(self) -> bool:
         """Whether the kernel has it, dead or alive."""
-        with open("/proc/self/mountinfo") as lines:
-            return any(line.split(" ")[4] == str(self.directory) for line in lines)
+        with open("/proc/self/mountinfo", "rb") as lines:
+            return any(line.split(b" ")[4] == os.fsencode(self.directory) for line in lines)
 
     def resident(self) -> int:
         """Bytes of memory that the process has now."""

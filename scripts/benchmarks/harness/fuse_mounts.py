@@ -1,0 +1,140 @@
+"""The FUSE mounts that are measured against each other, and loop devices and file systems on their files.
+
+The trap: whoever removes a directory with a mount in it removes what is in the mount. So each ends unmounted,
+by itself or else by force.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from scripts.benchmarks.harness.gateway import PROGRAM
+from scripts.benchmarks.harness.nbd_servers import file_plugin
+from scripts.benchmarks.harness.peers import Peer, PeerUnavailableError, wait_for
+
+
+class Mount(Peer):
+    """A process that serves files at `point`, a directory or a file."""
+
+    def __init__(self, point: Path, command: list[str | Path]) -> None:
+        self.point = point
+        self._log = (point.parent / f"{point.name}.log").open("a")
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            text=True,
+        )
+        try:
+            wait_for(lambda: _is_mounted(point), str(command[0]), self.process)
+        except RuntimeError as error:
+            self.__exit__(None, None, None)
+            said = Path(self._log.name).read_text().strip()
+            raise PeerUnavailableError(f"{error}: {said[-300:]}") from None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            while _is_mounted(self.point):
+                subprocess.run(["umount", "--lazy", str(self.point)], check=True)
+            self._log.close()
+
+    def resident(self) -> int:
+        """The bytes of memory that the process has now."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class GatewayMount(Mount):
+    """`vdi-gateway mount`."""
+
+    def __init__(self, point: Path, state: Path) -> None:
+        point.mkdir()
+        super().__init__(point, [PROGRAM, "mount", point, "--state-dir", state])
+
+    def of(self, vdi: str, name: str = "disk.raw") -> Path:
+        """A file of a VDI, once the mount has heard of it."""
+        file = self.point / "by-uuid" / vdi / name
+        wait_for(file.exists, f"{file} in the mount", self.process)
+        return file
+
+
+class StorageDaemon(Mount):
+    """qemu-storage-daemon's export of a raw file; `engine` is how it reads that: threads or io_uring."""
+
+    def __init__(self, point: Path, file: Path, engine: str) -> None:
+        point.touch()
+        self.file = point
+        source = f"driver=file,node-name=file,filename={file},read-only=on,aio={engine}"
+        export = f"fuse,id=export,node-name=disk,mountpoint={point},writable=off"
+        command: list[str | Path] = ["qemu-storage-daemon", "--blockdev", source]
+        command += ["--blockdev", "driver=raw,node-name=disk,file=file,read-only=on", "--export", export]
+        super().__init__(point, command)
+
+
+class NbdFuse(Mount):
+    """nbdfuse over nbdkit's file plugin, with as many connections and threads as each has by default."""
+
+    def __init__(self, point: Path, file: Path) -> None:
+        point.mkdir()
+        self.file = point / "disk"
+        self._server = file_plugin(point.with_suffix(".sock"), file, 16)
+        try:
+            super().__init__(point, ["nbdfuse", "--readonly", self.file, self._server.uri])
+        except BaseException:
+            self._server.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._server.__exit__(kind, error, trace)
+
+
+@contextmanager
+def loop_device(file: Path) -> Iterator[Path]:
+    """A read-only block device of a file. It has no page cache of its own over the file's (direct I/O), so
+    that each request is one of the file system below.
+    """
+    options = ["--find", "--show", "--read-only", "--direct-io=on", str(file)]
+    done = subprocess.run(["losetup", *options], capture_output=True, text=True, check=True)
+    device = Path(done.stdout.strip())
+    try:
+        listed = subprocess.run(
+            ["losetup", "--json", "--list", "--output", "DIO", str(device)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if not json.loads(listed.stdout)["loopdevices"][0]["dio"]:
+            raise RuntimeError(f"{file} can't be read by a loop device with direct I/O")
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
+
+
+@contextmanager
+def ext4(device: Path, directory: Path) -> Iterator[Path]:
+    """The file system on a device, mounted read-only and without looking at its journal."""
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "ext4", "-o", "ro,noload", str(device), str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def _is_mounted(point: Path) -> bool:
+    with open("/proc/self/mountinfo", "rb") as lines:
+        return any(line.split(b" ")[4] == os.fsencode(point) for line in lines)
