@@ -47,6 +47,7 @@ API_VERSION: Final = 2
 
 _PREFERRED_BLOCK: Final = 64 << 10
 _LARGEST_BLOCK: Final = 32 << 20
+_LONGEST_LIST: Final = 10_000  # exports; nbdkit refuses a longer one as a whole
 _SHARE_OF_SILENT: Final = 0.5  # of all clients; the others have a disk open
 _PR_SET_PDEATHSIG: Final = 1
 _TYPES: Final = {
@@ -93,9 +94,12 @@ def after_fork() -> None:
 
 def cleanup() -> None:
     """The server ends: connections that live are not closed by nbdkit, and threads may still be ending."""
-    for export in list(_open):
-        close(export)
-    pinning.unpin_all()
+    try:
+        with contextlib.ExitStack() as closing:
+            for export in list(_open):
+                closing.callback(close, export)  # each, also if another can't be closed
+    finally:
+        pinning.unpin_all()
 
 
 # Exports
@@ -112,7 +116,7 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
     # Who may see what is known only of a private socket: a list is asked for without a session.
     if not parameters.private:
         return []
-    return patiently(partial(list_vdis, parameters.control), parameters.wait)
+    return patiently(partial(list_vdis, parameters.control), parameters.wait)[:_LONGEST_LIST]
 
 
 def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so

@@ -38,6 +38,7 @@ class Workers:
         self._events: Final = events
         self._log: Final = log
         self._repeats: Final = Repeats()
+        self._watched: set[Worker] = set()
         self._orphans: set[Worker] = set()
         self._leaving = False
         self._listed = True
@@ -98,11 +99,13 @@ class Workers:
         """Begin to replace the present ones by new ones, with the certificates as they are now."""
         self.problem = None
         try:
-            self._keep(self._public, self._public.replace_by(self._public.with_tls(tls)))
+            self._public.replace_by(self._public.with_tls(tls))
         except OSError as error:
             self._public.abandon_replacement()
             self.problem = f"new workers can't be started: {error}"
             self._log.error("new workers can't be started; the old ones stay", why=str(error))
+        finally:
+            self._keep(self._public)
 
     # The end
 
@@ -134,17 +137,20 @@ class Workers:
 
     def _fill(self, pool: Pool, now: float) -> None:
         try:
-            started = pool.fill(now)
+            pool.fill(now)
         except OSError as error:
             self.problem = f"nbdkit can't be started: {error.strerror}"
             self._log.error("a worker can't be started", why=str(error))
             if not self.begun:
                 raise Refused(self.problem) from error
-            return
-        self._keep(pool, started)
+        finally:
+            self._keep(pool)
         self._watch_demand(pool)
 
-    def _keep(self, pool: Pool, started: list[Worker]) -> None:
+    def _keep(self, pool: Pool) -> None:
+        """Watch those that have been started, also if others couldn't be."""
+        started = pool.workers - self._watched
+        self._watched |= started
         for worker in started:
             assert worker.leash is not None
             assert worker.log is not None
@@ -189,6 +195,7 @@ class Workers:
             worker.close_log()
 
     def _ended(self, pool: Pool, worker: Worker) -> None:
+        self._watched.discard(worker)
         self._events.forget(worker.pidfd)
         if worker.leash is not None:
             self._events.forget(worker.leash.fileno())

@@ -3,10 +3,12 @@
 The trap: a client's connection may end after the client. A lease that must be free is waited for.
 """
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "nbd_plugin" / "plugin.py"
 # Of Debian's interpreter, which the virtual environment is made from.
 SYSTEM_MODULES = Path("/usr/lib/python3/dist-packages")
+MAY_TRIM = 1
 
 
 class Nbd:
@@ -148,3 +151,23 @@ def own_nbd(tmp_path: Path) -> Iterator[Nbd]:
 def nbd(shared_nbd: Nbd) -> Nbd:
     assert shared_nbd.process.poll() is None, shared_nbd.log()
     return shared_nbd
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The plugin as nbdkit has it, but for nbdkit: `plugin.nbdkit.export_name` is to be set."""
+    nbdkit = SimpleNamespace(
+        FLAG_MAY_TRIM=MAY_TRIM,
+        FLAG_FUA=2,
+        FLAG_REQ_ONE=4,
+        FLAG_FAST_ZERO=8,
+        EXTENT_HOLE=1,
+        EXTENT_ZERO=2,
+        THREAD_MODEL_PARALLEL=3,
+        set_error=lambda _number: None,
+    )
+    monkeypatch.setitem(sys.modules, "nbdkit", nbdkit)
+    monkeypatch.delitem(sys.modules, "nbd_plugin.plugin", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield importlib.import_module("nbd_plugin.plugin")
+    del sys.modules["nbd_plugin.plugin"]

@@ -5,15 +5,13 @@ The requests go through the plugin's own callbacks, as nbdkit calls them, and a 
 as the gateway does; FUA is a write and then a flush, which is what nbdkit makes of it.
 """
 
-import importlib
 import random
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
@@ -39,8 +37,7 @@ from tests.images.test_crash import (
     misread_by_libvhdi,
     read_by_us,
 )
-
-MAY_TRIM = 1
+from tests.nbd_plugin.conftest import MAY_TRIM
 
 
 class Granting:
@@ -83,26 +80,6 @@ class Granting:
             chain.close()
         while link.receive(60) is not None:
             pass
-
-
-@pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The plugin as nbdkit has it, but for nbdkit: `plugin.nbdkit.export_name` is to be set."""
-    nbdkit = SimpleNamespace(
-        FLAG_MAY_TRIM=MAY_TRIM,
-        FLAG_FUA=2,
-        FLAG_REQ_ONE=4,
-        FLAG_FAST_ZERO=8,
-        EXTENT_HOLE=1,
-        EXTENT_ZERO=2,
-        THREAD_MODEL_PARALLEL=3,
-        set_error=lambda _number: None,
-    )
-    monkeypatch.setitem(sys.modules, "nbdkit", nbdkit)
-    monkeypatch.delitem(sys.modules, "nbd_plugin.plugin", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield importlib.import_module("nbd_plugin.plugin")
-    del sys.modules["nbd_plugin.plugin"]
 
 
 class Connection:

@@ -1,0 +1,63 @@
+"""Which processes the supervisor knows of when not all could be started."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbd_plugin.pool import Pool
+from nbd_plugin.supervisor_events import Events
+from nbd_plugin.supervisor_log import Log
+from nbd_plugin.supervisor_workers import Workers
+from nbd_plugin.worker import Worker, WorkerOptions
+from tests.nbd_plugin.supervised import eventually
+from tests.nbd_plugin.test_pool import OPTIONS
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_worker_that_started_before_another_could_not_is_known_and_its_end_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewed: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    processes: list[subprocess.Popen[bytes]] = []
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fails_at = 3 if renewed else 1
+
+    def start(options: WorkerOptions, sockets: Sequence[socket.socket]) -> Worker:
+        if len(processes) == fails_at:
+            raise OSError("no more processes")
+        process = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+        processes.append(process)
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(writing)
+        return Worker(process.pid, os.pidfd_open(process.pid), ours.dup(), reading)
+
+    events = Events()
+    public = Pool([], OPTIONS, 2, start=start)
+    private = Pool([], replace(OPTIONS, private=True), 1, on_demand=True, start=start)
+    workers = Workers(public, private, events, Log())
+    workers.begun = True
+    try:
+        workers.fill(0.0)
+        if renewed:
+            workers.renew("/tls")
+        assert workers.problem is not None
+        assert len(workers.everybody) == fails_at
+        for process in processes:
+            process.kill()
+
+        def all_known_to_have_ended() -> bool:
+            events.wait(0.1)
+            return not workers.everybody
+
+        eventually(all_known_to_have_ended, "the ends of the workers", 10)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        ours.close()
+        theirs.close()
