@@ -8,13 +8,16 @@ nothing is mounted unless the user asks for it.
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from cyclopts import Parameter
 
 from gateway.cli.arguments import FileName, Flag
 from gateway.cli.connection import DEFAULT_STATE_DIR, GatewayChoice
 from gateway.cli.output import CommandError, UsageError, print_json, print_note, print_table, size_text
 from gateway.cli.vdi import Disk, find_vdi
+from gateway.state import STATE_DIR_VARIABLE
 
 if TYPE_CHECKING:
     from gateway.cli.inspect_session import Inspection
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 _COLUMNS: Final = ("Partition", "Start", "Size", "Type", "Filesystem", "Label", "UUID", "Used", "Free")
 _GRACE_SECONDS: Final = 10.0
+_NOT_USED: Final = "what is used isn't known; --used has the kernel mount each filesystem, and tells"
+_NOT_ROOT: Final = "what is used can't be told without root, since that takes a loop device"
 
 
 def inspect(
@@ -31,7 +36,10 @@ def inspect(
     used: Flag = False,
     mount: FileName | None = None,
     partition: int | None = None,
-    gateway: GatewayChoice | None = None,
+    state_dir: Annotated[FileName | None, Parameter(env_var=STATE_DIR_VARIABLE)] = None,
+    user: str | None = None,
+    password_file: FileName | None = None,
+    url: Annotated[str | None, Parameter(show=False)] = None,
 ) -> int:
     """Show the partitions and filesystems of a virtual disk, or mount one of its filesystems.
 
@@ -52,9 +60,14 @@ def inspect(
         root.
     partition
         Which partition to mount; may be left out when only one can be.
+    state_dir
+        State directory of the gateway; ./state by default.
+    user
+        User to open the disk as; root when it is left out.
+    password_file
+        File whose first line is the password; the gateway's own user and root need none.
     """
-    choice = gateway or GatewayChoice()
-    if choice.url is not None:
+    if url is not None:
         raise UsageError(
             "--url: disks are inspected on the gateway's own machine, from its files; give --state-dir there"
         )
@@ -68,7 +81,7 @@ def inspect(
             " files that vdi-gateway mount shows"
         )
     # The gateway that client.toml names is elsewhere.
-    choice = replace(choice, state_dir=choice.state_dir or DEFAULT_STATE_DIR)
+    choice = GatewayChoice(state_dir=state_dir or DEFAULT_STATE_DIR, user=user, password_file=password_file)
     with choice.connect() as connection:
         record = find_vdi(connection, disk)[1]
 
@@ -94,7 +107,7 @@ def inspect(
         print_json(_document(record, volumes, spaces))
         return 0
     if not used and any(each.filesystem and each.filesystem.mountable for each in volumes.found):
-        print_note("what is used isn't known; --used has the kernel mount each filesystem and tells")
+        print_note(_NOT_USED if os.geteuid() == 0 else _NOT_ROOT)
     print_table(_COLUMNS, [_row(each, spaces.get(each.file)) for each in volumes.found])
     return 0
 
@@ -130,7 +143,7 @@ class Space:
 def _spaces(session: "Inspection", volumes: "Volumes") -> tuple[dict[str, Space], list[str]]:
     """By the volumes' files, and why it can't be told of some."""
     if os.geteuid() != 0:
-        return {}, ["what is used can't be told without root, since it takes a loop device"]
+        return {}, [_NOT_ROOT]
     spaces = {}
     remarks = []
     for each in volumes.found:

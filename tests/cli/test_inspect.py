@@ -11,7 +11,6 @@ import pytest
 
 from gateway.cli import inspect as command
 from gateway.cli import inspect_session, inspect_volumes
-from gateway.cli.connection import GatewayChoice
 from gateway.cli.inspect_volumes import Filesystem, Volume, Volumes, read_volumes
 from gateway.cli.output import CommandError, UsageError
 from tests.conftest import RunningGateway
@@ -165,7 +164,7 @@ def test_without_root_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     session = inspect_session.Inspection(str(tmp_path), "uuid")
     spaces, remarks = command._spaces(session, Volumes("gpt", 512, (volume(1),), ()))
     assert spaces == {}
-    assert remarks == ["what is used can't be told without root, since it takes a loop device"]
+    assert remarks == ["what is used can't be told without root, since that takes a loop device"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_without_root_nothing_is_mounted(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ({"mount": "there", "json": True}, "--mount goes without --json"),
         ({"mount": "there", "used": True}, "--mount goes without --used"),
         (
-            {"gateway": GatewayChoice(url="https://elsewhere")},
+            {"url": "https://elsewhere"},
             "--url: disks are inspected on the gateway's own",
         ),
     ],
