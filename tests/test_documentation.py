@@ -21,6 +21,7 @@ DOCUMENTS = [
 def error_row(code: str) -> str:
     """The line of docs/errors.md for one code; what a message fills in is shown as dots."""
     text = re.sub(r"\{\d+:detail\}", " (…)", MESSAGES[code])
+    text = re.sub(r"\{\d+:of user\}", " of user …", text)
     text = re.sub(r"\{\d+(?:![rs])?\}", "…", text)
     return f"| `{code}` | {text} |"
 
