@@ -9,8 +9,6 @@ set.
 
 import hashlib
 import hmac
-import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +21,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from gateway.core import schema
+from gateway.core.believed_credentials import BelievedCredentials
 from gateway.core.clock import utc_now
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
@@ -105,10 +104,7 @@ class Sessions:
         self._by_uuid: dict[str, _Open] = {}
         self._ended: list[Callable[[str], None]] = []
         self._delay = PasswordDelay(limits)
-        # Verified Basic credentials: a keyed hash of them -> the user, and when by trio's clock that ends.
-        # The key dies with the process, so a dump of this table is worth nothing.
-        self._key = secrets.token_bytes(32)
-        self._verified: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._believed = BelievedCredentials(users, limits)
         users.on_change(self._user_changed)
 
     @classmethod
@@ -270,40 +266,25 @@ class Sessions:
     # Passwords
 
     async def _basic(self, name: str, password: str, address: str) -> User:
-        key = self._credentials_key(name, password)
-        known = self._believed(key)
+        key = self._believed.key(name, password)
+        known = self._believed.user(key)
         if known is not None:
             await trio.lowlevel.checkpoint()
             return known
         return await self._verify(name, password, address, key)
 
-    def _believed(self, key: bytes) -> User | None:
-        """The user whose credentials these are known to be, without a hash."""
-        name, until = self._verified.get(key, ("", 0.0))
-        user = self._users.find(name)
-        if user is None or user.disabled or trio.current_time() >= until:
-            self._verified.pop(key, None)
-            return None
-        self._verified.move_to_end(key)
-        return user
-
-    def _believe(self, key: bytes, user: User) -> None:
-        self._verified[key] = (user.name, trio.current_time() + self._limits.basic_cache_seconds)
-        if len(self._verified) > self._limits.basic_cache_entries:
-            self._verified.popitem(last=False)
-
     async def _verify(self, name: str, password: str, address: str, key: bytes | None = None) -> User:
         """The user, after one hash; `key` is where to remember Basic credentials."""
         async with self._delay.attempt(name, address):
             # Several requests that began at once need one hash between them.
-            known = None if key is None else self._believed(key)
+            known = None if key is None else self._believed.user(key)
             if known is not None:
                 return known
             user, verdict = await self._look_at(name, password)
             if user is not None and verdict is not Verdict.WRONG:
                 self._delay.right(name, address)
                 if key is not None:
-                    self._believe(key, user)
+                    self._believed.remember(key, user)
                 if verdict is Verdict.OUTDATED:
                     await self._users.renew_hash(user, password)
                 return user
@@ -323,15 +304,8 @@ class Sessions:
                 return (before if usable else None), verdict
             # The user changed while the old hash was checked: what it says does not count any more.
 
-    def _credentials_key(self, name: str, password: str) -> bytes:
-        # The length keeps "ab", "c" and "a", "bc" apart.
-        encoded = name.encode("utf-8", "surrogatepass")
-        message = len(encoded).to_bytes(8, "big") + encoded + password.encode("utf-8", "surrogatepass")
-        return hmac.digest(self._key, message, "sha256")
-
     def _user_changed(self, name: str) -> None:
-        for key in [key for key, (user, _) in self._verified.items() if user == name]:
-            del self._verified[key]
+        self._believed.forget(name)
         entries = [entry for entry in self._by_digest.values() if entry.session.user == name]
         user = self._users.find(name)
         for entry in entries:
