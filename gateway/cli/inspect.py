@@ -166,10 +166,12 @@ def _hold(session: "Inspection", volume: "Volume", directory: str) -> int:
         session.mount(volume.file, kind, directory)
     except OSError as error:
         raise CommandError(f"{_called(volume)} can't be mounted: {error.strerror}") from None
+    words = f"{_called(volume)} is mounted on {directory}, read-only ({kind}); Ctrl-C unmounts it"
     try:
-        print(
-            f"{_called(volume)} is mounted on {directory}, read-only ({kind}); Ctrl-C unmounts it", flush=True
-        )
+        try:
+            print(words, flush=True)
+        except OSError as error:
+            raise CommandError(f"standard output can't be written: {error.strerror}") from None
         session.hold(directory)
     except KeyboardInterrupt:
         session.unmount(directory)
