@@ -3,10 +3,10 @@
 
     scripts/bench formats [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
 
-Groups: export, first-byte, import. The disk is half of what its chain of three VHDs can hold; all of what is
-counted is in it, and in the page cache. qemu-img can't read chains of VHDs: it gets the same bytes as a raw
-file with the same holes. Exports are files that nobody waits for until they are on the disk, imports are
-durable on both sides. A markdown table goes to stdout.
+Groups: export, first-byte, import, changed. The disk is half of what its chain of three VHDs can hold; all
+of what is counted is in it, and in the page cache. qemu-img can't read chains of VHDs: it gets the same bytes
+as a raw file with the same holes. Exports are files that nobody waits for until they are on the disk, imports
+are durable on both sides. A markdown table goes to stdout.
 """
 
 import sys
@@ -71,15 +71,8 @@ class Bench:
 
     def first_byte(self) -> None:
         """From the request to the first byte of the image, of 2040 GiB in a chain of three."""
-        for every, state in ((0, "empty"), (1, "full")):
-            vdi = self.gateway.create_vdi("disk", LARGEST)
-            snapshots = []
-            for _ in range(2):
-                if every:
-                    chain.fill(self.gateway.image("disk", vdi), every=every)
-                snapshots.append(self.gateway.fork("snapshot", vdi))
-            if every:
-                chain.fill(self.gateway.image("disk", vdi), every=every)
+        for full, state in ((False, "empty"), (True, "full")):
+            vdi, snapshots = self._largest(full=full)
             for image_format in ("vhd", "qcow2"):
                 for base, kind in (("", "whole"), (f"&base={snapshots[0]}", "delta")):
                     url = f"{self.gateway.get_url(vdi)}&format={image_format}{base}"
@@ -105,6 +98,26 @@ class Bench:
         image.unlink()
         qcow2.unlink()
 
+    def changed(self) -> None:
+        """VDI.list_changed_blocks by XML-RPC, of 2040 GiB in a chain of three."""
+        for full, state in ((False, "empty"), (True, "full")):
+            vdi, snapshots = self._largest(full=full, tracked=True)
+            for older, newer, what in (
+                (snapshots[0], snapshots[1], "between two snapshots"),
+                (snapshots[0], vdi, "since the snapshot before the last"),
+            ):
+                waits = []
+                for _ in range(max(self.rounds, 5)):
+                    start = time.perf_counter()
+                    bits = self.gateway.changed_blocks(older, newer)
+                    waits.append(time.perf_counter() - start)
+                    assert len(bits) == 4 * (LARGEST // BLOCK)
+                    assert any(bits) is full
+                name = f"list_changed_blocks {what}, 2040 GiB, {state} tables"
+                self.report.figure(name, statistics.median(waits) * 1000, "ms", below=100)
+            for uuid in (vdi, *snapshots):
+                self.gateway.destroy_vdi(uuid)
+
     # --- steps ----------------------------------------------------------------------------------------------
 
     def _chain(self) -> str:
@@ -118,6 +131,18 @@ class Bench:
                     disk.pwrite(self._noise, 2 * number * BLOCK)
                 disk.flush()
         return vdi
+
+    def _largest(self, *, full: bool, tracked: bool = False) -> tuple[str, list[str]]:
+        """A disk of 2040 GiB over two snapshots, of which each file has all blocks if `full`, else none."""
+        vdi, snapshots = self.gateway.create_vdi("disk", LARGEST), list[str]()
+        if tracked:
+            self.gateway.enable_cbt(vdi)
+        for level in range(3):
+            if level:
+                snapshots.append(self.gateway.fork("snapshot", vdi))
+            if full:
+                chain.fill(self.gateway.image("disk", vdi), every=1)
+        return vdi, snapshots
 
     def _make_sparse(self, path: Path) -> None:
         subprocess.run(["fallocate", "--dig-holes", str(path)], check=True)
@@ -189,6 +214,7 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "export": Bench.export,
     "first-byte": Bench.first_byte,
     "import": Bench.import_,
+    "changed": Bench.changed,
 }
 
 

@@ -3,6 +3,7 @@
 What is set up goes through XML-RPC and the small commands, as a user would do it; what is measured is curl.
 """
 
+import base64
 import json
 import subprocess
 import sys
@@ -93,6 +94,15 @@ class Gateway(Peer):
             self._call("VDI.get_uuid", self.session, self._call(f"VDI.{operation}", self.session, vdi))
         )
 
+    def enable_cbt(self, uuid: str) -> None:
+        """Track changed blocks of a VDI from now on."""
+        self._call("VDI.enable_cbt", self.session, self._call("VDI.get_by_uuid", self.session, uuid))
+
+    def changed_blocks(self, older: str, newer: str) -> bytes:
+        """One bit for each 64 KiB that may differ between two VDIs."""
+        pair = [self._call("VDI.get_by_uuid", self.session, uuid) for uuid in (older, newer)]
+        return base64.b64decode(self._call("VDI.list_changed_blocks", self.session, *pair))
+
     def has_parent(self, uuid: str) -> bool:
         vdi = self._call("VDI.get_by_uuid", self.session, uuid)
         return "vhd-parent" in self._call("VDI.get_sm_config", self.session, vdi)
@@ -110,7 +120,8 @@ class Gateway(Peer):
 
     def image(self, repository: str, uuid: str) -> Path:
         """The file of a VDI, whichever its format."""
-        return next(self.directories[repository].glob(f"{uuid}.*"))
+        paths = self.directories[repository].glob(f"{uuid}.*")
+        return next(path for path in paths if path.suffix in {".vhd", ".raw"})
 
     @property
     def certificate(self) -> tuple[Path, Path, Path]:
