@@ -86,7 +86,7 @@ class DiskFile:
         self._buffers = buffers
         self._disk = disk
         self._close: Callable[[], Awaitable[None]] | None = close
-        self._pace = Pace(start)
+        self._pace = Pace()
         self._now = reads.now
         # Most requests are as long as the one before.
         self._length = 0
@@ -103,14 +103,19 @@ class DiskFile:
         try:
             self._now(view, offset)
         except BlockingIOError:
-            return await self._reads.fetch(offset, length, self._pace.missed(offset, length))
+            self._read_on(offset, length)
+            return await self._reads.fetch(offset, length)
         pace = self._pace
         if offset + length > pace.marker:
-            ahead = pace.passed(offset)
-            if ahead is not None:
-                self._reads.fetch_ahead(*ahead)
+            self._read_on(offset, length)
         pace.next = offset + length
         return view
+
+    def _read_on(self, offset: int, length: int) -> None:
+        ahead = self._pace.passed(offset, length)
+        self._pace.next = offset + length
+        if ahead is not None:
+            self._reads.fetch_ahead(*ahead)
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Write `data` at `offset`; see OpenFile."""

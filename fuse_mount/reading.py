@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 LARGEST_READ: Final = 1 << 20  # bytes, what the kernel asks a file system for at most
 WINDOW_BYTES: Final = 64 << 10
-LARGEST_WINDOW: Final = 2 << 20
+LARGEST_WINDOW: Final = 8 << 20
 NEVER: Final = 1 << 63
 
 _IN_ORDER: Final = 1 << 20  # bytes; several requests of one reader may overtake each other
@@ -86,42 +86,33 @@ def _new_buffer() -> memoryview:
 
 
 class Pace:
-    """How one open file is read. Who reads beyond `marker` has the next window fetched."""
+    """How one open file is read. Who reads beyond `marker` in order has more read ahead of him.
 
-    __slots__ = ("ahead", "marker", "next", "window")
+    Reading ahead begins with the second read of an order, by twice its length, and goes as far again each
+    time: who stops has had no more read than twice what he asked for.
+    """
 
-    def __init__(self, start: int) -> None:
-        self.next = start
+    __slots__ = ("_ahead", "_window", "marker", "next")
+
+    def __init__(self) -> None:
+        self.next = -NEVER  # where a read would begin that follows the last one; the first follows none
         self.marker = NEVER
-        self.ahead = 0
-        self.window = 0
+        self._ahead = 0
+        self._window = 0
 
-    def missed(self, offset: int, length: int) -> int:
-        """A read found nothing: how many bytes from `offset` on are wanted, `length` or more."""
-        if self._is_in_order(offset):
-            self.window = min(max(2 * self.window, WINDOW_BYTES), LARGEST_WINDOW)
-        else:
-            self.window = WINDOW_BYTES
-        self.next = offset + length
-        wanted = max(length, self.window)
-        in_order = self.window > WINDOW_BYTES
-        self.ahead = offset + wanted
-        self.marker = self.ahead - self.window // 2 if in_order else NEVER
-        return wanted
-
-    def passed(self, offset: int) -> tuple[int, int] | None:
-        """A read from `offset` on passed the marker: the bytes [start, stop) to fetch, if it is in order."""
-        if not self._is_in_order(offset):
-            self.marker = NEVER
+    def passed(self, offset: int, length: int) -> tuple[int, int] | None:
+        """A read came beyond the marker, or found nothing: the bytes [start, stop) to fetch ahead of it."""
+        if not -_IN_ORDER <= offset - self.next <= _IN_ORDER:
+            self.marker, self._ahead, self._window = NEVER, 0, 0
             return None
-        self.window = min(2 * self.window, LARGEST_WINDOW)
-        start = max(self.ahead, offset)
-        self.ahead = self.marker = start + self.window
-        self.marker -= self.window // 2
-        return start, self.ahead
-
-    def _is_in_order(self, offset: int) -> bool:
-        return -_IN_ORDER <= offset - self.next <= _IN_ORDER
+        stop = offset + length
+        start = self._ahead if stop < self._ahead <= stop + LARGEST_WINDOW else stop
+        if start - stop > self._window // 2:  # it is on its way
+            return None
+        self._window = min(max(2 * self._window, 2 * length, WINDOW_BYTES), LARGEST_WINDOW)
+        self._ahead = start + self._window
+        self.marker = self._ahead - self._window // 2
+        return start, self._ahead
 
 
 @dataclass(eq=False, slots=True)
@@ -157,15 +148,11 @@ class DiskReads:
             self._lately = OrderedDict()
             self.now = self._read_lately
 
-    async def fetch(self, offset: int, length: int, wanted: int) -> memoryview:
-        """Read what isn't at hand; `wanted` bytes from `offset` on will be asked for soon.
-
-        Raises OSError, ImageError. The answer is good until the next await.
-        """
-        start, stop = offset, min(offset + max(wanted, length), self.size)
+    async def fetch(self, offset: int, length: int) -> memoryview:
+        """Read what isn't at hand. Raises OSError, ImageError. The answer is good until the next await."""
+        start, stop = offset, offset + length
         if length < WINDOW_BYTES:
-            start -= start % WINDOW_BYTES
-            stop = min(-(-stop // WINDOW_BYTES) * WINDOW_BYTES, self.size)
+            start, stop = self._windows(start, stop)
         for window in self._pending:
             if window.start <= offset and offset + length <= window.stop:
                 await window.done.wait()
@@ -181,7 +168,7 @@ class DiskReads:
 
     def fetch_ahead(self, start: int, stop: int) -> None:
         """Begin to read what will be asked for next, if there is a thread for it."""
-        stop = min(stop, self.size)
+        start, stop = self._windows(start, stop)
         if start < stop and self._threads.available_tokens > 0 and not self._ended:
             trio.lowlevel.spawn_system_task(self._fetch_ahead, start, stop)
 
@@ -216,6 +203,10 @@ class DiskReads:
     def _check(self) -> None:
         if self._ended:
             raise OSError(errno.ESHUTDOWN, "the disk is closed")
+
+    def _windows(self, start: int, stop: int) -> tuple[int, int]:
+        """The windows that a range touches."""
+        return start - start % WINDOW_BYTES, min(-(-stop // WINDOW_BYTES) * WINDOW_BYTES, self.size)
 
     @contextmanager
     def _fetching(self, start: int, stop: int) -> Iterator[None]:
@@ -278,10 +269,18 @@ class DiskReads:
 
 
 def begin_to_read(run: FileRange) -> None:
-    """Have the kernel read a part of a file, without waiting for it. Raises OSError."""
-    for at in range(0, run.length, _ADVISED_BYTES):
-        piece = min(_ADVISED_BYTES, run.length - at)
-        os.posix_fadvise(run.fd, run.offset + at, piece, os.POSIX_FADV_WILLNEED)
+    """Have the kernel read a part of a file, without waiting for it. Raises OSError.
+
+    What has its last byte in memory is taken to be there: to ask for it costs more than to read a byte.
+    """
+    byte = bytearray(1)
+    stop = run.offset + run.length
+    for at in range(run.offset, stop, _ADVISED_BYTES):
+        end = min(at + _ADVISED_BYTES, stop)
+        try:
+            os.preadv(run.fd, (byte,), end - 1, os.RWF_NOWAIT)
+        except OSError:  # it isn't there, or the kernel doesn't tell
+            os.posix_fadvise(run.fd, at, end - at, os.POSIX_FADV_WILLNEED)
 
 
 def how_at_hand(fd: int) -> AtHand:

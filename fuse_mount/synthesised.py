@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from fuse_mount.reading import LARGEST_READ, LARGEST_WINDOW, DiskReads, begin_to_read
+from fuse_mount.reading import DiskReads, Pace, begin_to_read
 from gateway.access.client import AccessDisk
 from gateway.images.allocation import stored_blocks
 from gateway.images.disk import FileRange, Hole, Literal
@@ -35,15 +35,17 @@ class SynthesisedFile:
         self._layout = layout
         self._reads = reads
         self._close: Callable[[], Awaitable[None]] | None = close
-        self._next = self.size + LARGEST_WINDOW  # one read alone is in no order
-        self._ahead = 0
+        self._pace = Pace()
 
     async def read(self, offset: int, length: int) -> memoryview:
         """The bytes at `offset`, from a worker thread."""
         length = max(0, min(length, self.size - offset))
         if not length:
             return memoryview(b"")
-        return await self._reads.in_thread(length, partial(self._fill, offset, self._fetched(offset, length)))
+        # Each is in a thread, and so is what is fetched ahead.
+        ahead = self._pace.passed(offset, length) or (0, 0)
+        self._pace.next = offset + length
+        return await self._reads.in_thread(length, partial(self._fill, offset, ahead))
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Never."""
@@ -60,17 +62,6 @@ class SynthesisedFile:
 
     def end(self) -> None:
         """Nothing is read any more; reads in threads are refused already."""
-
-    def _fetched(self, offset: int, length: int) -> tuple[int, int]:
-        """The bytes [start, stop) that the kernel should read, because this is read in order."""
-        in_order, self._next = abs(offset - self._next) <= LARGEST_READ, offset + length
-        if not in_order:
-            self._ahead = 0
-        elif self._next + LARGEST_WINDOW // 2 > self._ahead:
-            start = max(self._ahead, offset)
-            self._ahead = min(self._next + LARGEST_WINDOW, self.size)
-            return start, self._ahead
-        return 0, 0
 
     def _fill(self, offset: int, ahead: tuple[int, int], buffer: memoryview) -> None:
         def read(_: object) -> None:
@@ -111,7 +102,7 @@ def read_layout(layout: Layout, buffer: memoryview, offset: int) -> None:
 
 
 def _fetch(layout: Layout, start: int, stop: int) -> None:
-    for segment in layout.segments(start, stop):
+    for segment in layout.segments(min(start, layout.size), min(stop, layout.size)):
         match segment:
             case FileRange():
                 begin_to_read(segment)

@@ -151,7 +151,7 @@ async def test_a_small_read_brings_its_window_and_neighbours_find_it(disk: SlowD
     file = opened.file()
     await opened.check(file, 3 * MIB + 5000, 4096)
     assert disk.asked == [(3 * MIB + 5000, 4096)]
-    assert disk.announced == [(3 * MIB, 2 * WINDOW_BYTES)]
+    assert disk.announced == [(3 * MIB, WINDOW_BYTES)]
     with trio.testing.assert_no_checkpoints():
         for offset in range(3 * MIB, 3 * MIB + WINDOW_BYTES, 4096):
             await opened.check(opened.file(), offset, 4096)
@@ -207,7 +207,7 @@ async def test_who_reads_in_order_is_read_ahead_for_and_waits_for_few_reads(disk
         await opened.check(file, offset, 4096)
         await trio.lowlevel.checkpoint()  # what is to be fetched ahead begins
         await until(lambda: not opened.reads._working)
-    assert len(disk.asked) <= 4
+    assert len(disk.asked) <= 3
     fetched = sum(length for _, length in disk.announced)
     assert fetched <= 1.1 * SIZE
     assert max(length for _, length in disk.announced) <= LARGEST_WINDOW
@@ -287,17 +287,23 @@ async def test_a_request_that_is_larger_than_the_kernels_is_answered_whole(disk:
     await opened.check(opened.file(), 0, 4 * LARGEST_READ)
 
 
-def test_a_pace_begins_anywhere_and_ends_with_a_jump() -> None:
-    pace = Pace(0)
-    assert pace.missed(100 * MIB, 4096) == WINDOW_BYTES
+def test_a_pace_begins_with_the_second_read_and_ends_with_a_jump() -> None:
+    pace = Pace()
+
+    def read(offset: int, length: int) -> tuple[int, int] | None:
+        ahead = pace.passed(offset, length)
+        pace.next = offset + length
+        return ahead
+
+    assert read(0, MIB) is None
     assert pace.marker == NEVER
-    assert pace.missed(100 * MIB + 4096, 4096) == 2 * WINDOW_BYTES
-    assert pace.marker < NEVER
-    ahead = pace.passed(100 * MIB + 8192)
-    assert ahead is not None
-    assert ahead[0] == 100 * MIB + 4096 + 2 * WINDOW_BYTES
-    assert pace.passed(500 * MIB) is None
+    assert read(MIB, MIB) == (2 * MIB, 4 * MIB)
+    assert pace.marker == 3 * MIB
+    assert read(2 * MIB, MIB) == (4 * MIB, 8 * MIB)
+    assert read(3 * MIB, MIB) is None  # enough is on its way
+    assert read(500 * MIB, MIB) is None
     assert pace.marker == NEVER
+    assert read(501 * MIB, 4096) == (501 * MIB + 4096, 501 * MIB + 4096 + WINDOW_BYTES)
 
 
 def test_how_one_knows_is_the_file_systems_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
