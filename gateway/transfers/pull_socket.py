@@ -221,12 +221,15 @@ class _Opening:
             except ssl.SSLCertVerificationError as error:
                 raise XenAPIError("PULL_ERROR_CERTIFICATE", self.url.host, error.verify_message) from error
             except (ssl.SSLError, OSError) as error:
-                why = f"TLS can't be begun: {getattr(error, 'reason', None) or error.strerror or error}"
+                reason = getattr(error, "reason", None)
+                why = f"TLS can't be begun: {reason or error.strerror or error}"
+                if reason == "WRONG_VERSION_NUMBER":
+                    why = "it doesn't speak TLS; is it http://?"
                 raise self._unreachable(why) from error
             else:
                 return
             if not self.interrupt.wait(encrypted.fileno(), events, until - monotonic()):
-                raise self._unreachable("TLS was not begun in time; is it http://?")
+                raise self._unreachable("it has not begun TLS in time; is it http://?")
 
 
 def _address_of(place: tuple[Any, ...]) -> IPAddress:
