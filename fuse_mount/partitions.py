@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -191,12 +192,13 @@ def read_partitions(
         _write(descriptor, first[:size], 0)
         _write(descriptor, last, max(0, size - len(last)))
         known: set[int] = set()
+        deadline = time.monotonic() + _SECONDS
         path = f"/proc/self/fd/{descriptor}"
         for _ in range(_MOST_ROUNDS):
             wanted: set[int] = set()
             table = read_table(path, size, descriptor, wanted)
             missing = {offset for offset in wanted if len(first) <= offset <= size - len(last) - 512} - known
-            if read is None or not missing:
+            if read is None or not missing or time.monotonic() > deadline:
                 return table.partitions
             for offset in missing:
                 _write(descriptor, read(offset, 512), offset)

@@ -58,6 +58,8 @@ _OPTIONS: Final = {
     "hfs": "",
     "hfsplus": "",
 }
+# The first of them is ntfs-3g where it is installed.
+_DRIVERS: Final = {"ntfs": ("ntfs", "ntfs3")}
 
 
 class Terminated(SystemExit):
@@ -164,9 +166,15 @@ class Inspection:
         with open(os.path.join(self._directory, _NOTE), "a", encoding="utf-8") as note:
             note.write(json.dumps([directory, path.removeprefix(self._disks)]) + "\n")
         options = ",".join(filter(None, (_ALWAYS, _OPTIONS[kind])))
-        ended = run_program(["mount", "-t", kind, "-o", options, path, directory], seconds=MOUNT_SECONDS)
-        if ended.code:
-            raise ProgramError(errno.EINVAL, ended.complaint.removeprefix(f"{directory}: "))
+        for driver in _DRIVERS.get(kind, (kind,)):
+            ended = run_program(
+                ["mount", "-t", driver, "-o", options, path, directory], seconds=MOUNT_SECONDS
+            )
+            if not ended.code:
+                return
+            if "unknown filesystem type" not in ended.complaint:
+                break
+        raise ProgramError(errno.EINVAL, ended.complaint.removeprefix(f"{directory}: "))
 
     def space(self, file: str, kind: str) -> tuple[int, int, int]:
         """Size, used and free bytes of a filesystem, which is mounted just for this. ProgramError."""

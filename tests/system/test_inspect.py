@@ -16,7 +16,7 @@ import pytest
 from gateway.access.client import open_vdi
 from tests.conftest import START_SECONDS, STOP_SECONDS, clean_environment, program
 from tests.system.guests import GPT, MBR, Disk, Guest, make_disk, make_guests, missing_programs
-from tests.system.mounted import digests, needs_fuse, needs_loops, run, wait_until_free
+from tests.system.mounted import digests, filesystem, needs_fuse, needs_loops, run, wait_until_free
 from tests.system.site import MIB, Site, Vdi, depth, wait_until
 
 PREFIX = "vdi-gateway-inspect-"
@@ -240,6 +240,34 @@ def test_a_filesystem_of_a_chain_is_mounted_read_only_and_its_files_are_those_of
         finally:
             inspecting.end()
     wait_until_free(site.gateway, disk.vdi)
+
+
+@needs_loops
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_filesystem_that_was_never_unmounted_is_mounted_without_its_journal(
+    site: Site, guests: list[Guest], tmp_path: Path, kind: str
+) -> None:
+    [guest] = [each for each in guests if each.kind.name == kind]
+    image, dirty = tmp_path / "image", tmp_path / "dirty"
+    run("cp", guest.images[-1], image)
+    with filesystem(image, tmp_path / "guest", kind=kind) as files:
+        (files / "new").write_bytes(b"new" * MIB)
+        run("sync", "--file-system", files)
+        run("cp", image, dirty)
+    # As it is, it can't be mounted from what can't be written to.
+    dirty.chmod(0o400)
+    run("mount", "-t", kind, "-o", "loop,ro", dirty, tmp_path / "guest", code=32)
+    vdi = site.create_vdi(guest.kind.size)
+    control = str(site.gateway.state_dir / "access.sock")
+    with closing(open_vdi(control, vdi.uuid, write=True, purpose="test")) as disk:
+        disk.pwrite(dirty.read_bytes(), 0)
+    running = Inspecting(site, tmp_path / "files", vdi.uuid)
+    try:
+        assert {path.name for path in running.directory.iterdir()} >= {"step 0", "step 1"}
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended() == 0
+    finally:
+        running.end()
 
 
 def test_which_filesystems_there_are_is_told_when_none_is_named(
