@@ -5,7 +5,7 @@ the gateway makes the delta of the two. Whatever ends a run, the next one finds 
 begun: a download that has some of its bytes is finished first, everything else is removed.
 
 The traps: a snapshot may have been taken though its answer never came, so it has a mark of ours from its
-first moment on, and only what has that mark, or stands in the manifest, is ever destroyed. And a delta is
+first moment on; and nothing without such a mark is ever destroyed, whatever a manifest says. And a delta is
 right only over what was backed up last: what the gateway says of changed blocks has to fit, or there is none.
 """
 
@@ -97,7 +97,7 @@ class BackupRun:
         except BrokenChainError as broken:
             if not wish.or_full:
                 raise
-            self._say(f"{broken.reason}: a new chain begins")
+            self._note(f"{broken.reason}: a new chain begins")
             return self._take(None)
 
     # What earlier runs left
@@ -118,11 +118,18 @@ class BackupRun:
         return []
 
     def _marked(self, mark: str) -> dict[str, Any] | None:
-        for record in self._records().values():
-            ours = record["other_config"].get(MARK_KEY) == mark
-            if ours and record["is_a_snapshot"] and record["snapshot_of"] == self._vdi:
-                return record
-        return None
+        marked = (record for _, record in self._ours().values() if record["other_config"][MARK_KEY] == mark)
+        return next(marked, None)
+
+    def _ours(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """References and records, by uuid, of the disk's snapshots that a vdi-backup has taken."""
+        return {
+            record["uuid"]: (ref, record)
+            for ref, record in self._records().items()
+            if record["is_a_snapshot"]
+            and record["snapshot_of"] == self._vdi
+            and MARK_KEY in record["other_config"]
+        }
 
     def _abandon(self, attempt: Attempt, snapshot: str | None) -> None:
         """Nothing comes of an attempt: what there is of it is to be discarded."""
@@ -135,13 +142,12 @@ class BackupRun:
         manifest = self._directory.manifest
         if not manifest.discarded:
             return
-        references = {record["uuid"]: ref for ref, record in self._records().items()}
-        left = []
+        ours, left = self._ours(), []
         for snapshot in manifest.discarded:
             self._directory.remove_files(snapshot)
-            if snapshot in references:
+            if snapshot in ours:
                 try:
-                    self._connection.call("VDI.destroy", references[snapshot])
+                    self._connection.call("VDI.destroy", ours[snapshot][0])
                 except CallRefusedError as refused:
                     self._note(f"the snapshot {snapshot} stays for now: {refused}")
                     left.append(snapshot)
@@ -298,14 +304,14 @@ class BackupRun:
     def _release_snapshots(self) -> None:
         """Of older snapshots the data goes, of those before the last also what is known of their changes."""
         *older, _ = self._directory.manifest.generations
-        references = {record["uuid"]: (ref, record["type"]) for ref, record in self._records().items()}
+        ours = self._ours()
         for generation in older:
-            reference, kind = references.get(generation.snapshot, ("", ""))
-            if not reference:
+            if generation.snapshot not in ours:
                 continue
+            reference, record = ours[generation.snapshot]
             if generation is not older[-1]:
                 self._connection.call("VDI.destroy", reference)
-            elif kind != "cbt_metadata":
+            elif record["type"] != "cbt_metadata":
                 try:
                     self._connection.call("VDI.data_destroy", reference)
                 except CallRefusedError as refused:

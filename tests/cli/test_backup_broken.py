@@ -225,6 +225,18 @@ def test_a_manifest_that_can_not_be_believed_is_told(disk: BackedUpDisk) -> None
     disk.assert_right()
 
 
+def test_only_snapshots_of_backups_are_destroyed_whatever_the_manifest_says(disk: BackedUpDisk) -> None:
+    mine = disk.command("vdi-snapshot", disk.uuid, "name=mine").stdout.strip()
+    another = disk.command("vdi-create", "another", "4MiB").stdout.strip()
+    path = disk.directory / "manifest.json"
+    path.write_text(json.dumps({**disk.manifest, "discarded": [mine, another]}))
+    disk.backed_up()
+    listed = disk.command("vdi-list", "--minimal").stdout
+    assert mine in listed
+    assert another in listed
+    assert disk.manifest["discarded"] == []
+
+
 def test_a_second_backup_into_the_same_directory_is_refused(disk: BackedUpDisk) -> None:
     with (disk.directory / "lock").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
