@@ -228,9 +228,13 @@ class Attachments:
     ) -> list[str]:
         """Write to the records what a scan found; what is wrong, a sentence each."""
         while True:
-            # What was created or destroyed since the scan is in the repository's own view already.
+            # What was created or destroyed since the scan is in the repository's own view already. What is
+            # being created has a record at last, and then it must not seem to have no image.
+            known = {vdi.uuid for vdi in self.records.vdis_of_sr(sr)}
             images = {
-                uuid: image for uuid, image in repository.images.items() if uuid not in self._being_created
+                uuid: image
+                for uuid, image in repository.images.items()
+                if uuid in known or uuid not in self._being_created
             }
             now = ScanResult(images, scan.journals, scan.strange)
             found = self._reconcile(sr, repository, now, copy)

@@ -43,7 +43,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture
 def vdi(site: Site) -> Iterator[Vdi]:
     vdi = site.create_vdi(4 * MIB, "raw")
-    vdi.file.write_bytes(os.urandom(vdi.size))
+    with vdi.file.open("r+b") as file:  # never shorter, since the gateway may look at it
+        file.write(os.urandom(vdi.size))
     yield vdi
     wait_until(lambda: not operations(site, vdi), "the leases to end")
     site.gateway.call("VDI.destroy", vdi.ref)

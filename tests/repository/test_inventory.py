@@ -395,6 +395,25 @@ async def test_scans_beside_creates_and_destroys_lose_and_invent_nothing(
     assert all(record.name_label and not record.missing for record in inventory.records.vdis_of_sr(sr))
 
 
+async def test_a_scan_while_a_create_is_about_to_end_does_not_miss_the_image(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sr = await inventory.sr_create("disks", str(tmp_path / "sr"))
+    refresh, scanned = inventory.refresh_sizes, trio.Event()
+
+    async def scan_first(sr: str) -> None:
+        if not scanned.is_set():
+            scanned.set()
+            await inventory.sr_scan(sr)
+        await refresh(sr)
+
+    # The last thing that a create does, when the record is there already.
+    monkeypatch.setattr(inventory, "refresh_sizes", scan_first)
+    ref = await inventory.vdi_create(sr=sr, virtual_size=2 << 20)
+    assert scanned.is_set()
+    assert not inventory.records.vdis.get(ref).missing
+
+
 async def test_what_the_user_of_an_inventory_raises_comes_out_as_it_was(
     open_inventory: OpenInventory,
 ) -> None:
