@@ -100,8 +100,8 @@ MESSAGES: Final[dict[str, str]] = {
     "IMPORT_ERROR_BAD_COMPRESSION": "What {0} compressed can't be unpacked ({1}); "
     "nothing was changed: look at the file.",
     # What the gateway fetches itself.
-    "PULL_ERROR_ADDRESS_REFUSED": "{0} is at {1}, {2}, and nothing is fetched from there unless pull.from "
-    "in the gateway's configuration names it.",
+    "PULL_ERROR_ADDRESS_REFUSED": "{0} is at {1}, {2}, from where nothing is fetched; "
+    "if it is meant, name it in pull.from of the gateway's configuration.",
     "PULL_ERROR_BROKEN_OFF": "The connection to {0} broke off after {1} bytes, and trying again did not help "
     "({2}); nothing was changed: try again later.",
     "PULL_ERROR_CERTIFICATE": "The certificate of {0} could not be verified ({1}); "
