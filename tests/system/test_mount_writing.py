@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -54,9 +54,16 @@ while True:
 """
 
 
+@pytest.fixture(scope="module")
+def writable_mount(shared_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    with mounted(shared_site.gateway, tmp_path_factory.mktemp("mount") / "disks", "--writable") as mount:
+        yield mount
+
+
 @pytest.fixture
-def writable(mount_of_own_site: Callable[..., Mounted]) -> Mounted:
-    return mount_of_own_site("--writable")
+def writable(site: Site, writable_mount: Mounted) -> Iterator[Mounted]:
+    yield writable_mount
+    assert writable_mount.running, writable_mount.log()
 
 
 def assert_whole(site: Site, vdi: Vdi) -> None:
@@ -66,20 +73,20 @@ def assert_whole(site: Site, vdi: Vdi) -> None:
 
 @pytest.mark.parametrize("kind", ["raw", "vhd", "chain"])
 def test_pieces_of_any_length_at_any_place_are_there(
-    own_site: Site, writable: Mounted, tmp_path: Path, kind: str
+    site: Site, writable: Mounted, tmp_path: Path, kind: str
 ) -> None:
     """Against a plain file to which the same is done."""
     rng = random.Random(5)
     if kind == "chain":
-        vdi = make_chain(own_site, tmp_path, seed=5, levels=2, size=6 * MIB)
+        vdi = make_chain(site, tmp_path, seed=5, levels=2, size=6 * MIB)
     else:
-        vdi = own_site.create_vdi(6 * MIB, kind)
+        vdi = site.create_vdi(6 * MIB, kind)
     disk, model = writable.of(vdi, "disk.raw"), tmp_path / "model"
     model.write_bytes(disk.read_bytes())
-    wait_until_free(own_site.gateway, vdi)
+    wait_until_free(site.gateway, vdi)
     files = [os.open(path, os.O_RDWR) for path in (disk, model)]
     try:
-        assert leases(own_site.gateway, vdi) == ["write"]
+        assert leases(site.gateway, vdi) == ["write"]
         for _ in range(200):
             offset = rng.randrange(vdi.size)
             length = min(vdi.size - offset, rng.choice((1, 100, 511, 512, 4096, 70_000)))
@@ -93,18 +100,16 @@ def test_pieces_of_any_length_at_any_place_are_there(
         for file in files:
             os.close(file)
     assert digest(disk) == digest(model)
-    wait_until_free(own_site.gateway, vdi)
+    wait_until_free(site.gateway, vdi)
     # libvhdi reads no chains with blocks that are written in such parts.
-    exported = curl("--fail", own_site.export_url(vdi)).stdout if kind == "chain" else stored_content(vdi)
+    exported = curl("--fail", site.export_url(vdi)).stdout if kind == "chain" else stored_content(vdi)
     assert exported == model.read_bytes()
     if kind != "raw":
-        assert_whole(own_site, vdi)
+        assert_whole(site, vdi)
 
 
-def test_writes_end_where_the_disk_ends_and_nothing_changes_its_size(
-    own_site: Site, writable: Mounted
-) -> None:
-    vdi = own_site.create_vdi(2 * MIB)
+def test_writes_end_where_the_disk_ends_and_nothing_changes_its_size(site: Site, writable: Mounted) -> None:
+    vdi = site.create_vdi(2 * MIB)
     disk = writable.of(vdi, "disk.raw")
     assert stored_content(vdi) == bytes(vdi.size)
     disk.write_bytes(b"")  # O_TRUNC
@@ -124,13 +129,13 @@ def test_writes_end_where_the_disk_ends_and_nothing_changes_its_size(
         ["dd", "if=/dev/zero", f"of={disk}", "bs=1M", "seek=1"], capture_output=True, text=True, check=False
     )
     assert "No space left on device" in done.stderr
-    wait_until_free(own_site.gateway, vdi)
+    wait_until_free(site.gateway, vdi)
     assert disk.stat().st_size == vdi.size
     assert stored_content(vdi) == b"First".ljust(vdi.size, b"\0")
 
 
-def test_what_is_not_a_disk_can_not_be_written(own_site: Site, writable: Mounted) -> None:
-    folder = writable.of(own_site.create_vdi()).resolve()
+def test_what_is_not_a_disk_can_not_be_written(site: Site, writable: Mounted) -> None:
+    folder = writable.of(site.create_vdi()).resolve()
     disk = folder / "disk.raw"
     for name in ("disk.vhd", "disk.qcow2", "record.json"):
         with pytest.raises(PermissionError):
@@ -154,9 +159,9 @@ def test_what_is_not_a_disk_can_not_be_written(own_site: Site, writable: Mounted
 @pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name != "vfat"], ids=lambda kind: kind.name)
 def test_a_file_system_made_on_a_disk_has_its_files_in_the_image(
-    own_site: Site, writable: Mounted, tmp_path: Path, kind: Kind
+    site: Site, writable: Mounted, tmp_path: Path, kind: Kind
 ) -> None:
-    vdi = own_site.create_vdi(kind.size)
+    vdi = site.create_vdi(kind.size)
     content = tmp_path / "content"
     content.mkdir()
     for number in range(20):
@@ -170,8 +175,8 @@ def test_a_file_system_made_on_a_disk_has_its_files_in_the_image(
             else filesystem(device, tmp_path / "files", kind=kind.name)
         ) as files:
             run("cp", "-r", f"{content}/.", files)
-    wait_until_free(own_site.gateway, vdi)
-    assert_whole(own_site, vdi)
+    wait_until_free(site.gateway, vdi)
+    assert_whole(site, vdi)
     raw = tmp_path / "raw"
     raw.write_bytes(stored_content(vdi))
     qemu_compare(raw, vdi)
@@ -185,21 +190,21 @@ def test_a_file_system_made_on_a_disk_has_its_files_in_the_image(
 @needs_loops
 @pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}")
 def test_files_are_written_into_a_partition_and_its_neighbours_stay(
-    own_site: Site, writable: Mounted, tmp_path: Path
+    site: Site, writable: Mounted, tmp_path: Path
 ) -> None:
     guests = make_guests(tmp_path, seed=3, only=("ext4", "xfs"))
-    disk = make_disk(own_site, tmp_path, guests, GPT)
+    disk = make_disk(site, tmp_path, guests, GPT)
     partition = writable.of(disk.vdi, "partitions", "1.raw")
     before = disk.image.read_bytes()
     with filesystem(partition, tmp_path / "files", kind="ext4") as files:
         (files / "added").write_bytes(b"added")
         (files / "step 0" / "Ünïcode" / "small-1.txt").unlink(missing_ok=True)
         wanted = digests(files)
-    wait_until_free(own_site.gateway, disk.vdi)
+    wait_until_free(site.gateway, disk.vdi)
     with filesystem(partition, tmp_path / "files", "ro", "noload", kind="ext4") as files:
         assert digests(files) == wanted
         assert (files / "added").read_bytes() == b"added"
-    wait_until_free(own_site.gateway, disk.vdi)
+    wait_until_free(site.gateway, disk.vdi)
     start, length = disk.table[1]
     found = writable.of(disk.vdi, "disk.raw").read_bytes()
     assert found[:start] == before[:start]
@@ -210,25 +215,25 @@ def test_files_are_written_into_a_partition_and_its_neighbours_stay(
         assert file.write(b"x" * 200) == 100
         with pytest.raises(OSError, match="No space left on device"):
             file.write(b"x")
-    wait_until_free(own_site.gateway, disk.vdi)
-    assert_whole(own_site, disk.vdi)
+    wait_until_free(site.gateway, disk.vdi)
+    assert_whole(site, disk.vdi)
 
 
 def test_a_writer_is_alone_but_for_readers_of_his_mount(
-    own_site: Site, writable: Mounted, mount_of_own_site: Callable[..., Mounted]
+    site: Site, writable: Mounted, mount: Mounted
 ) -> None:
-    vdi, other = own_site.create_vdi(), mount_of_own_site()
+    vdi = site.create_vdi()
     disk = writable.of(vdi, "disk.raw")
     with disk.open("r+b", buffering=0) as writer, disk.open("rb", buffering=0) as reader:
         writer.write(b"seen at once")
         assert reader.read(12) == b"seen at once"
-        others = [other.of(vdi, "disk.raw"), writable.of(vdi, "disk.qcow2")]
+        others = [mount.of(vdi, "disk.raw"), writable.of(vdi, "disk.qcow2")]
         with ThreadPoolExecutor() as pool:  # each waits a while
             refused = [each.exception() for each in [pool.submit(path.read_bytes) for path in others]]
         assert [getattr(error, "errno", None) for error in refused] == [errno.EBUSY] * 2
-        assert leases(own_site.gateway, vdi) == ["write"]
-    wait_until_free(own_site.gateway, vdi)
-    assert other.of(vdi, "disk.raw").read_bytes()[:12] == b"seen at once"
+        assert leases(site.gateway, vdi) == ["write"]
+    wait_until_free(site.gateway, vdi)
+    assert mount.of(vdi, "disk.raw").read_bytes()[:12] == b"seen at once"
 
 
 @pytest.mark.parametrize("victim", ["mount", "gateway"])
@@ -281,13 +286,13 @@ def test_what_was_synced_survives_kill_9(own_site: Site, tmp_path: Path, victim:
     assert_whole(own_site, vdi)
 
 
-def test_a_close_makes_what_was_written_durable(own_site: Site, tmp_path: Path) -> None:
-    vdi = own_site.create_vdi(2 * MIB)
+def test_a_close_makes_what_was_written_durable(site: Site, tmp_path: Path) -> None:
+    vdi = site.create_vdi(2 * MIB)
     content = random.Random(1).randbytes(vdi.size)
-    with mounted(own_site.gateway, tmp_path / "mount", "--writable") as mount:
+    with mounted(site.gateway, tmp_path / "mount", "--writable") as mount:
         (tmp_path / "content").write_bytes(content)
         run("dd", f"if={tmp_path / 'content'}", f"of={mount.of(vdi, 'disk.raw')}", "bs=64k")
         mount.kill()
-    wait_until_free(own_site.gateway, vdi)
+    wait_until_free(site.gateway, vdi)
     assert stored_content(vdi) == content
-    assert_whole(own_site, vdi)
+    assert_whole(site, vdi)
