@@ -158,7 +158,7 @@ def test_nothing_is_restored_from_a_file_that_is_damaged(
 ) -> None:
     path = disk.file(number)
     good = path.read_bytes()
-    damages: "dict[str, Callable[[], None]]" = {
+    damages: dict[str, Callable[[], None]] = {
         "header": lambda: alter(path, 30),
         "tables": lambda: alter(path, 4 * (64 << 10) + 1000),
         "data": lambda: alter(path, len(good) - 2 * MIB),
