@@ -264,7 +264,7 @@ class Disks:
         """Whether the VDI has the files still that are held; if not, who opens it next asks for a lease."""
         if held.write or held.ending:  # nobody replaces the files of a writer
             return not held.ending
-        current = await trio.to_thread.run_sync(self._has_same_leaf, held, limiter=self._opens)
+        current = await trio.to_thread.run_sync(self._has_same_leaf, held, limiter=self._threads)
         if not current or held.is_revoked:
             self._retire(held)
             return False
