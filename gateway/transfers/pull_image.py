@@ -121,6 +121,10 @@ async def pull_image(
             )
             ref = await fill_target(operation, sent=sent, target=target, spool_bytes=terms.spool_bytes)
             log.info("fetched", url=str(order.url), vdi=target.uuid, bytes=pull.received, task=operation.task)
+        except XenAPIError as error:
+            log.info("not fetched", url=str(order.url), task=operation.task, error=error.error_info)
+            raise
+        else:
             return ref
         finally:
             pull.close()
