@@ -7,6 +7,7 @@ what libfuse has to say about a mount that fails, it writes to descriptor 2 and 
 
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -37,6 +38,9 @@ FIRST_RETRY_SECONDS: Final = 0.1
 SLOWEST_RETRY_SECONDS: Final = 1.0
 ENDING_SECONDS: Final = 20.0
 """How long requests that have begun may take to end; an open waits up to 10 s."""
+
+MOST_REQUESTS: Final = 500
+"""How many requests may be under way: all others wait, and opens of disks that are in use take seconds."""
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
@@ -254,7 +258,7 @@ async def serve(mount: Mount, mounted: Callable[[], None]) -> int:
                 nursery.start_soon(_announce, mount.operations, mounted)
                 # A request whose handler is cancelled hangs its reader for ever.
                 with trio.CancelScope(shield=True):
-                    await pyfuse3.main()
+                    await pyfuse3.main(max_tasks=MOST_REQUESTS)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
@@ -265,7 +269,16 @@ async def serve(mount: Mount, mounted: Callable[[], None]) -> int:
     return code
 
 
+class _Noted(logging.Handler):
+    """What pyfuse3 says goes to our log: answers that nobody waits for any more, mostly."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.debug("pyfuse3", said=record.getMessage())
+
+
 def _begin(mount: Mount) -> None:
+    noted = logging.getLogger("pyfuse3")
+    noted.handlers, noted.propagate = [_Noted()], False
     with _libfuse_heard() as heard:
         try:
             pyfuse3.init(mount.operations, mount.directory, mount.options)
@@ -307,10 +320,10 @@ async def _follow(mount: Mount) -> None:
                 (mount.descriptions.remove if gone else mount.descriptions.forget)(uuid)
         except Exception as error:
             # Whatever it is, disks that are open can be read on, so the mount stays.
-            if not isinstance(error, OSError):
-                log.exception("what has changed could not be taken over")
-            elif not away:
+            if not away and isinstance(error, OSError):
                 log.warning("the gateway is away; what is known of its disks stays", why=str(error))
+            elif not away:
+                log.exception("what has changed could not be taken over; it is tried again")
             away = True
             await trio.sleep(pause)
             pause = min(pause * 2, SLOWEST_RETRY_SECONDS)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import time
@@ -20,13 +21,19 @@ import pytest
 from tests.conftest import START_SECONDS, STOP_SECONDS, RunningGateway, clean_environment, program
 from tests.system.site import Vdi, wait_until
 
+CAP_SYS_ADMIN = 21
+
 
 def _why_no_fuse() -> str:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except OSError as error:
         return f"/dev/fuse can't be used: {error.strerror}"
-    return ""
+    if os.geteuid() != 0:
+        return "" if shutil.which("fusermount3") else "fusermount3 isn't there"
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
+    return "" if capabilities >> CAP_SYS_ADMIN & 1 else "mounting needs the capability SYS_ADMIN"
 
 
 def _why_no_loops() -> str:
