@@ -11,7 +11,7 @@ import structlog
 from gateway.core.clock import EPOCH
 from gateway.core.errors import XenAPIError
 from gateway.core.refs import NULL_REF
-from gateway.core.roles import Role
+from gateway.core.roles import Permission, Role
 
 log: Final[structlog.typing.FilteringBoundLogger] = structlog.get_logger()
 
@@ -64,6 +64,11 @@ class Task:
         if self.error_info:
             raise XenAPIError(*self.error_info)
         raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({self.status})")
+
+    def check_actor(self, actor: "Actor | None", permission: Permission) -> None:
+        """Raises RBAC_PERMISSION_DENIED for who has neither made the task nor `permission`; None may."""
+        if actor is not None and actor.user != self.user:
+            permission.check(actor.role)
 
 
 class Actor(Protocol):

@@ -10,7 +10,7 @@ a task while its operation runs, which goes on without it.
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
@@ -25,6 +25,8 @@ from gateway.core.limits import Limits
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.task import Actor, Operation, Task, TaskStatus
+from gateway.core.task_limits import beyond_the_limits, waiting_for_clients
+from gateway.core.task_progress import TaskProgress
 from gateway.core.task_table import TaskTable
 
 __all__ = ["Actor", "Operation", "Task", "TaskStatus", "Tasks"]
@@ -60,10 +62,7 @@ class Tasks:
         self._operations: dict[str, Operation] = {}
         # Pending tasks of an earlier run of the gateway whose holder may still come back.
         self._unannounced = {task.ref for task in table if task.worked_on and not task.status.is_final}
-        # The progress that the last event told, and tasks whose client has set another one since.
-        self._told_progress: dict[str, tuple[float, Mapping[str, str]]] = {}
-        self._moved: set[str] = set()
-        self._something_runs = trio.Event()
+        self._progress = TaskProgress(table, self._operations, limits)
 
     @classmethod
     async def load(
@@ -83,7 +82,7 @@ class Tasks:
         """What happens by itself: unannounced tasks fail, progress is told, old tasks go. Never returns."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._interrupt_unannounced)
-            nursery.start_soon(self._publish_progress)
+            nursery.start_soon(self._progress.run)
             nursery.start_soon(self._forget_old)
 
     # Reading
@@ -160,7 +159,7 @@ class Tasks:
             worked_on=not client_made,
         )
         async with self._lock:
-            if client_made and self._waiting_for_clients() >= self._limits.task_keep:
+            if client_made and waiting_for_clients(self._table) >= self._limits.task_keep:
                 raise XenAPIError("TOO_MANY_PENDING_TASKS", str(self._limits.task_keep))
             await self._table.add(task)
             await self._forget_beyond_the_limits()
@@ -169,7 +168,7 @@ class Tasks:
     async def destroy(self, ref: str, actor: Actor | None = None) -> None:
         """Remove the record; an operation under it goes on. Raises HANDLE_INVALID, RBAC_PERMISSION_DENIED."""
         async with self._lock:
-            _check_actor(self._table.get(ref), actor, DESTROY_ANY)
+            self._table.get(ref).check_actor(actor, DESTROY_ANY)
             await self._forget([ref])
 
     async def cancel(self, ref: str, actor: Actor | None = None) -> None:
@@ -181,7 +180,7 @@ class Tasks:
         """
         async with self._lock:
             task = self._table.get(ref)
-            _check_actor(task, actor, CANCEL_ANY)
+            task.check_actor(actor, CANCEL_ANY)
             if task.status in {TaskStatus.CANCELLING, TaskStatus.CANCELLED}:
                 return
             if task.status.is_final:
@@ -261,7 +260,7 @@ class Tasks:
             operation = Operation(ref, cancel)
             self._operations[ref] = operation
             self._unannounced.discard(ref)
-            self._something_runs.set()
+            self._progress.begun()
             return operation
 
     async def _end(self, operation: Operation) -> None:
@@ -273,7 +272,7 @@ class Tasks:
             async with self._lock:
                 progress = 1.0 if status is TaskStatus.SUCCESS else operation.current_progress()
                 del self._operations[operation.task]
-                self._told_progress.pop(operation.task, None)
+                self._progress.ended(operation.task)
                 task = self._table.find(operation.task)
                 if task is not None:
                     other_config = {**task.other_config, **operation.current_details()}
@@ -305,8 +304,7 @@ class Tasks:
             if not 0.0 <= progress <= 1.0:
                 raise XenAPIError("VALUE_NOT_SUPPORTED", "progress", str(progress), "it goes from 0 to 1")
             self._table.put(replace(task, progress=progress))
-            self._moved.add(ref)
-            self._something_runs.set()
+            self._progress.moved(ref)
 
     async def set_result(self, ref: str, result: str, actor: Actor | None = None) -> None:
         """Set a client's own pending task's result."""
@@ -326,7 +324,7 @@ class Tasks:
         """
         async with self._lock:
             task = self._table.get(ref)
-            _check_actor(task, actor, CHANGE_ANY)
+            task.check_actor(actor, CHANGE_ANY)
             changes = compute(task)
             if not changes.keys() <= {"other_config"}:
                 raise ValueError("a task's own methods set its other fields")
@@ -336,15 +334,12 @@ class Tasks:
 
     def _own_pending_task(self, ref: str, actor: Actor | None) -> Task:
         task = self._table.get(ref)
-        _check_actor(task, actor, CHANGE_ANY)
+        task.check_actor(actor, CHANGE_ANY)
         if task.worked_on:
             raise XenAPIError("OPERATION_NOT_ALLOWED", "an operation of the gateway ends this task")
         if task.status is not TaskStatus.PENDING:
             raise XenAPIError("OPERATION_NOT_ALLOWED", f"the task has ended already ({task.status})")
         return task
-
-    def _waiting_for_clients(self) -> int:
-        return sum(not task.worked_on and not task.status.is_final for task in self._table)
 
     # What happens by itself
 
@@ -360,44 +355,11 @@ class Tasks:
                         await self._finish(task, TaskStatus.FAILURE, XenAPIError("TASK_INTERRUPTED"))
                 self._unannounced.discard(ref)
 
-    async def _publish_progress(self) -> None:
-        while True:
-            await self._something_runs.wait()
-            await trio.sleep(self._limits.task_progress_seconds)
-            moved, self._moved = self._moved, set()
-            for ref, operation in self._operations.items():
-                progress = operation.current_progress(), operation.current_details()
-                if progress != self._told_progress.get(ref, (0.0, {})):
-                    self._told_progress[ref] = progress
-                    moved.add(ref)
-            for ref in moved:
-                if self._table.find(ref) is not None:
-                    self._table.tell(ref)
-            if not self._operations:
-                self._something_runs = trio.Event()
-
     async def _forget_old(self) -> None:
         while True:
             async with self._lock:
                 await self._forget_beyond_the_limits()
             await trio.sleep(_FORGET_INTERVAL)
-
-    def _beyond_the_limits(self) -> list[str]:
-        """Finished tasks that are too old, and the oldest finished ones while there are too many, clients'
-        own last.
-        """
-        oldest = self._now() - timedelta(seconds=self._limits.task_keep_seconds)
-        finished = [
-            (task.client_made, task.finished, task.ref)
-            for task in self._table
-            if task.status.is_final and task.ref not in self._operations
-        ]
-        old = [ref for _, moment, ref in finished if moment < oldest]
-        excess = len(self._table) - len(old) - self._limits.task_keep
-        if excess > 0:
-            kept = sorted(entry for entry in finished if entry[1] >= oldest)
-            old += [ref for _, _, ref in kept[:excess]]
-        return old
 
     # Storing; the lock is held
 
@@ -422,7 +384,9 @@ class Tasks:
 
     async def _forget_beyond_the_limits(self) -> None:
         try:
-            await self._forget(self._beyond_the_limits())
+            await self._forget(
+                beyond_the_limits(list(self._table), self._operations, self._limits, self._now())
+            )
         except SQLAlchemyError:
             # The next task tries it again; this one is what it is.
             log.exception("old tasks could not be removed from the database")
@@ -431,9 +395,4 @@ class Tasks:
         if refs:
             await self._table.remove(refs)
             self._unannounced.difference_update(refs)
-            self._moved.difference_update(refs)
-
-
-def _check_actor(task: Task, actor: Actor | None, permission: Permission) -> None:
-    if actor is not None and actor.user != task.user:
-        permission.check(actor.role)
+            self._progress.forgotten(refs)

@@ -1,0 +1,32 @@
+"""How many tasks there are: finished ones are kept for a while, so that clients may ask how they ended."""
+
+from collections.abc import Collection, Container, Iterable
+from datetime import datetime, timedelta
+
+from gateway.core.limits import Limits
+from gateway.core.task import Task
+
+
+def beyond_the_limits(
+    tasks: Collection[Task], running: Container[str], limits: Limits, now: datetime
+) -> list[str]:
+    """Finished tasks that are too old, and the oldest finished ones while there are too many, clients' own
+    last. `running` are those whose operation has still to say that it has ended.
+    """
+    oldest = now - timedelta(seconds=limits.task_keep_seconds)
+    finished = [
+        (task.client_made, task.finished, task.ref)
+        for task in tasks
+        if task.status.is_final and task.ref not in running
+    ]
+    old = [ref for _, moment, ref in finished if moment < oldest]
+    excess = len(tasks) - len(old) - limits.task_keep
+    if excess > 0:
+        kept = sorted(entry for entry in finished if entry[1] >= oldest)
+        old += [ref for _, _, ref in kept[:excess]]
+    return old
+
+
+def waiting_for_clients(tasks: Iterable[Task]) -> int:
+    """How many wait for their clients to end them."""
+    return sum(not task.worked_on and not task.status.is_final for task in tasks)
