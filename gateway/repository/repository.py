@@ -8,7 +8,7 @@ The trap: a lease is taken before that lock, never inside it, since taking a lea
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -17,7 +17,6 @@ from gateway.core.leases import Holder, Lease, LeaseMode, Leases
 from gateway.core.records import ImageFormat
 from gateway.images.errors import MissingParent
 from gateway.images.files import FILES, FileCalls
-from gateway.images.vhd.create import create_dynamic
 from gateway.repository.cbt_logs import recover_logs
 from gateway.repository.directory import (
     DirectoryUnavailable,
@@ -30,6 +29,7 @@ from gateway.repository.directory import (
     require_directory,
     write_marker,
 )
+from gateway.repository.empty_image import create_empty_image
 from gateway.repository.fork import recover_forks
 from gateway.repository.intended import remember_intended
 from gateway.repository.journal_recovery import Recovery, recover_journals
@@ -40,8 +40,6 @@ from gateway.repository.staging import (
     Staging,
     begin_filling,
     begin_new,
-    require_no_image,
-    staging_path,
     sweep_staging,
 )
 from gateway.repository.survey import Survey, identity_at
@@ -231,29 +229,12 @@ class Repository(Survey):
         It is there, whole and durable, or not at all. Raises OSError (ENOSPC, EEXIST), ImageTooLarge,
         DirectoryUnavailable.
         """
-        target = self.directory.image(uuid, image_format)
-        path = staging_path(self.directory, uuid)
 
         def create() -> ScannedImage:
             self._require_writable()
-            try:
-                if image_format == "vhd":
-                    create_dynamic(path, virtual_size, files=self._files)
-                else:
-                    self._create_raw(path, virtual_size)
-                require_no_image(target)
-                self._files.rename(path, target)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    self._files.unlink(path)
-                raise
-            try:
-                self._files.sync_directory(self.directory.root)
-            except BaseException:
-                with suppress(OSError):
-                    self._files.unlink(target)
-                raise
-            return self._scanner.scan_one(target)
+            return self._scanner.scan_one(
+                create_empty_image(self.directory, uuid, virtual_size, image_format, self._files)
+            )
 
         async with self.structure_lock:
             with trio.CancelScope(shield=True):
@@ -387,14 +368,6 @@ class Repository(Survey):
 
         with trio.CancelScope(shield=True):
             await self._in_thread(remove)
-
-    def _create_raw(self, path: str, size: int) -> None:
-        fd = self._files.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            self._files.truncate(fd, size)
-            self._files.sync(fd)
-        finally:
-            self._files.close(fd)
 
     @staticmethod
     def _require_no_children(images: Mapping[str, ScannedImage], uuid: str) -> None:
