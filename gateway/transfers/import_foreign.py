@@ -33,7 +33,7 @@ from gateway.transfers.body import BodyReader, TransferAborted
 from gateway.transfers.copy_disk import Copied, Readable, fill
 from gateway.transfers.foreign_header import NotYet, virtual_size
 from gateway.transfers.foreign_map import MappedDisk, Unmapped
-from gateway.transfers.formats import BodyFormat, Fits, corrupt_image
+from gateway.transfers.formats import BodyFormat, Fits, corrupt_image, unsupported_image
 from gateway.transfers.import_raw import BUFFER_BYTES
 
 PROGRAM: Final = "qemu-img"
@@ -52,6 +52,8 @@ _MAPPED: Final = frozenset({BodyFormat.QCOW2, BodyFormat.VMDK})
 # What `qemu-img check` ends with when there are no errors, and when clusters are lost to nobody.
 _CHECKED, _LEAKS = 0, 3
 _NO_SPACE: Final = "No space left on device"
+# What it says of a VHDX that was open when its machine crashed: its metadata is whole only with its log.
+_LOG: Final = "contains a log that needs to be replayed"
 
 
 @dataclass(slots=True)
@@ -296,6 +298,9 @@ class ForeignImage:
             return OSError(errno.ENOSPC, _NO_SPACE)
         if code < 0 or "Cannot allocate memory" in said:
             return XenAPIError("IMPORT_ERROR_CONVERTER_LIMIT", self.name, str(seconds))
+        if _LOG in said:
+            problem = "it wasn't closed properly; let `qemu-img check -r all` replay its log first"
+            return unsupported_image(self.name, problem)
         # Of our paths nobody has to know.
         for path in (self.spool.image, self.spool.disk):
             said = said.replace(path, "the image")

@@ -1,6 +1,7 @@
 """One gateway with one SR per worker process for the tests that leave it running; a fresh one for others."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from tests.conftest import RunningGateway
 from tests.system.mounted import NO_FUSE, Mounted, mounted
-from tests.system.site import Site
+from tests.system.site import MIB, Site
 
 
 def stop(gateway: RunningGateway) -> None:
@@ -78,6 +79,27 @@ def mount_of_own_site(own_site: Site, tmp_path: Path) -> Iterator[Callable[..., 
             return stack.enter_context(mounted(own_site.gateway, directory, *arguments))
 
         yield make
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 of 40 MiB on a loop device."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    image, place = tmp_path / "ext4", tmp_path / "mounted"
+    place.mkdir()
+    image.touch()
+    os.truncate(image, 40 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
+    mounted = subprocess.run(
+        ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"this machine mounts no loop device: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,27 +101,6 @@ def test_state_survives_a_restart(own_site: Site, random_file: Maker) -> None:
     # The session is remembered too: clients need not log in anew.
     assert curl(site.export_url(vdi, session_id=session)).stdout == source.read_bytes()
     assert curl("-I", site.export_url(vdi)).stdout.lower().partition(b"etag:")[2].split()[0] == tag
-
-
-@pytest.fixture
-def small_file_system(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 40 MiB on a loop device."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    image, place = tmp_path / "ext4", tmp_path / "mounted"
-    place.mkdir()
-    image.touch()
-    os.truncate(image, 40 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"this machine mounts no loop device: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_full_disk_has_its_own_code_and_keeps_the_old_content(

@@ -233,6 +233,45 @@ def test_a_vhdx_with_a_parent_or_too_large_is_refused(take: Callable[..., bytes]
         assert caught.value.code == code
 
 
+def crc32c(data: bytes | bytearray) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def with_log(*, entry: bool) -> bytes:
+    """A VHDX whose headers say that it has a log: with an entry in it that has to be replayed, or empty.
+
+    [MS-VHDX] 2.2.2 and 2.3.1.
+    """
+    body, guid = bytearray(sample("vhdx")), b"\x11" * 16
+    length = offset = 0
+    for place in (64 << 10, 128 << 10):
+        header = body[place : place + 4096]
+        header[48:64] = guid
+        header[4:8] = bytes(4)
+        struct.pack_into("<I", header, 4, crc32c(header))
+        body[place : place + 4096] = header
+        length, offset = struct.unpack_from("<IQ", header, 68)
+    assert length >= 4096
+    if entry:
+        fields = (b"loge", 0, 4096, 0, 1, 0, 0, guid, len(body), len(body))
+        log = bytearray(struct.pack("<4sIIIQII16sQQ", *fields).ljust(4096, b"\0"))
+        struct.pack_into("<I", log, 4, crc32c(log))
+        body[offset : offset + 4096] = log
+    return bytes(body)
+
+
+def test_a_vhdx_whose_log_has_to_be_replayed_is_refused_in_words(take: Callable[..., bytes]) -> None:
+    with pytest.raises(XenAPIError, match="qemu-img check -r all") as caught:
+        take(with_log(entry=True), "vhdx")
+    assert caught.value.code == UNSUPPORTED
+    assert take(with_log(entry=False), "vhdx") == disk_data().ljust(6 * MIB, b"\0")
+
+
 def test_an_image_with_a_real_backing_file_shows_none_of_it(
     take: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
