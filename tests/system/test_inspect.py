@@ -6,6 +6,7 @@ import os
 import selectors
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -280,7 +281,9 @@ def test_which_filesystems_there_are_is_told_when_none_is_named(
 
 
 @needs_loops
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_a_signal_unmounts(
     site: Site, ext4: Vdi, inspecting: Callable[[], Inspecting], number: signal.Signals
 ) -> None:
@@ -369,6 +372,43 @@ def test_files_that_hang_are_ended(inspecting: Callable[[], Inspecting]) -> None
     running.process.wait(90)
     assert not is_mounted(running.directory)
     assert left_behind() <= running.before
+
+
+@needs_loops
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_end_at_any_moment_leaves_nothing(
+    site: Site, ext4: Vdi, tmp_path: Path, number: signal.Signals
+) -> None:
+    """After SIGKILL it is the next start that cleans up."""
+    before = left_behind()
+    command = [program(), "inspect", "--state-dir", str(site.gateway.state_dir), ext4.uuid, "--used"]
+
+    def run_for(seconds: float | None) -> int:
+        with (tmp_path / "errors").open("wb") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, env=clean_environment()
+            )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            return process.wait(STOP_SECONDS)
+
+    started = time.monotonic()
+    assert run_for(None) == 0
+    whole = time.monotonic() - started
+    for part in range(20):
+        run_for(whole * (part + 0.5) / 20)
+        # While Python itself begins, Ctrl-C is shown where it came.
+        assert "gateway/cli/inspect" not in (tmp_path / "errors").read_text()
+        if number is not signal.SIGKILL:
+            assert left_behind() <= before
+    assert run_for(None) == 0
+    # A mount that was killed a moment ago may still be on its way out.
+    wait_until(lambda: run_for(None) == 0 and left_behind() <= before, "everything to go")
+    wait_until_free(site.gateway, ext4)
 
 
 def test_a_disk_that_is_written_is_busy(site: Site, ext4: Vdi) -> None:
