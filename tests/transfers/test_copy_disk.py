@@ -33,7 +33,7 @@ from tests.repository.test_inventory import replace as import_into
 from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
 from tests.repository.test_snapshots import make, write
-from tests.system.test_faults import small_file_system
+from tests.system.conftest import small_file_system
 from tests.transfers.test_import_raw import Memory
 
 __all__ = ["small_file_system"]
