@@ -5,7 +5,6 @@ directory is locked before anything in it is touched, the addresses are bound be
 port in use is told at once, and the ready line comes last, when a client would be answered.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -34,13 +33,6 @@ from gateway.core.refusals import Refusals
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
 from gateway.core.users import Users
-from gateway.http.connection import Connection
-from gateway.http.disk_request import DiskServices
-from gateway.http.export_raw_vdi import ExportRawVDI
-from gateway.http.import_raw_vdi import ImportRawVDI
-from gateway.http.request import Request
-from gateway.http.routes import Routes
-from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server
 from gateway.listening import (
     ServeRefused,
@@ -50,20 +42,18 @@ from gateway.listening import (
     listen_on_socket,
     urls_of,
 )
+from gateway.memory import give_memory_back
 from gateway.nbd import Nbd
 from gateway.nbd_files import NbdFiles, NbdRefused
 from gateway.options import OFF
+from gateway.paths import routes_of
 from gateway.reload import Configuration
 from gateway.repository.inventory import Inventory
 from gateway.state import ADMINISTRATOR, RunningGateway, StateDirectory, StateError
 from gateway.systemd import notify
 from gateway.tls import CertificateError, ReloadableContext
-from gateway.xenapi.classes import CLASSES
-from gateway.xenapi.dispatch import LOCAL, Api, Caller
 from gateway.xenapi.estate import Estate
 from gateway.xenapi.host import software_version
-from gateway.xenapi.jsonrpc import answer_jsonrpc
-from gateway.xenapi.xmlrpc import answer_xmlrpc
 
 VERSION: Final = version("vdi-gateway")
 
@@ -71,11 +61,6 @@ log = structlog.get_logger("gateway.app")
 
 # Our own certificate is renewed a month before its end, so looking twice a day is enough.
 RENEWAL_SECONDS = 12 * 3600.0
-
-
-# malloc.h: the parameter of mallopt; fixing the threshold also ends its growth.
-_M_MMAP_THRESHOLD: Final = -3
-MMAP_THRESHOLD: Final = 256 << 10
 
 
 class _ToldToStop(Exception):  # noqa: N818  nothing has failed
@@ -120,19 +105,6 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
         trio.run(gateway.run)
 
 
-def give_memory_back() -> None:
-    """Makes glibc return large buffers to the system as soon as they are freed.
-
-    Left alone it raises its threshold for mmap with the first large buffer that is freed, and from then on
-    keeps them in its arenas: after eight uploads at once the process stayed at 117 MiB instead of 72.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return  # Another C library, with other habits.
-    mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-
-
 def _nbd_files(configuration: Configuration, state: StateDirectory) -> NbdFiles | None:
     """What NBD needs; None where it isn't served."""
     config = configuration.started
@@ -160,11 +132,6 @@ def _context(configuration: Configuration, state: StateDirectory) -> ReloadableC
         return ServerCertificate(chain=chain, key=key, authority=None)
 
     return ReloadableContext(find)
-
-
-def _caller(request: Request, connection: Connection) -> Caller:
-    transport = LOCAL if request.address == LOCAL else request.scheme
-    return Caller(request.address, transport, connection.ending)
 
 
 async def _told_to_stop(signals: AsyncIterator[int]) -> None:
@@ -231,7 +198,7 @@ class _Gateway:
                 nursery.start_soon(access.run, listener)
             if nbd is not None:
                 nursery.start_soon(nbd.run)
-            server = Server(self._routes(estate, nursery), self.limits)
+            server = Server(routes_of(estate, self.limits, nursery), self.limits)
             nursery.start_soon(self._obey_signals, signals, server, nbd, nursery.cancel_scope)
             if self.context is not None:
                 nursery.start_soon(self._renew, self.context, nbd)
@@ -325,30 +292,6 @@ class _Gateway:
 
     def _who(self) -> str:
         return f"{socket.gethostname()}, process {os.getpid()}, state directory {self.state.path}"
-
-    def _routes(self, estate: Estate, nursery: trio.Nursery) -> Routes:
-        services = DiskServices.for_limits(
-            estate.inventory, estate.tasks, estate.sessions, self.limits, estate.publications
-        )
-        api = Api(estate, nursery, CLASSES)
-
-        async def xmlrpc(body: bytes, request: Request, connection: Connection) -> bytes:
-            return await answer_xmlrpc(api, body, _caller(request, connection))
-
-        async def jsonrpc(body: bytes, request: Request, connection: Connection) -> bytes:
-            return await answer_jsonrpc(api, body, _caller(request, connection))
-
-        xml = {"POST": rpc_handler(xmlrpc, XML)}
-        return Routes(
-            {
-                "/": xml,
-                "/RPC2": xml,
-                "/xmlrpc": xml,
-                "/jsonrpc": {"POST": rpc_handler(jsonrpc, JSON)},
-                "/import_raw_vdi": {"PUT": ImportRawVDI(services)},
-                "/export_raw_vdi": {"GET": ExportRawVDI(services)},
-            }
-        )
 
     def _listeners(self) -> list[Listener]:
         listeners = [Listener(one) for one in (self.local, *self.plain)]
