@@ -15,7 +15,6 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.refs import NULL_REF
 from gateway.core.roles import Role
-from gateway.repository.inventory import Where
 from gateway.transfers.copy_disk import copy_disk
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, computed, fixed, given, message, stored
 from gateway.xenapi.types import (
@@ -27,12 +26,12 @@ from gateway.xenapi.types import (
     STRINGS,
     Choice,
     MapOf,
-    Record,
     Reference,
     SetOf,
 )
 from gateway.xenapi.vdi_changed_blocks import MESSAGES as CHANGED_BLOCKS
 from gateway.xenapi.vdi_changed_blocks import is_offered
+from gateway.xenapi.vdi_nbd import MESSAGES as NBD
 from gateway.xenapi.vdi_pull import MESSAGES as PULL
 
 if TYPE_CHECKING:
@@ -357,18 +356,6 @@ async def destroy(call: Call, vdi: str) -> None:
 
 
 @message(
-    "force_unlock",
-    "Take the disk away from all processes beside the gateway that hold it, as over NBD: their requests fail "
-    "from now on. A process that is stopped keeps it until it ends or goes on; the log says so.",
-    Parameter("vdi", Reference("VDI"), "the VDI"),
-    role=Role.VM_ADMIN,
-)
-async def force_unlock(call: Call, ref: str) -> None:
-    call.estate.records.vdis.get(ref)
-    call.estate.holds.revoke_vdi(ref, f"{call.who} took the disk away")
-
-
-@message(
     "forget",
     "Forget the VDI; its image stays, and the next scan finds it again, without a name.",
     _SELF,
@@ -376,37 +363,6 @@ async def force_unlock(call: Call, ref: str) -> None:
 )
 async def forget(call: Call, vdi: str) -> None:
     await call.estate.inventory.vdi_forget(vdi)
-
-
-@message(
-    "get_nbd_info",
-    "How the VDI is reached over NBD, for reading: one entry for each address; none if NBD isn't served, or "
-    "the SR is not attached here. Each has `exportname`, which holds the caller's session and so is "
-    "secret, `address`, `port`, `subject` and, only where the server demands TLS, `cert`: its certificate as "
-    "PEM.",
-    _SELF,
-    result=SetOf(Record("vdi_nbd_server_info", {})),
-    role=Role.VM_ADMIN,
-    asynchronous=False,
-    errors=("VDI_INCOMPATIBLE_TYPE",),
-)
-async def get_nbd_info(call: Call, ref: str) -> list[dict[str, Any]]:
-    estate = call.estate
-    vdi = estate.records.vdis.get(ref)
-    if vdi.type == "cbt_metadata":
-        raise XenAPIError("VDI_INCOMPATIBLE_TYPE", ref, vdi.type)
-    service = estate.nbd.service
-    if service is None or estate.inventory.where_is(vdi.sr) is not Where.LOCAL:
-        return []
-    info: dict[str, Any] = {
-        "exportname": f"/{vdi.uuid}?session_id={call.session_ref}",
-        "port": service.port,
-        "subject": service.subject,
-    }
-    if service.certificate is not None:
-        # Clients take the mere presence of this for TLS.
-        info["cert"] = service.certificate
-    return [{**info, "address": address} for address in service.addresses]
 
 
 def _sr_of(call: Call, vdi: str) -> str:
@@ -427,8 +383,7 @@ VDI = ApiClass(
         resize,
         destroy,
         forget,
-        force_unlock,
-        get_nbd_info,
+        *NBD,
         *CHANGED_BLOCKS,
         *PULL,
     ),
