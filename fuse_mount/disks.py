@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("fuse_mount.disks")
 
 PURPOSE: Final = "fuse"
-_OPENS_AT_A_TIME: Final = 16
+_OPENS_AT_A_TIME: Final = 128  # what waits here waits for others, and who wants a free disk must not
 _READS_AT_A_TIME: Final = 16
 _ATTEMPTS: Final = 4  # at a VDI that gets another file each time
 

@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import pyvhdi
 
+from gateway.access.client import open_vdi
 from tests.nbd_plugin.conftest import Nbd
 from tests.system.guests import write_changes
 from tests.system.mounted import Mounted, digest, leases, needs_fuse, needs_loops, run, wait_until_free
@@ -233,3 +235,20 @@ def test_programs_that_only_look_take_no_lease_and_are_not_refused(
     wait_until_free(site.gateway, vdi)
     assert (folder / "disk.raw").read_bytes()[65536:131072] == b"\7" * 65536
     assert stored_content(vdi)[65536:131072] == b"\7" * 65536
+
+
+def test_who_waits_for_a_busy_disk_holds_up_nobody_else(site: Site, mount: Mounted) -> None:
+    busy, free = [site.create_vdi(2 * MIB) for _ in range(30)], site.create_vdi(2 * MIB)
+    control = str(site.gateway.state_dir / "access.sock")
+    files = [mount.of(vdi, "disk.raw") for vdi in busy]
+    alone = mount.of(free, "disk.raw")
+    with ThreadPoolExecutor(len(busy)) as pool:
+        with ExitStack() as writers:
+            for vdi in busy:
+                writers.enter_context(closing(open_vdi(control, vdi.uuid, write=True, purpose="test")))
+            waiting = [pool.submit(file.read_bytes) for file in files]
+            assert alone.read_bytes() == bytes(2 * MIB)
+            assert not any(each.done() for each in waiting)
+        assert [each.result(30) for each in waiting] == [bytes(2 * MIB)] * len(busy)
+    for vdi in busy:
+        wait_until_free(site.gateway, vdi)

@@ -2,6 +2,7 @@
 is there whatever dies."""
 
 import errno
+import mmap
 import os
 import random
 import signal
@@ -296,3 +297,62 @@ def test_a_close_makes_what_was_written_durable(site: Site, tmp_path: Path) -> N
     wait_until_free(site.gateway, vdi)
     assert stored_content(vdi) == content
     assert_whole(site, vdi)
+
+
+def test_what_a_writer_has_changed_is_shown_when_he_has_gone(site: Site, writable: Mounted) -> None:
+    """Also to who has looked while he was there."""
+    vdi = site.create_vdi(16 * MIB)
+    folder = writable.of(vdi)
+    with (folder / "disk.raw").open("r+b", buffering=0) as file:
+        file.write(b"x")
+        assert os.listdir(folder / "partitions") == []
+        empty = (folder / "disk.vhd").stat().st_size
+        run("sfdisk", "--quiet", folder / "disk.raw", given="label: gpt\nsize=2M\nsize=3M\n")
+        file.seek(8 * MIB)
+        file.write(os.urandom(4 * MIB))
+    wait_until_free(site.gateway, vdi)
+    wait_until(lambda: sorted(os.listdir(folder / "partitions")) == ["1.raw", "2.raw"], "the partitions")
+    wait_until(lambda: (folder / "disk.vhd").stat().st_size > empty + 4 * MIB, "the size")
+    assert len((folder / "disk.vhd").read_bytes()) == (folder / "disk.vhd").stat().st_size
+
+
+def test_what_is_mapped_into_memory_is_the_disk_of_now_also_when_it_has_grown(
+    site: Site, writable: Mounted
+) -> None:
+    vdi = site.create_vdi(4 * MIB)
+    disk = writable.of(vdi, "disk.raw")
+
+    def beginning() -> bytes:
+        with disk.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+            return memory[:5]
+
+    assert beginning() == bytes(5)
+    with disk.open("r+b", buffering=0) as file:
+        file.write(b"bytes")
+    assert beginning() == b"bytes"
+    wait_until_free(site.gateway, vdi)
+    site.gateway.call("VDI.resize", vdi.ref, str(8 * MIB))
+    wait_until(lambda: disk.stat().st_size == 8 * MIB, "the size")
+    assert disk.read_bytes() == b"bytes".ljust(8 * MIB, b"\0")
+
+
+@needs_loops
+def test_a_full_sr_is_told_and_leaves_a_whole_image(site: Site, writable: Mounted, tmp_path: Path) -> None:
+    directory = tmp_path / "full"
+    directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=12m", "none", directory)
+    try:
+        repository = site.create_repository(directory / "sr")
+        vdi = site.create_vdi(64 * MIB, repository=(repository, directory / "sr"))
+        disk = writable.of(vdi, "disk.raw")
+        command = ["dd", "if=/dev/urandom", f"of={disk}", "bs=1M", "count=64", "conv=fsync"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "No space left on device" in done.stderr
+        wait_until_free(site.gateway, vdi)
+        assert_whole(site, vdi)
+        assert disk.read_bytes() == stored_content(vdi)
+        wait_until_free(site.gateway, vdi)
+        forgot = site.gateway.command("sr-forget", site.gateway.call("SR.get_uuid", repository))
+        assert forgot.returncode == 0, forgot.stderr
+    finally:
+        run("umount", directory)
