@@ -7,6 +7,7 @@ The trap: a share that is not mounted looks like an SR that lost every image. So
 missing or unmarked is unavailable, and its records stay as they are until it is back.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -236,7 +237,7 @@ class Attachments:
                 for uuid, image in repository.images.items()
                 if uuid in known or uuid not in self._being_created
             }
-            now = ScanResult(images, scan.journals, scan.strange)
+            now = replace(scan, images=images)
             found = self._reconcile(sr, repository, now, copy)
             try:
                 with trio.CancelScope(shield=True):

@@ -326,8 +326,8 @@ class ChangedBlocks(SRLifecycle):
         finally:
             await _release(lease)
 
-    async def _seal(self, repository: Repository, uuid: str, holder: Holder, lease: Lease) -> None:
-        """Make the log of a snapshot say all. `lease` is held on it or on the one before it."""
+    async def _seal(self, repository: Repository, uuid: str, holder: Holder, lease: Lease | None) -> None:
+        """Make the log of a snapshot say all. `lease`, if any, is held on it or on the one before it."""
         logs = CbtLogs(repository.directory, repository.files)
         kept = await _run(logs.read, uuid)
         if kept is None or kept.header.consistent:

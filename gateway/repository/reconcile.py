@@ -54,6 +54,14 @@ def reconcile(
     known = {vdi.uuid: vdi for vdi in database}
     copies = {vdi.uuid: vdi for vdi in copy}
     given: set[str] = set()
+
+    def referred(kept: VDI) -> VDI:
+        """References are kept where they can be, since clients have them and snapshots point to them."""
+        free = is_ref(kept.ref) and kept.ref not in given and ref_is_free(kept.ref)
+        ref = kept.ref if free else new_ref()
+        given.add(ref)
+        return replace(kept, ref=ref, sr=sr.ref)
+
     for uuid, image in scan.images.items():
         record = known.get(uuid)
         if image.error is not None:
@@ -73,20 +81,22 @@ def reconcile(
                 "give one of the two files another uuid"
             )
             continue
-        if image.hidden and not scan.children(uuid):
+        is_left = uuid in copies and copies[uuid].type == CBT_METADATA and uuid in scan.logs
+        if image.hidden and not is_left and not scan.children(uuid):
             continue  # what SM has given up and not yet removed
-        if uuid in copies:
-            kept = copies[uuid]
-            # References are kept where they can be, since clients have them and snapshots point to them.
-            free = is_ref(kept.ref) and kept.ref not in given and ref_is_free(kept.ref)
-            ref = kept.ref if free else new_ref()
-            given.add(ref)
-            new = replace(kept, ref=ref, sr=sr.ref)
-        else:
-            new = VDI(ref=new_ref(), uuid=uuid, sr=sr.ref)
+        new = referred(copies[uuid]) if uuid in copies else VDI(ref=new_ref(), uuid=uuid, sr=sr.ref)
         result.add.append(described(new, image, writable=writable, written=False))
+    for uuid, kept in copies.items():
+        # A snapshot whose data is destroyed needs no image, but has a log.
+        if (
+            kept.type == CBT_METADATA
+            and uuid in scan.logs
+            and uuid not in known
+            and uuid not in scan.images
+            and elsewhere(uuid) is None
+        ):
+            result.add.append(referred(kept))
     for uuid, record in known.items():
-        # A snapshot whose data is destroyed needs no image.
         if uuid not in scan.images and not record.missing and record.type != CBT_METADATA:
             result.change[record.ref] = {"missing": True}
     return result

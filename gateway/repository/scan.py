@@ -89,6 +89,8 @@ class ScanResult:
     journals: tuple[str, ...] = ()
     strange: tuple[str, ...] = ()
     unresolved: Mapping[str, str] = field(default_factory=dict)
+    logs: frozenset[str] = frozenset()
+    """The uuids of the VDIs that have a log of changed blocks."""
 
     def children(self, uuid: str) -> tuple[str, ...]:
         """The uuids of the images that stand on this one."""
@@ -160,7 +162,9 @@ class Scanner:
         self._remembered = {
             path: kept for path, kept in self._remembered.items() if os.path.basename(path) in names
         }
-        return ScanResult(images, tuple(journals), tuple(strange))
+        suffix = ".cbtlog"
+        logs = frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+        return ScanResult(images, tuple(journals), tuple(strange), logs=logs)
 
     def scan_one(self, path: str) -> ScannedImage:
         """Look at one image file anew, without remembering. Raises ImageError, OSError."""

@@ -16,6 +16,7 @@ from gateway.core.records import PBD, SR
 from gateway.core.refs import NULL_REF, is_uuid, new_ref, new_uuid
 from gateway.repository.attachments import MARKED_KEY, Attachments, is_writable, read_copy
 from gateway.repository.coalesce_plan import garbage
+from gateway.repository.reconcile import CBT_METADATA
 from gateway.repository.repository import Repository
 
 # What a wrong path leads to: the caller's mistake, not the storage's.
@@ -168,6 +169,9 @@ class SRLifecycle(Attachments):
         record = self.records.srs.get(sr)
         async with self._lock(sr):
             self._require_unplugged(sr)
+            # What is left of a snapshot whose data is destroyed is a VDI, to SM too, and a backup needs it.
+            if any(vdi.type == CBT_METADATA for vdi in self.records.vdis_of_sr(sr)):
+                raise XenAPIError("SR_NOT_EMPTY", sr)
             here = [pbd for pbd in self.records.pbds_of_sr(sr) if pbd.host == self.records.this_host.ref]
             if not here:
                 raise XenAPIError("SR_HAS_NO_PBDS", sr)
