@@ -8,6 +8,7 @@ runs in it that a fork would break: threads, trio, connections.
 import os
 import resource
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -223,10 +224,12 @@ def _in_background(wanted: _Wanted) -> int:
     with open(telling, "w", encoding="utf-8", errors="surrogateescape") as answer:
 
         def tell(path: str, reason: str = "") -> None:
-            with suppress(OSError):  # Ctrl-C: nobody waits for it any more.
+            try:
                 answer.write(f"{path}\0{reason}")
-                answer.flush()
-            answer.close()
+                answer.close()
+            except OSError:
+                # Whoever waited for it has been interrupted, and doesn't want it any more.
+                os.kill(os.getpid(), signal.SIGTERM)
 
         try:
             _detach(log_file)

@@ -16,7 +16,7 @@ import trio
 
 from fuse_mount import mounting
 from fuse_mount.mounting import MountRefused, check_machine, claim, mounted_at
-from tests.conftest import RunningGateway
+from tests.conftest import RunningGateway, clean_environment, program
 from tests.system.mounted import Mounted, mounted, needs_fuse
 from tests.system.site import MIB, Site, Vdi, stored_content, wait_until
 
@@ -507,6 +507,33 @@ def test_in_the_background_it_goes_on_without_a_terminal(site: Site, tmp_path: P
     log = site.gateway.state_dir / "mount.log"
     assert log.stat().st_mode & 0o777 == 0o600
     assert "Traceback" not in log.read_text()
+
+
+@needs_fuse
+def test_nothing_goes_on_in_the_background_when_it_is_interrupted_before(site: Site, tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+
+    def processes() -> list[str]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if str(directory).encode() in (process / "cmdline").read_bytes():
+                    found.append(process.name)
+        return found
+
+    site.gateway.signal(signal.SIGSTOP)
+    try:
+        command = [program(), "mount", str(directory), "--background"]
+        environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(site.gateway.state_dir)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as waiting:
+            wait_until(lambda: len(processes()) == 2, "the process in the background")
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(30) == 130
+    finally:
+        site.gateway.signal(signal.SIGCONT)
+    wait_until(lambda: processes() == [], "it to end")
+    assert mounted_at(str(directory)) is None
 
 
 # As somebody who may not
