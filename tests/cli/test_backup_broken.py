@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gateway.cli.backup_directory import read_manifest
+from gateway.cli.backup_image import BackedUpChain, DamagedError
 from tests.cli.backups import MIB, BackedUpDisk
 from tests.cli.test_transfers import error
 from tests.conftest import RunningGateway
@@ -180,6 +182,21 @@ def test_nothing_is_restored_from_a_file_that_is_damaged(
     if number == 2:
         assert disk.restored(1) == disk.kept[1]
         assert disk.restore("--verify", "generation=1").returncode == 0
+
+
+def test_each_altered_byte_is_one_known_error(disk: BackedUpDisk) -> None:
+    manifest = read_manifest(str(disk.directory))
+    path = disk.file(2)
+    good, rng = path.read_bytes(), random.Random(5)
+    tables = [*range(0, 104, 2), *(rng.randrange(5 * (64 << 10)) for _ in range(40))]
+    for offset in (*tables, *(rng.randrange(len(good)) for _ in range(15))):
+        changed = bytearray(good)
+        changed[offset] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(DamagedError, match=r"was altered|stands on|is of a disk of|ends at byte"):
+            with BackedUpChain(str(disk.directory), manifest.chain(2)) as chain:
+                for _ in chain.read():
+                    pass
 
 
 def test_a_disk_that_a_damaged_backup_was_to_replace_stays_as_it_was(
