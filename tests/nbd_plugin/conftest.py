@@ -131,13 +131,14 @@ def shared_nbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nbd]:
     assert "Traceback" not in gateway.log(), gateway.log()
 
 
-@pytest.fixture
-def own_nbd(tmp_path: Path) -> Iterator[Nbd]:
-    """A gateway and an nbdkit of the test's own, to be stopped and killed."""
-    gateway = RunningGateway(tmp_path)
+@pytest.fixture(scope="module")
+def own_nbd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nbd]:
+    """A gateway, to be killed and started again, and an nbdkit of the module's own."""
+    directory = tmp_path_factory.mktemp("own")
+    gateway = RunningGateway(directory)
     gateway.start()
     try:
-        nbd = Nbd(Site(gateway, tmp_path / "sr"), tmp_path)
+        nbd = Nbd(Site(gateway, directory / "sr"), directory)
         try:
             yield nbd
         finally:

@@ -136,31 +136,27 @@ def test_clients_refuse_a_gateway_of_another_authority(tls_site: NbdSite, strang
     assert tls_site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
 
 
-def test_off_the_loopback_there_is_tls_and_a_new_certificate_disturbs_nobody(
-    tmp_path: Path, libnbd: Any
-) -> None:
-    with serving(tmp_path, "--nbd", "0.0.0.0:0") as site:
-        vdi, content = filled(site, tmp_path, MIB)
-        info = site.info(vdi)
-        assert info["cert"].startswith("-----BEGIN CERTIFICATE-----")
-        plain = subprocess.run(["nbdinfo", site.uri(vdi)], capture_output=True, text=True, check=False)
-        assert plain.returncode != 0
-        client = tls_client(libnbd, site, vdi, site.gateway.ca_file)
-        assert client.pread(MIB, 0) == content.read_bytes()
-        [old] = public_workers(site)
-        # The certificate is made anew when it is gone.
-        for name in ("server.pem", "server-key.pem"):
-            (site.gateway.state_dir / "tls" / name).unlink()
-        site.gateway.signal(signal.SIGHUP)
-        wait_until(lambda: "new workers have taken over" in site.gateway.log(), "a new generation")
-        assert site.info(vdi)["cert"] != info["cert"]
-        assert client.pread(MIB, 0) == content.read_bytes()
-        [new] = set(public_workers(site)) - {old}
-        again = tls_client(libnbd, site, vdi, site.gateway.ca_file)
-        assert again.pread(512, 0) == content.read_bytes()[:512]
-        client.shutdown()
-        wait_until(lambda: ended(old), "the old worker to end after its client")
-        assert not ended(new)
+def test_a_new_certificate_disturbs_nobody(tls_site: NbdSite, tmp_path: Path, libnbd: Any) -> None:
+    site = tls_site
+    vdi, content = filled(site, tmp_path, MIB)
+    info = site.info(vdi)
+    assert info["cert"].startswith("-----BEGIN CERTIFICATE-----")
+    client = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+    assert client.pread(MIB, 0) == content.read_bytes()
+    [old] = public_workers(site)
+    # The certificate is made anew when it is gone.
+    for name in ("server.pem", "server-key.pem"):
+        (site.gateway.state_dir / "tls" / name).unlink()
+    site.gateway.signal(signal.SIGHUP)
+    wait_until(lambda: "new workers have taken over" in site.gateway.log(), "a new generation")
+    assert site.info(vdi)["cert"] != info["cert"]
+    assert client.pread(MIB, 0) == content.read_bytes()
+    [new] = set(public_workers(site)) - {old}
+    again = tls_client(libnbd, site, vdi, site.gateway.ca_file)
+    assert again.pread(512, 0) == content.read_bytes()[:512]
+    client.shutdown()
+    wait_until(lambda: ended(old), "the old worker to end after its client")
+    assert not ended(new)
 
 
 def tls_client(libnbd: Any, site: NbdSite, vdi: Vdi, authority: Path) -> Any:
