@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from tests.cli.conftest import house_in
 from tests.cli.test_copy import image_of
 from tests.cli.test_transfers import error, lines
 from tests.conftest import RunningGateway, clean_environment, program
+from tests.foreign.programs import NGINX
 from tests.images.disks import qemu_compare
 from tests.transfers.pull_server import Connection, Request, file_of, serving
 
@@ -70,7 +70,7 @@ class Site:
         (directory / "nginx.conf").write_text(_NGINX.format(directory, *ports))
         # One process does all, so that none runs as another user.
         self.process = subprocess.Popen(
-            ["nginx", "-p", str(directory), "-c", str(directory / "nginx.conf")],
+            [str(NGINX), "-p", str(directory), "-c", str(directory / "nginx.conf")],
             stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + START_SECONDS
@@ -121,8 +121,6 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    if shutil.which("nginx") is None:
-        pytest.skip("nginx is not installed; its Debian package would start a server of its own")
     site = Site(tmp_path_factory.mktemp("site"))
     try:
         site.fill()

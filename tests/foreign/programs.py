@@ -11,6 +11,7 @@ from typing import Any
 from tests.conftest import RunningGateway
 
 OPENSTACK_PYTHON = Path(__file__).parent / ".venv" / "bin" / "python"
+NGINX = Path(__file__).parent / "nginx" / "usr" / "sbin" / "nginx"
 SECONDS = 30
 
 
