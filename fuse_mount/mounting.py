@@ -321,7 +321,8 @@ async def _follow(mount: Mount) -> None:
         except Exception as error:
             # Whatever it is, disks that are open can be read on, so the mount stays.
             if not away and isinstance(error, OSError):
-                log.warning("the gateway is away; what is known of its disks stays", why=str(error))
+                answers = "is away" if isinstance(error, ConnectionError) else "doesn't tell what changes"
+                log.warning(f"the gateway {answers}; what is known of its disks stays", why=str(error))
             elif not away:
                 log.exception("what has changed could not be taken over; it is tried again")
             away = True

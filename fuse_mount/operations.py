@@ -146,7 +146,8 @@ class VdiOperations(Operations):
         self._said = (text, now)
         told = {"request": what, "vdi": self._uuid_of(what, where), "errno": errno.errorcode.get(code, code)}
         if expected:
-            log.warning("a request failed", why=str(error), **told)
+            why = error.strerror if isinstance(error, OSError) else None
+            log.warning("a request failed", why=why or str(error), **told)
         else:
             log.error("a request failed", exc_info=error, **told)
         return code
