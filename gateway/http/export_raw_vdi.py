@@ -37,6 +37,7 @@ from gateway.transfers.export_formats import (
     open_export,
     raw_entity_tag,
 )
+from gateway.transfers.known_blocks import KnownBlocks
 
 if TYPE_CHECKING:
     from gateway.core.leases import Lease
@@ -56,6 +57,7 @@ class ExportRawVDI:
 
     def __init__(self, services: DiskServices) -> None:
         self._services: Final = services
+        self._known_blocks: Final = KnownBlocks()
 
     async def __call__(self, connection: "Connection", request: "Request") -> None:
         """Answer one request."""
@@ -182,7 +184,8 @@ class ExportRawVDI:
 
     async def _open(self, stack: AsyncExitStack, download: "_Download") -> OpenExport:
         try:
-            return await stack.enter_async_context(open_export(download.source, self._services.threads))
+            export = open_export(download.source, self._known_blocks, self._services.threads)
+            return await stack.enter_async_context(export)
         except ImageTooLarge as error:
             size = XenAPIError("VDI_TOO_LARGE", str(download.vdi.virtual_size), str(MAX_VIRTUAL_SIZE))
             raise Refusal(HTTPStatus.CONFLICT, size) from error

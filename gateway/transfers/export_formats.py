@@ -9,22 +9,23 @@ changes no byte of the disk, but its blocks; so the ETag is of the blocks' numbe
 was begun before isn't gone on with.
 """
 
-from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import trio
 
-from gateway.images.allocation import differing_blocks, stored_blocks
+from gateway.images.allocation import differing_blocks
 from gateway.images.export_layout import SparseFormat, sparse_layout
 from gateway.images.layout import Layout, entity_tag, raw_layout
 from gateway.transfers.export_disk import DiskExport
+from gateway.transfers.known_blocks import Blocks, KnownBlocks
 
 if TYPE_CHECKING:
+    from array import array
+
     from gateway.core.leases import Lease
     from gateway.images.disk import Disk
 
@@ -83,13 +84,14 @@ def raw_entity_tag(content_id: str) -> str:
 
 @asynccontextmanager
 async def open_export(
-    source: Source, threads: trio.CapacityLimiter | None = None
+    source: Source, known: KnownBlocks, threads: trio.CapacityLimiter | None = None
 ) -> AsyncIterator[OpenExport]:
     """The disk of a read lease, opened in its format for as long as the block lasts.
 
-    Raises ImageTooLarge for what the format can't hold, ImageError, OSError.
+    `known` spares looking again for the blocks of a chain that was exported lately. Raises ImageTooLarge for
+    what the format can't hold, ImageError, OSError.
     """
-    disk, opened = await trio.to_thread.run_sync(_open, source, limiter=threads)
+    disk, opened = await trio.to_thread.run_sync(_open, source, known, limiter=threads)
     try:
         yield opened
     finally:
@@ -106,11 +108,13 @@ async def base_of(lease: "Lease", base: "Lease", uuid: str, content_id: str) -> 
     return Base(uuid, content_id, blocks)
 
 
-def _open(source: Source) -> "tuple[Disk, OpenExport]":
+def _open(source: Source, known: KnownBlocks) -> "tuple[Disk, OpenExport]":
     base, image_format = source.base, source.image_format
-    blocks = array("I") if base is None else base.differing
-    if base is None and image_format is not ExportFormat.RAW:
-        blocks = stored_blocks(source.lease.chain)
+    blocks: Blocks | None = None
+    if base is not None:
+        blocks = Blocks.of(base.differing)
+    elif image_format is not ExportFormat.RAW:
+        blocks = known.stored(source.content_id, source.lease.chain)
     disk = source.lease.open_disk()
     try:
         layout, tag = _layout(disk, blocks, source)
@@ -120,14 +124,14 @@ def _open(source: Source) -> "tuple[Disk, OpenExport]":
     return disk, OpenExport(DiskExport(layout), tag)
 
 
-def _layout(disk: "Disk", blocks: "array[int]", source: Source) -> tuple[Layout, str]:
-    if source.image_format is ExportFormat.RAW:
+def _layout(disk: "Disk", blocks: Blocks | None, source: Source) -> tuple[Layout, str]:
+    if blocks is None:
         return raw_layout(disk), raw_entity_tag(source.content_id)
     base = source.base
-    named = [source.content_id, sha256(blocks).hexdigest()]
+    named = [source.content_id, blocks.digest]
     if base is not None:
         named += [base.content_id, base.uuid]
     tag = entity_tag(named, source.image_format.value)
     stands_on = None if base is None else (base.uuid, base.content_id)
     sparse_format = SparseFormat(source.image_format.value)
-    return sparse_layout(disk, blocks, source.content_id, sparse_format, stands_on), tag
+    return sparse_layout(disk, blocks.numbers, source.content_id, sparse_format, stands_on), tag
