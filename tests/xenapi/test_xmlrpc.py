@@ -60,6 +60,16 @@ def test_values_are_written_as_xapi_writes_them(value: Any, text: str) -> None:
     assert dump_value(value) == text
 
 
+@pytest.mark.parametrize("end", ["", "&", '<>"\r', "\x00\x7f\t\n", "é", "\ud800\uffff", "\U0001f600&"])
+@pytest.mark.parametrize("begin", ["", "é"])
+def test_long_text_is_written_as_short_text_is(begin: str, end: str) -> None:
+    filling = "ab+/=" * 20_000
+    short, long = f"{begin}@{end}", f"{begin}{filling}{end}"
+    assert dump_value(long) == dump_value(short).replace("@", filling)
+    assert dump_value({"bits": long}) == dump_value({"bits": short}).replace("@", filling)
+    assert dump_value([long, short]) == dump_value([short, short]).replace("@", filling, 1)
+
+
 def test_a_success_is_written_as_xapi_writes_it() -> None:
     assert dump_success("OpaqueRef:1") == (
         b'<?xml version="1.0"?><methodResponse><params><param><value><struct>'
