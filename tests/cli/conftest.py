@@ -24,7 +24,7 @@ def house_in(directory: Path, config: str = "") -> Iterator[RunningGateway]:
         (running.state_dir / "config.toml").write_text(config)
     running.start()
     try:
-        assert running.command("sr-create", str(directory / "disks")).returncode == 0
+        assert running.run("sr-create", str(directory / "disks")).returncode == 0
         yield running
     finally:
         try:

@@ -147,7 +147,7 @@ NAMES = "disk.raw disk.raw.xz disk.raw.zst disk.qcow2 disk.qcow2.gz disk.vmdk di
 
 @pytest.mark.parametrize("name", NAMES.split())
 def test_an_image_becomes_a_disk(house: RunningGateway, site: Site, name: str) -> None:
-    done = house.command("vdi-deploy", f"{site.http}/{name}", "--checksum", site.checksum(name))
+    done = house.run("vdi-deploy", f"{site.http}/{name}", "--checksum", site.checksum(name))
     assert done.returncode == 0, done
     (uuid,) = done.stdout.split()
     qemu_compare(image_of(house, "disks", uuid), "vpc", site.files / "disk.raw", "raw")
@@ -162,10 +162,10 @@ def test_an_image_becomes_a_disk(house: RunningGateway, site: Site, name: str) -
 def test_clones_share_the_bytes_and_the_image_is_fetched_once(house: RunningGateway, site: Site) -> None:
     arguments = ("sr=disks", "name=web", f"checksum-url={site.http}/SHA256SUMS", "--quiet")
     before = site.asked("moved/gold.qcow2")
-    done = house.command("vdi-deploy", f"{site.http}/moved/gold.qcow2", *arguments, "--clones", "2")
+    done = house.run("vdi-deploy", f"{site.http}/moved/gold.qcow2", *arguments, "--clones", "2")
     assert (done.returncode, done.stderr) == (0, ""), done
     gold, one, two = done.stdout.split()
-    done = house.command("vdi-deploy", f"{site.http}/moved/gold.qcow2", *arguments, "clones=1", "--json")
+    done = house.run("vdi-deploy", f"{site.http}/moved/gold.qcow2", *arguments, "clones=1", "--json")
     made = json.loads(done.stdout)
     assert (made["uuid"], made["reused"], len(made["clones"])) == (gold, True, 1)
     assert site.asked("moved/gold.qcow2") == before + 1
@@ -173,22 +173,22 @@ def test_clones_share_the_bytes_and_the_image_is_fetched_once(house: RunningGate
     for number, uuid in enumerate((one, two, three), start=1):
         assert house.call("VDI.get_name_label", house.call("VDI.get_by_uuid", uuid)) == f"web-{number}"
         out = house.state_dir.parent / f"{uuid}.raw"
-        assert house.command("vdi-export", uuid, str(out), "--quiet").returncode == 0
+        assert house.run("vdi-export", uuid, str(out), "--quiet").returncode == 0
         assert out.read_bytes() == (site.files / "disk.raw").read_bytes()
         assert image_of(house, "disks", uuid).stat().st_size < MIB
-    done = house.command("vdi-deploy", f"{site.http}/gold.qcow2", *arguments, "--fresh")
+    done = house.run("vdi-deploy", f"{site.http}/gold.qcow2", *arguments, "--fresh")
     assert done.stdout.strip() not in (gold, one, two, three, "")
 
 
 def test_https_and_a_password_that_nobody_reads(house: RunningGateway, site: Site) -> None:
     url = f"{site.https}/private/disk.qcow2".replace("//", "//me:s%40cret@")
-    done = house.command("vdi-deploy", url)
+    done = house.run("vdi-deploy", url)
     assert done.returncode == 0, done
     ref = house.call("VDI.get_by_uuid", done.stdout.strip())
     assert house.call("VDI.get_other_config", ref)["pulled-from"] == (
         f"{site.https}/private/disk.qcow2".replace("//", "//***@")
     )
-    done = house.command("vdi-deploy", url.replace("cret", "wrong-cret") + "?sig=deadbeef")
+    done = house.run("vdi-deploy", url.replace("cret", "wrong-cret") + "?sig=deadbeef")
     said = error(done)
     assert "answers with the status 401" in said
     assert f"{site.https}/private/disk.qcow2?***".replace("//", "//***@") in said
@@ -198,7 +198,7 @@ def test_https_and_a_password_that_nobody_reads(house: RunningGateway, site: Sit
 
 
 def test_what_goes_wrong_is_told_in_one_line_and_leaves_nothing(house: RunningGateway, site: Site) -> None:
-    before = house.command("vdi-list", "--minimal").stdout
+    before = house.run("vdi-list", "--minimal").stdout
     for arguments, code, expected in (
         ((f"{site.http}/none",), 1, "status 404"),
         ((f"{site.http}/inside/x",), 1, "the address of a cloud's metadata service"),
@@ -221,19 +221,19 @@ def test_what_goes_wrong_is_told_in_one_line_and_leaves_nothing(house: RunningGa
         ((f"{site.http}/disk.raw", "--clones", "many"), 2, "clones"),
         ((f"{site.http}/disk.raw", "chekcsum=1"), 2, "did you mean checksum=?"),
     ):
-        said = error(house.command("vdi-deploy", *arguments), code=code)
+        said = error(house.run("vdi-deploy", *arguments), code=code)
         assert expected in said, (arguments, said)
-    assert house.command("vdi-list", "--minimal").stdout == before
+    assert house.run("vdi-list", "--minimal").stdout == before
     assert staging(house) == []
 
 
 def test_a_url_with_an_equals_sign_is_no_key(house: RunningGateway, site: Site) -> None:
-    done = house.command("vdi-deploy", f"{site.http}/disk.qcow2?a=b&c=d", "sr=disks", "--quiet")
+    done = house.run("vdi-deploy", f"{site.http}/disk.qcow2?a=b&c=d", "sr=disks", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_interrupted_deployment_is_cancelled_and_leaves_nothing(house: RunningGateway, site: Site) -> None:
-    before = house.command("vdi-list", "--minimal").stdout
+    before = house.run("vdi-list", "--minimal").stdout
     tasks = set(house.call("task.get_by_name_label", "Async.VDI.import_from_url"))
     process = subprocess.Popen(
         [program(), "vdi-deploy", f"{site.http}/slow/disk.raw", "--quiet"],
@@ -254,7 +254,7 @@ def test_an_interrupted_deployment_is_cancelled_and_leaves_nothing(house: Runnin
     out, said = process.communicate(timeout=60)
     assert (process.returncode, out, said) == (130, "", "interrupted\n")
     assert house.call("task.get_status", new.pop()) == "cancelled"
-    assert house.command("vdi-list", "--minimal").stdout == before
+    assert house.run("vdi-list", "--minimal").stdout == before
     assert staging(house) == []
 
 
@@ -273,7 +273,7 @@ def test_a_server_that_is_killed_and_comes_back_is_gone_on_with(house: RunningGa
 
     with serving(handler) as server:
         checksum = site.checksum("disk.raw")
-        done = house.command("vdi-deploy", server.url, "--quiet", "--fresh", "--checksum", checksum)
+        done = house.run("vdi-deploy", server.url, "--quiet", "--fresh", "--checksum", checksum)
         assert done.returncode == 0, done
         assert server.requests[1].headers["range"] == f"bytes={5 * MIB}-"
     qemu_compare(image_of(house, "disks", done.stdout.strip()), "vpc", site.files / "disk.raw", "raw")
@@ -300,7 +300,7 @@ def test_the_rules_are_read_anew_and_without_them_nothing_private_is_fetched(
     site: Site, tmp_path: Path
 ) -> None:
     with house_in(tmp_path) as house:
-        said = error(house.command("vdi-deploy", f"{site.http}/disk.qcow2"))
+        said = error(house.run("vdi-deploy", f"{site.http}/disk.qcow2"))
         assert "pull.from" in said
         assert "PULL_ERROR_ADDRESS_REFUSED" in said
         (house.state_dir / "config.toml").write_text('[pull]\nfrom = ["127.0.0.0/8"]\n')
@@ -309,5 +309,5 @@ def test_the_rules_are_read_anew_and_without_them_nothing_private_is_fetched(
         while "configuration reloaded" not in house.log():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert house.command("vdi-deploy", f"{site.http}/disk.qcow2", "--quiet").returncode == 0
-        assert "PULL_ERROR_CERTIFICATE" in error(house.command("vdi-deploy", f"{site.https}/disk.qcow2"))
+        assert house.run("vdi-deploy", f"{site.http}/disk.qcow2", "--quiet").returncode == 0
+        assert "PULL_ERROR_CERTIFICATE" in error(house.run("vdi-deploy", f"{site.https}/disk.qcow2"))

@@ -40,7 +40,7 @@ class Site:
         """A new SR in `directory`; its reference."""
         directory.mkdir(exist_ok=True)
         name = f"SR in {directory}"
-        done = self.gateway.command("sr-create", str(directory), "--name", name)
+        done = self.gateway.run("sr-create", str(directory), "--name", name)
         assert done.returncode == 0, done.stderr
         [reference] = self.gateway.call("SR.get_by_name_label", name)
         return str(reference)
@@ -114,6 +114,16 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) ->
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
         time.sleep(0.02)
+
+
+def unplugged(gateway: RunningGateway, pbd: str) -> bool:
+    """Unplug; False while what was destroyed before is being tidied up."""
+    try:
+        gateway.call("PBD.unplug", pbd)
+    except AssertionError as refused:
+        assert "VDI_IN_USE" in str(refused)
+        return False
+    return True
 
 
 def stored_content(vdi: Vdi) -> bytes:
