@@ -15,6 +15,7 @@ from gateway.cli.door import Door
 from gateway.cli.record_feed import FeedRefused, RecordFeed
 from tests.cli.conftest import house_in
 from tests.conftest import RunningGateway
+from tests.system.site import unplugged, wait_until
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def test_an_sr_that_is_unplugged_is_not_attached(house: RunningGateway) -> None:
     with feed_of(house) as feed:
         listener = Listener(feed)
         [pbd] = house.call("PBD.get_all")
-        house.call("PBD.unplug", pbd)
+        wait_until(lambda: unplugged(house, pbd), "nobody to use the SR")
         while listener.next().attached:
             pass
         house.call("PBD.plug", pbd)

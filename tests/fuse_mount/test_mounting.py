@@ -18,7 +18,7 @@ from fuse_mount import mounting
 from fuse_mount.mounting import MountRefused, check_machine, claim, mounted_at
 from tests.conftest import RunningGateway, clean_environment, program
 from tests.system.mounted import Mounted, mounted, needs_fuse
-from tests.system.site import MIB, Site, Vdi, stored_content, wait_until
+from tests.system.site import MIB, Site, Vdi, stored_content, unplugged, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -294,7 +294,7 @@ def test_disks_and_snapshots_appear_are_renamed_and_disappear(site: Site, lastin
 def test_an_sr_that_is_unplugged_takes_its_disks_along(site: Site, lasting: Mounted, vdi: Vdi) -> None:
     lasting.of(vdi)
     [pbd] = site.gateway.call("SR.get_PBDs", site.repository)
-    site.gateway.call("PBD.unplug", pbd)
+    wait_until(lambda: unplugged(site.gateway, pbd), "nobody to use the SR")
     wait_until(lambda: names(lasting.directory) == ["by-uuid"], "the SR to go")
     assert names(lasting.directory / "by-uuid") == []
     site.gateway.call("PBD.plug", pbd)
