@@ -66,6 +66,7 @@ class FakeHouse:
         self.opened: list[Any] = []
         self.failure: Exception | None = None
         self.description: Description | None = None
+        self.last: Description | None = None
         self.partitions: tuple[Partition, ...] = (Partition(1, MIB, 2 * MIB, "83", "", ""),)
         self.held: dict[str, str] = {}
 
@@ -90,7 +91,8 @@ class FakeHouse:
     def known(self, vdi: str) -> Description | None:
         return self.description
 
-    last_known = known
+    def last_known(self, vdi: str) -> Description | None:
+        return self.description or self.last
 
 
 class House:
@@ -180,6 +182,13 @@ async def test_a_size_that_the_gateway_does_not_tell_is_not_believed_for_a_momen
     assert (told.st_size, told.entry_timeout, told.attr_timeout) == (0, 0, 0)
     told = await house.at("disks/web/disk.raw")
     assert (told.st_size, told.entry_timeout) == (8 * MIB, TIMEOUT_SECONDS)
+
+
+async def test_while_the_gateway_is_away_a_file_has_the_size_that_was_known_last(house: House) -> None:
+    house.fake.failure = ConnectionRefusedError(errno.ECONNREFUSED, "no gateway")
+    house.fake.last = DESCRIPTION
+    told = await house.at("disks/web/disk.qcow2")
+    assert (told.st_size, told.attr_timeout) == (5 * MIB, 0)
 
 
 async def test_only_a_look_into_partitions_asks_for_a_lease(house: House) -> None:
