@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,46 @@ def test_who_waits_for_a_busy_disk_holds_up_nobody_else(site: Site, mount: Mount
         assert [each.result(30) for each in waiting] == [bytes(2 * MIB)] * len(busy)
     for vdi in busy:
         wait_until_free(site.gateway, vdi)
+
+
+@needs_loops
+@pytest.mark.parametrize("kind", ["vhd", "raw"])
+def test_readers_get_the_same_bytes_while_they_are_pushed_out_of_memory(
+    site: Site, mount: Mounted, chain: Vdi, content: Path, kind: str
+) -> None:
+    vdi = chain
+    if kind == "raw":
+        vdi = site.create_vdi(chain.size, kind)
+        write_changes(site, vdi, content, None)
+    images = [path for path in site.directory.iterdir() if path.suffix in (".vhd", ".raw")]
+    ending = threading.Event()
+
+    def push_out() -> None:
+        while not ending.is_set():
+            for image in images:
+                with image.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            ending.wait(0.01)
+
+    pusher = threading.Thread(target=push_out)
+    pusher.start()
+    try:
+        for name in ("disk.raw", "disk.vhd", "disk.qcow2"):
+            file = mount.of(vdi, name)
+            with ThreadPoolExecutor(6) as pool:
+                found = set(pool.map(partial(read_in_pieces, file), range(6)))
+            if name == "disk.raw":
+                assert found == {digest(content)}
+            assert len(found) == 1
+        device = run("losetup", "--find", "--show", "--read-only", mount.of(vdi, "disk.raw")).strip()
+        try:
+            with open(device, "rb", buffering=0) as looped, content.open("rb") as wanted:
+                for number in random.Random(7).sample(range(vdi.size // 4096), 300):
+                    looked_at = os.pread(looped.fileno(), 4096, number * 4096)
+                    assert looked_at == os.pread(wanted.fileno(), 4096, number * 4096)
+        finally:
+            run("losetup", "--detach", device)
+    finally:
+        ending.set()
+        pusher.join()
+    wait_until_free(site.gateway, vdi)

@@ -8,9 +8,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -356,3 +357,68 @@ def test_a_full_sr_is_told_and_leaves_a_whole_image(site: Site, writable: Mounte
         assert forgot.returncode == 0, forgot.stderr
     finally:
         run("umount", directory)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_writers_lose_nothing_while_the_gateway_is_killed_and_snapshots_are_taken(
+    own_site: Site, tmp_path: Path, seed: int
+) -> None:
+    """Each disk has one writer, who opens it again and again and compares it with a plain file."""
+    gateway, ending = own_site.gateway, threading.Event()
+    disks = [own_site.create_vdi(6 * MIB, kind) for kind in ("vhd", "vhd", "raw")]
+    turns, failures = [0] * len(disks), list[BaseException]()
+
+    def write(number: int) -> None:
+        rng = random.Random(seed * 100 + number)
+        disk, model = mount.of(disks[number], "disk.raw"), tmp_path / f"model-{number}"
+        model.write_bytes(bytes(disks[number].size))
+        try:
+            while not ending.is_set():
+                try:
+                    file = os.open(disk, os.O_RDWR)
+                except OSError as error:
+                    assert error.errno in (errno.EBUSY, errno.EHOSTDOWN)
+                    continue
+                with os.fdopen(file, "r+b", buffering=0) as ours, model.open("r+b", buffering=0) as plain:
+                    for _ in range(60):
+                        offset = rng.randrange(disks[number].size)
+                        data = rng.randbytes(rng.choice((1, 512, 4096, 100_000)))
+                        for each in (ours, plain):
+                            os.pwrite(each.fileno(), data[: disks[number].size - offset], offset)
+                    os.fsync(ours.fileno())
+                    assert digest(disk) == digest(model)
+                turns[number] += 1
+        except BaseException as error:  # noqa: BLE001 - the test raises it
+            failures.append(error)
+
+    with mounted(gateway, tmp_path / "mount", "--writable") as mount:
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(len(disks))]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(8):
+                goal = [times + 3 for times in turns]
+                wait_until(
+                    partial(lambda goal: bool(failures) or all(map(int.__ge__, turns, goal)), goal),
+                    "all to write on",
+                    120,
+                )
+                if failures:
+                    raise failures[0]
+                gateway.kill()
+                gateway.start()
+                for vdi in disks[:2]:
+                    # While somebody writes, which is nearly always, it is refused.
+                    with suppress(AssertionError):
+                        gateway.call("VDI.snapshot", vdi.ref, {})
+        finally:
+            ending.set()
+            for thread in threads:
+                thread.join(60)
+        for number, vdi in enumerate(disks):
+            wait_until_free(gateway, vdi)
+            found = curl("--fail", own_site.export_url(vdi)).stdout
+            assert found == (tmp_path / f"model-{number}").read_bytes()
+    assert failures == []
