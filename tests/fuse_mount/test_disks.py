@@ -13,6 +13,7 @@ import trio.testing
 from fuse_mount.disk_file import OpenFile
 from fuse_mount.disks import Disks, Part, Window
 from gateway.access.client import AccessRefused, open_vdi
+from gateway.images.vhd.chain import VhdChain
 from tests.fuse_mount.served_site import chained_vdi, content, control_socket, disks_of, served_site, write
 from tests.system.site import MIB, Site, Vdi
 
@@ -228,6 +229,70 @@ async def test_a_lease_that_was_taken_away_ends_reads_and_another_is_asked_for(
     new = await disks.open(vdi.uuid, Part.RAW, write=False)
     assert bytes(await new.read(0, 512)) == bytes(512)
     for file in (*old, new):
+        await file.close()
+
+
+async def test_a_writer_whose_lease_was_taken_away_is_told_by_flush_that_his_data_is_lost(
+    site: Site, disks: Disks
+) -> None:
+    vdi = site.create_vdi()
+    writer = await disks.open(vdi.uuid, Part.RAW, write=True)
+    await writer.write(0, b"lost")
+    site.gateway.call("VDI.force_unlock", vdi.ref)
+    await until(lambda: operations(site, vdi) == [])
+    for failing in (writer.flush(), writer.write(0, b"more")):
+        with pytest.raises(OSError, match="lease has ended") as failed:
+            await failing
+        assert failed.value.errno == errno.ESHUTDOWN
+    await writer.close()
+    assert disks.held == {}
+
+
+async def test_a_flush_that_fails_at_the_last_close_is_told_and_the_lease_has_ended(
+    site: Site, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vdi = site.create_vdi()
+    writer = await disks.open(vdi.uuid, Part.RAW, write=True)
+    await writer.write(0, b"lost")
+    with monkeypatch.context() as patch:
+        patch.setattr(VhdChain, "close", _closed_in_vain)
+        with pytest.raises(OSError, match="bad sector"):
+            await writer.close()
+    assert disks.held == {}
+    await until(lambda: operations(site, vdi) == [])
+
+
+_close = VhdChain.close
+
+
+def _closed_in_vain(self: VhdChain) -> None:
+    _close(self)
+    raise OSError(errno.EIO, "a bad sector")
+
+
+async def test_a_user_who_may_not_look_into_the_sr_shares_leases_as_well(
+    site: Site, disks: Disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vdi, other = site.create_vdi(), site.create_vdi()
+    looks = 0
+
+    def no_stat(path: str, *, follow_symlinks: bool = True) -> os.stat_result:
+        nonlocal looks
+        looks += 1
+        raise PermissionError(errno.EACCES, "a directory of others")
+
+    files = [await disks.open(vdi.uuid, Part.RAW, write=False)]
+    with monkeypatch.context() as patch:
+        patch.setattr("fuse_mount.disks.os.stat", no_stat)
+        files.append(await disks.open(vdi.uuid, Part.RAW, write=False))
+    assert looks == 1
+    assert operations(site, vdi) == ["read"]
+    other.file.rename(vdi.file)
+    with monkeypatch.context() as patch:
+        patch.setattr("fuse_mount.disks.os.stat", no_stat)
+        files.append(await disks.open(vdi.uuid, Part.RAW, write=False))
+    assert operations(site, vdi) == ["read", "read"]
+    for file in files:
         await file.close()
 
 
