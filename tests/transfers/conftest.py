@@ -1,3 +1,4 @@
 from tests.repository.conftest import inventory, leases, no_descriptor_stays_open, open_inventory
+from tests.transfers.pulling import files, house
 
-__all__ = ["inventory", "leases", "no_descriptor_stays_open", "open_inventory"]
+__all__ = ["files", "house", "inventory", "leases", "no_descriptor_stays_open", "open_inventory"]
