@@ -288,6 +288,30 @@ def test_what_was_synced_survives_kill_9(own_site: Site, tmp_path: Path, victim:
     assert_whole(own_site, vdi)
 
 
+@needs_loops
+def test_files_that_were_synced_survive_kill_9_of_the_mount(site: Site, tmp_path: Path) -> None:
+    vdi = site.create_vdi(32 * MIB)
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(1).randbytes(3 * MIB))
+    with mounted(site.gateway, tmp_path / "mount", "--writable") as mount:
+        disk = mount.of(vdi, "disk.raw")
+        run("mkfs.ext4", "-q", "-F", disk)
+        with filesystem(disk, tmp_path / "files", kind="ext4") as files:
+            run("cp", source, files / "synced")
+            run("sync", files / "synced")
+            run("cp", source, files / "not synced")
+            mount.kill()
+        mount.start()
+        wait_until_free(site.gateway, vdi)
+        checked = subprocess.run(["e2fsck", "-fy", str(disk)], capture_output=True, text=True, check=False)
+        assert checked.returncode in (0, 1), checked.stdout  # nothing is left that could not be repaired
+        wait_until_free(site.gateway, vdi)
+        with filesystem(disk, tmp_path / "files", kind="ext4") as files:
+            assert digest(files / "synced") == digest(source)
+    wait_until_free(site.gateway, vdi)
+    assert_whole(site, vdi)
+
+
 def test_a_close_makes_what_was_written_durable(site: Site, tmp_path: Path) -> None:
     vdi = site.create_vdi(2 * MIB)
     content = random.Random(1).randbytes(vdi.size)
