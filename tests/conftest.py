@@ -77,15 +77,9 @@ class RunningGateway:
         )
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """`vdi-gateway ARGUMENTS` in this process, which begins sooner than another one.
-
-        Not for what is proved about processes: signals, the streams and their ends, memory.
-        """
+        """As `command`, in this process; see `run_here`."""
         where = () if "--url" in arguments else ("--state-dir", str(self.state_dir))
-        told, said = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
-            code = run([*arguments, *where])
-        return subprocess.CompletedProcess(arguments, code, told.getvalue(), said.getvalue())
+        return run_here(*arguments, *where)
 
     def start(self) -> None:
         assert not self.running, "the gateway is running already"
@@ -176,6 +170,17 @@ class RunningGateway:
             self.call("host.get_all")
         assert self._session is not None
         return self._session
+
+
+def run_here(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`vdi-gateway ARGUMENTS` in this process, which begins sooner than another one.
+
+    Not for what is proved about processes: signals, the streams and their ends, memory.
+    """
+    told, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
+        code = run(arguments)
+    return subprocess.CompletedProcess(arguments, code, told.getvalue(), said.getvalue())
 
 
 def result_of(answer: Any) -> Any:

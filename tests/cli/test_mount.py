@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import house_in
-from tests.conftest import RunningGateway, clean_environment, program
+from tests.conftest import RunningGateway, clean_environment, program, run_here
 
 
 @pytest.fixture
@@ -39,28 +39,18 @@ def needs_fuse_itself() -> bool:
     ],
 )
 def test_wrong_arguments_are_told_by_their_names(directory: Path, arguments: list[str], said: str) -> None:
-    done = subprocess.run(
-        [program(), "mount", str(directory), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=clean_environment(),
-    )
-    assert said in refused(done, 2)
+    assert said in refused(run_here("mount", str(directory), *arguments), 2)
 
 
-def test_a_directory_must_be_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [program(), "mount"], capture_output=True, text=True, check=False, env=clean_environment()
-    )
-    assert "DIRECTORY" in refused(done, 2)
+def test_a_directory_must_be_named() -> None:
+    assert "DIRECTORY" in refused(run_here("mount"), 2)
 
 
 @pytest.mark.skipif(not needs_fuse_itself(), reason="/dev/fuse isn't there or can't be opened")
 def test_a_disk_or_a_user_that_is_not_there_is_told(house: RunningGateway, directory: Path) -> None:
     path = str(directory)
     assert "there is no disk 'nothing'" in refused(house.command("mount", path, "--only", "nothing"))
-    uuids = [house.command("vdi-create", "same", "2MiB").stdout.strip() for _ in range(2)]
+    uuids = [house.run("vdi-create", "same", "2MiB").stdout.strip() for _ in range(2)]
     line = refused(house.command("mount", path, "--only", "same"))
     assert all(uuid in line for uuid in uuids)
     assert "SESSION_AUTHENTICATION_FAILED" in refused(house.command("mount", path, "--user", "nobody"))
