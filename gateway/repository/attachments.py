@@ -121,6 +121,8 @@ class Attachments:
                 await self._coalescers.end(pbd.sr)
             try:
                 self._require_unused(pbd.sr)
+                await self._hand_over(pbd.sr)
+                self._require_unused(pbd.sr)
                 with trio.CancelScope(shield=True):
                     await self._detach(pbd.sr)
                     other_config = {key: value for key, value in pbd.other_config.items() if key != PLUG_KEY}
@@ -129,6 +131,9 @@ class Attachments:
                 if pbd.sr in self._attached:
                     self._enter(pbd.sr, self._attached[pbd.sr])
                 raise
+
+    async def _hand_over(self, sr: str) -> None:
+        """What others will need to find in an SR that is about to be detached; nobody uses it now."""
 
     async def sr_scan(self, sr: str) -> ScanResult:
         """Look at every file of an SR and bring the records up to date.

@@ -4,7 +4,7 @@ XenServer ORs the logs from one VDI to a later one and looks at no image, so a l
 would tell it too little. Those of snapshots become complete. That of a VDI gets what has changed so far, and
 goes on saying that it isn't complete: whoever attaches the SR next may write before he looks.
 
-The trap: this comes before the SR's own lock, since the logs' lock and leases do.
+The trap: the SR's own lock is held here, so nobody may wait for that one under the lock on its logs.
 """
 
 import structlog
@@ -25,15 +25,12 @@ log = structlog.get_logger("gateway.repository")
 class CbtHandover(ChangedBlocks):
     """The part of the inventory that leaves the logs of changed blocks to others."""
 
-    async def pbd_unplug(self, ref: str) -> None:
-        """As Attachments.pbd_unplug; before that, the logs in the SR say all that is known here."""
-        pbd = self.records.pbds.get(ref)
-        repository = self._attached.get(pbd.sr)
-        if pbd.host == self.records.this_host.ref and repository is not None and repository.writable:
-            self._require_unused(pbd.sr)
-            async with self._logs_of(pbd.sr):
+    async def _hand_over(self, sr: str) -> None:
+        await super()._hand_over(sr)
+        repository = self._attached.get(sr)
+        if repository is not None and repository.writable:
+            async with self._logs_of(sr):
                 await self._complete_logs(repository)
-        await super().pbd_unplug(ref)
 
     async def _complete_logs(self, repository: Repository) -> None:
         known = self._known(repository)

@@ -136,3 +136,15 @@ async def test_an_sr_with_what_is_left_of_a_snapshot_is_not_destroyed(house: Hou
     await inventory.sr_destroy(sr)
     assert set(os.listdir(root)) <= {".vdi-gateway"}
     assert await inventory.sr_create("again", str(root))
+
+
+async def test_an_sr_that_is_being_coalesced_is_detached_with_its_logs(house: House, tmp_path: Path) -> None:
+    inventory, root = house.inventory, tmp_path / "sr"
+    sr, refs = await four_states(inventory, root)
+    before, after = content(inventory, refs[0]), content(inventory, refs[3])
+    uuids = [inventory.records.vdis.get(ref).uuid for ref in refs]
+    # Two nodes are left that can be merged, and nobody waits for that.
+    await inventory.vdi_destroy(refs[1])
+    await inventory.vdi_destroy(refs[2])
+    await inventory.pbd_unplug(pbd_of(inventory, sr))
+    assert told_by_files(root, uuids[0], uuids[3]) >= differing(before, after) != set()
