@@ -224,9 +224,9 @@ def test_what_a_killed_process_left_is_swept_and_what_is_in_use_stays(base: Path
 
 
 def test_a_disk_that_does_not_exist_is_named(house: RunningGateway) -> None:
-    done = house.command("inspect", "no-such-disk")
+    done = house.run("inspect", "no-such-disk")
     assert done.returncode == 1
     assert done.stderr == "vdi-gateway inspect: there is no disk 'no-such-disk'; vdi-list shows them\n"
-    done = house.command("inspect", "no-such-disk", "--partition", "one")
+    done = house.run("inspect", "no-such-disk", "--partition", "one")
     assert done.returncode == 2
     assert "--partition" in done.stderr

@@ -85,7 +85,7 @@ def inspecting(site: Site, ext4: Vdi, tmp_path: Path) -> Iterator[Callable[[], I
 
 def inspected(site: Site, vdi: Vdi, *arguments: str) -> dict[str, Any]:
     before = left_behind()
-    done = site.gateway.command("inspect", vdi.uuid, "--json", *arguments)
+    done = site.gateway.run("inspect", vdi.uuid, "--json", *arguments)
     assert done.returncode == 0, done.stderr
     assert left_behind() <= before
     document: dict[str, Any] = json.loads(done.stdout)
@@ -117,6 +117,7 @@ def test_partitions_and_filesystems_of_a_chain_are_told(site: Site, disk: Disk) 
 
 
 @needs_loops
+@pytest.mark.parametrize("disk", [MBR], indirect=True)
 def test_used_space_is_what_the_makers_tools_count(site: Site, disk: Disk) -> None:
     told = inspected(site, disk.vdi, "--used")
     spaces = {
@@ -195,10 +196,11 @@ def test_a_filesystem_that_was_never_unmounted_is_mounted_without_its_journal(
         running.end()
 
 
+@pytest.mark.parametrize("disk", [GPT], indirect=True)
 def test_which_filesystems_there_are_is_told_when_none_is_named(
     site: Site, disk: Disk, tmp_path: Path
 ) -> None:
-    done = site.gateway.command("inspect", disk.vdi.uuid, "--mount", str(tmp_path))
+    done = site.gateway.run("inspect", disk.vdi.uuid, "--mount", str(tmp_path))
     assert done.returncode == 1
     assert f"give --partition N for one of: 1 (ext4, {LABEL}, 16 MiB)" in done.stderr
     assert not is_mounted(tmp_path)
@@ -338,7 +340,7 @@ def test_an_end_at_any_moment_leaves_nothing(
 def test_a_disk_that_is_written_is_busy(site: Site, ext4: Vdi) -> None:
     control = str(site.gateway.state_dir / "access.sock")
     with closing(open_vdi(control, ext4.uuid, write=True, purpose="test")):
-        done = site.gateway.command("inspect", ext4.uuid)
+        done = site.gateway.run("inspect", ext4.uuid)
     assert done.returncode == 1
     assert (
         done.stderr
