@@ -104,8 +104,8 @@ class NbdFuse(Mount):
 
 @contextmanager
 def loop_device(file: Path) -> Iterator[Path]:
-    """A read-only block device of a file. It has no page cache of its own over the file's (direct I/O), so
-    that each request is one of the file system below.
+    """A read-only block device of a file, with direct I/O: each of its requests is one to the file system
+    that has the file. Without it the page cache would answer for nbdfuse after the first time.
     """
     options = ["--find", "--show", "--read-only", "--direct-io=on", str(file)]
     done = subprocess.run(["losetup", *options], capture_output=True, text=True, check=True)
