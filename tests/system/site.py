@@ -110,10 +110,12 @@ class Site:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+    """The pauses grow, since what is asked is often a gateway, whose time it takes."""
+    deadline, pause = time.monotonic() + seconds, 0.01
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.2)
 
 
 def unplugged(gateway: RunningGateway, pbd: str) -> bool:
