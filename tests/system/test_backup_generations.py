@@ -92,7 +92,7 @@ class Life:
         process.communicate(timeout=60)
 
     def run(self, *arguments: str) -> str:
-        done = self.gateway.command(*arguments)
+        done = self.gateway.run(*arguments)
         assert done.returncode == 0, (arguments, done)
         return done.stdout.strip()
 
@@ -152,10 +152,10 @@ def restored_elsewhere(life: Life, directory: Path) -> None:
     other.start()
     try:
         Site(other, directory / "sr")
-        done = other.command("vdi-restore", str(life.disk.directory), "--sr", f"SR in {directory / 'sr'}")
+        done = other.run("vdi-restore", str(life.disk.directory), "--sr", f"SR in {directory / 'sr'}")
         assert done.returncode == 0, done
         out = directory / "out"
-        assert other.command("vdi-export", done.stdout.strip(), str(out), "--quiet").returncode == 0
+        assert other.run("vdi-export", done.stdout.strip(), str(out), "--quiet").returncode == 0
         assert out.read_bytes() == life.disk.plain
     finally:
         other.stop()
