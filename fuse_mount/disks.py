@@ -25,7 +25,7 @@ from fuse_mount.reading import AtHand, Buffers, DiskReads, how_at_hand
 from fuse_mount.synthesised import SynthesisedFile, layout_of
 from gateway.access.client import AccessDisk, open_vdi
 from gateway.access.client_describe import describe_vdi
-from gateway.access.client_patience import patiently
+from gateway.access.client_patience import SharedPatience
 from gateway.images.errors import ImageError
 from gateway.images.export_layout import SparseFormat
 from gateway.images.files import FileIdentity
@@ -106,6 +106,7 @@ class Disks:
         self._control_socket: Final = control_socket
         self._session: Final = session
         self._wait: Final = wait_seconds
+        self._patiently: Final = SharedPatience(wait_seconds)
         self._current: dict[str, _Held] = {}  # what a new file of a VDI can share
         self._all: dict[_Held, None] = {}
         self._held: dict[str, str] = {}
@@ -188,7 +189,7 @@ class Disks:
         async with held.laying:
             if sparse not in held.layouts:
                 ask = partial(describe_vdi, self._control_socket, held.vdi, self._session())
-                now = await trio.to_thread.run_sync(patiently, ask, self._wait, limiter=self._opens)
+                now = await trio.to_thread.run_sync(self._patiently, ask, limiter=self._opens)
                 if now.leaf != held.disk.look(_leaf):
                     self._retire(held)
                     return None
@@ -253,7 +254,7 @@ class Disks:
                 on_revoke=partial(_tell_revoked, held.vdi),
             )
 
-        disk = patiently(ask, self._wait)
+        disk = self._patiently(ask)
         try:
             return disk, disk.look(_at_hand)
         except BaseException:

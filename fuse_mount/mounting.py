@@ -372,7 +372,7 @@ def _unmount_now(mount: Mount) -> None:
         if error.errno != errno.EBUSY:
             raise
         log.warning(
-            "the mount is in use; it is unmounted, and files in it can't be read any more",
+            "the mount is in use; it is unmounted, and files in it can't be read or written to any more",
             open=dict(mount.disks.held) or "none: it is somebody's working directory",
         )
         unmount(mount.directory, lazily=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from gateway.access.client import AccessRefused
-from gateway.access.client_patience import patiently
+from gateway.access.client_patience import SharedPatience, patiently
 from gateway.access.protocol import Refused
 
 BUSY = AccessRefused(Refused("TOO_MANY_TRANSFERS", (), "later"))
@@ -82,3 +82,22 @@ def test_what_stays_is_told_at_once(error: Exception) -> None:
     with pytest.raises(type(error)):
         asked(failing(error), clock)
     assert clock.pauses == []
+
+
+def test_while_somebody_has_just_waited_in_vain_no_other_waits() -> None:
+    clock = Clock()
+    patience = SharedPatience(5, now=clock.now, sleep=clock.sleep)
+
+    def away() -> str:
+        raise FileNotFoundError(2, "none")
+
+    waited = []
+    for pause in (0.0, 0.9, 0.9, 1.1, 0.0):
+        clock.time += pause
+        begun = clock.time
+        with pytest.raises(ConnectionRefusedError):
+            patience(away)
+        waited.append(clock.time - begun >= 5)
+    assert waited == [True, False, False, True, False]
+    assert patience(failing()) == "answer"
+    assert patience(failing(FileNotFoundError(2, "none"))) == "answer"  # it was there: waited for again
