@@ -2,13 +2,12 @@
 and every file of ext4, XFS, FAT and NTFS is what the guest has written."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import RunningGateway
 from tests.system.guests import GPT, MBR, Disk, Guest, make_disk, make_guests, missing_programs, readers
 from tests.system.mounted import (
     Mounted,
@@ -16,6 +15,7 @@ from tests.system.mounted import (
     digests,
     filesystem,
     loop_device,
+    mounted,
     needs_loops,
     run,
     wait_until_free,
@@ -111,36 +111,35 @@ def test_many_partitions_are_mounted_at_the_same_time(
             assert digests(files) == guest.files
 
 
-@pytest.fixture
-def busy_partition(
-    mount_of_own_site: Callable[..., Mounted], own_site: Site, guests: list[Guest], tmp_path: Path
-) -> Iterator[tuple[RunningGateway, Mounted, Path, Guest]]:
-    """An ext4 of a disk of its own, mounted through a loop device."""
-    disk = make_disk(own_site, tmp_path, guests[:1], GPT)
-    mount = mount_of_own_site()
+@contextmanager
+def busy_partition(site: Site, guests: list[Guest], directory: Path) -> Iterator[tuple[Mounted, Path, Guest]]:
+    """An ext4 of a disk of its own in a mount of its own, mounted through a loop device."""
+    disk = make_disk(site, directory, guests[:1], GPT)
     [guest] = disk.partitions.values()
-    partition = mount.of(disk.vdi, "partitions", "1.raw")
-    with filesystem(partition, tmp_path / "files", "ro", "noload", kind="ext4") as files:
-        yield own_site.gateway, mount, files, guest
+    with mounted(site.gateway, directory / "mount") as mount:
+        partition = mount.of(disk.vdi, "partitions", "1.raw")
+        with filesystem(partition, directory / "files", "ro", "noload", kind="ext4") as files:
+            yield mount, files, guest
 
 
 def test_a_file_system_stays_mounted_while_the_gateway_restarts(
-    busy_partition: tuple[RunningGateway, Mounted, Path, Guest],
+    own_site: Site, guests: list[Guest], tmp_path: Path
 ) -> None:
-    gateway, mount, files, guest = busy_partition
-    # What was read once is the kernel's.
-    without, again = sorted(guest.files)[::2], sorted(guest.files)[1::2]
-    gateway.kill()
-    assert [digest(files / name) for name in without] == [guest.files[name] for name in without]
-    gateway.start()
-    assert [digest(files / name) for name in again] == [guest.files[name] for name in again]
-    assert mount.running
+    gateway = own_site.gateway
+    with busy_partition(own_site, guests, tmp_path) as (mount, files, guest):
+        # What was read once is the kernel's.
+        without, again = sorted(guest.files)[::2], sorted(guest.files)[1::2]
+        gateway.kill()
+        assert [digest(files / name) for name in without] == [guest.files[name] for name in without]
+        gateway.start()
+        assert [digest(files / name) for name in again] == [guest.files[name] for name in again]
+        assert mount.running
 
 
 def test_a_file_system_on_a_mount_that_is_killed_gives_errors_and_can_be_unmounted(
-    busy_partition: tuple[RunningGateway, Mounted, Path, Guest],
+    site: Site, guests: list[Guest], tmp_path: Path
 ) -> None:
-    _, mount, files, _ = busy_partition
-    mount.kill()
-    with pytest.raises(OSError, match=r"Input/output error"):
-        digests(files)
+    with busy_partition(site, guests, tmp_path) as (mount, files, _):
+        mount.kill()
+        with pytest.raises(OSError, match=r"Input/output error"):
+            digests(files)

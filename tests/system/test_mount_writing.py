@@ -239,10 +239,11 @@ def test_a_writer_is_alone_but_for_readers_of_his_mount(
 
 
 @pytest.mark.parametrize("victim", ["mount", "gateway"])
-def test_what_was_synced_survives_kill_9(own_site: Site, tmp_path: Path, victim: str) -> None:
-    vdi = make_chain(own_site, tmp_path, seed=8, levels=2, size=6 * MIB)
-    before = stored_chain(own_site, vdi)
-    with mounted(own_site.gateway, tmp_path / "mount", "--writable") as mount:
+def test_what_was_synced_survives_kill_9(request: pytest.FixtureRequest, tmp_path: Path, victim: str) -> None:
+    site: Site = request.getfixturevalue("own_site" if victim == "gateway" else "site")
+    vdi = make_chain(site, tmp_path, seed=8, levels=2, size=6 * MIB)
+    before = stored_chain(site, vdi)
+    with mounted(site.gateway, tmp_path / "mount", "--writable") as mount:
         with subprocess.Popen(
             [sys.executable, "-c", WRITE_UNTIL_KILLED, str(mount.of(vdi, "disk.raw")), "1"],
             stdout=subprocess.PIPE,
@@ -255,16 +256,16 @@ def test_what_was_synced_survives_kill_9(own_site: Site, tmp_path: Path, victim:
                 mount.kill()
                 lines += writer.stdout.readlines()
             else:
-                own_site.gateway.kill()
+                site.gateway.kill()
                 lines += [writer.stdout.readline() for _ in range(150)]
-                own_site.gateway.start()
-                wait_until(lambda: leases(own_site.gateway, vdi) == ["write"], "the writer to be known again")
+                site.gateway.start()
+                wait_until(lambda: leases(site.gateway, vdi) == ["write"], "the writer to be known again")
                 lines += [writer.stdout.readline() for _ in range(150)]
                 writer.send_signal(signal.SIGKILL)
                 lines += writer.stdout.readlines()
                 mount.stop()
         assert writer.returncode != 0
-        wait_until_free(own_site.gateway, vdi)
+        wait_until_free(site.gateway, vdi)
     possible: dict[int, set[bytes]] = {
         number: {before[number * 4096 : (number + 1) * 4096]} for number in range(vdi.size // 4096)
     }
@@ -281,11 +282,11 @@ def test_what_was_synced_survives_kill_9(own_site: Site, tmp_path: Path, victim:
             possible[number].add(data)
             latest[number] = data
     assert syncs > 3
-    found = stored_chain(own_site, vdi)
+    found = stored_chain(site, vdi)
     # One write may have been under way of which nobody was told.
     wrong = [n for n, held in possible.items() if found[n * 4096 : (n + 1) * 4096] not in held]
     assert len(wrong) <= 1
-    assert_whole(own_site, vdi)
+    assert_whole(site, vdi)
 
 
 @needs_loops
