@@ -19,7 +19,15 @@ _PIECE = struct.Struct("<QI")
 class BackedUpDisk:
     """`plain` is what the disk holds, `kept` what each generation (by number) has to hold."""
 
-    def __init__(self, house: RunningGateway, tmp_path: Path, *, size: int = 16 * MIB, seed: int = 1) -> None:
+    def __init__(
+        self,
+        house: RunningGateway,
+        tmp_path: Path,
+        *,
+        size: int = 16 * MIB,
+        data: int = 5 * MIB,
+        seed: int = 1,
+    ) -> None:
         self.house = house
         self.rng = random.Random(seed)
         self.tmp_path = tmp_path
@@ -27,7 +35,7 @@ class BackedUpDisk:
         self.uuid = self.command("vdi-create", f"disk-{tmp_path.name}", str(size)).stdout.strip()
         self.plain = bytearray(size)
         self.kept: dict[int, bytes] = {}
-        self.write(5 * MIB, 64 << 10)
+        self.write(data, 64 << 10)
 
     def write(self, *lengths: int) -> None:
         """Random bytes of these lengths at random places, at once."""

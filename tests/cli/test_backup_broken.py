@@ -184,7 +184,11 @@ def test_nothing_is_restored_from_a_file_that_is_damaged(
         assert disk.restore("--verify", "generation=1").returncode == 0
 
 
-def test_each_altered_byte_is_one_known_error(disk: BackedUpDisk) -> None:
+def test_each_altered_byte_is_one_known_error(house: RunningGateway, tmp_path: Path) -> None:
+    disk = BackedUpDisk(house, tmp_path, size=4 * MIB, data=MIB)
+    disk.backed_up()
+    disk.write(300_000, 512, 70_000)
+    disk.backed_up()
     manifest = read_manifest(str(disk.directory))
     path = disk.file(2)
     good, rng = path.read_bytes(), random.Random(5)
