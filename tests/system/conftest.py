@@ -3,7 +3,6 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -65,20 +64,6 @@ def mount(site: Site, shared_mount: Mounted) -> Iterator[Mounted]:
     """The disks of the shared gateway, read-only; no test may leave one open."""
     yield shared_mount
     assert shared_mount.running, shared_mount.log()
-
-
-@pytest.fixture
-def mount_of_own_site(own_site: Site, tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
-    """Mounts the disks of the test's own gateway, with arguments, as often as it is called."""
-    if NO_FUSE:
-        pytest.skip(NO_FUSE)
-    with ExitStack() as stack:
-
-        def make(*arguments: str) -> Mounted:
-            directory = tmp_path / f"mount-{os.urandom(4).hex()}"
-            return stack.enter_context(mounted(own_site.gateway, directory, *arguments))
-
-        yield make
 
 
 @pytest.fixture
