@@ -1,10 +1,12 @@
 """`vdi-gateway inspect` on disks in chains: what it tells is what their makers were told, and what it mounts
 goes away however it ends."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -30,6 +32,18 @@ pytestmark = [
     needs_fuse,
     pytest.mark.skipif(bool(missing_programs()), reason=f"not installed: {', '.join(missing_programs())}"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """One of these tests at a time on this machine, whichever process runs it.
+
+    What an inspection has left is looked for in all of the machine, and each start takes away what any killed
+    one has left.
+    """
+    with (Path(tempfile.gettempdir()) / "vdi-gateway-inspect-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="module")
