@@ -71,6 +71,15 @@ class CrashState:
     def __str__(self) -> str:
         return self.story
 
+    def write_back(self) -> None:
+        """Have the files on disk. Until then how many blocks they take may change at any moment (ext4 counts
+        those of its own tables when data is written back), and with it what is said of the size of an image.
+        """
+        for path in self.directory.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
 
 class RecordingFileCalls(FileCalls):
     """Does all calls below `root` for real and remembers them. What is there at the start is safe."""

@@ -39,6 +39,22 @@ def powerless(files: RecordingFileCalls, into: Path, per_point: int = 40) -> lis
     return [files_of(state) for state in files.power_states(into, random.Random(1), per_point)]
 
 
+def test_what_was_written_back_takes_as_many_blocks_from_then_on(root: Path, into: Path) -> None:
+    files = RecordingFileCalls(root)
+    fd = files.open(str(root / "a"), CREATE)
+    for number in range(30):
+        files.pwrite(fd, b"a" * PAGE, number * 16 * PAGE)
+    files.close(fd)
+    *_, state = files.kill_states(into)
+    path = state.directory / "a"
+    state.write_back()
+    before = path.stat()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    after = path.stat()
+    assert (after.st_blocks, after.st_mtime_ns) == (before.st_blocks, before.st_mtime_ns)
+
+
 def test_a_kill_leaves_what_was_done_so_far(root: Path, into: Path) -> None:
     (root / "old").write_bytes(b"old")
     files = RecordingFileCalls(root)

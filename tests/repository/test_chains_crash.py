@@ -111,6 +111,7 @@ async def assert_as_promised(state: CrashState, leases: Leases) -> dict[str, byt
 
 async def assert_goes_on(state: CrashState, directory: Path, expected: dict[str, bytes]) -> None:
     """The next gateway merges all that there is to merge, and no VDI reads anything else."""
+    state.write_back()
     os.mkdir(directory)
     async with open_house_in(directory) as house:
         sr = await house.inventory.sr_attach(str(state.directory), writable=True)

@@ -101,6 +101,7 @@ async def assert_nothing_is_missing(
     asked = 0
     with suppress(FileNotFoundError):
         os.unlink(state.directory / ".vdi-gateway" / "owner")
+    state.write_back()
     os.mkdir(directory)
     async with open_house_in(directory, limits=Limits(lease_wait=20)) as house:
         inventory = house.inventory
