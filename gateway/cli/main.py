@@ -5,6 +5,7 @@ sub-command is loaded only when it runs, because a command that asks a running g
 the gateway itself.
 """
 
+import io
 import os
 import pkgutil
 import select
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 from cyclopts.help import DefaultFormatter
@@ -134,26 +136,78 @@ def _complain(name: str, text: str, code: int) -> int:
     return code
 
 
+class OutputError(OSError):
+    """Standard output takes no more, as on a full disk."""
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors are told from those of a command's own files."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from error
+
+
+def _open_closed_streams() -> None:
+    """What the caller has closed (`>&-`) leads nowhere: else the next file opened, a disk, would be it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _watched(stream: TextIO) -> TextIO:
+    """The same stream, whose failing writes are an OutputError."""
+    output: Any = _Output(stream.fileno(), "wb", closefd=False)
+    unbuffered = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED
+    buffer = output if unbuffered else io.BufferedWriter(output)
+    return io.TextIOWrapper(
+        buffer, stream.encoding, stream.errors, line_buffering=stream.isatty(), write_through=unbuffered
+    )
+
+
 def _written(code: int) -> int:
     """The exit code once all output is out. Python by itself would end with 120 at a lost reader."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-                code = _complain(PROGRAM, f"standard output can't be written: {error.strerror}", code or 1)
+            _drop(stream)
+            if isinstance(error, OutputError):
+                code = _complain(PROGRAM, _unwritten(error), code or 1)
     return code
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what was not written go, and all that comes."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _unwritten(error: OutputError) -> str:
+    return f"standard output can't be written: {error.strerror}"
 
 
 def main() -> None:
     """Entry point of the installed script."""
+    _open_closed_streams()
+    sys.stdout = _watched(sys.stdout)
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         with suppress(OSError):
             sys.stderr.write("interrupted\n")
         code = 130
+    except OutputError as error:
+        _drop(sys.stdout)
+        code = _complain(PROGRAM, _unwritten(error), 1)
     sys.exit(_written(code))

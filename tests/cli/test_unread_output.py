@@ -16,14 +16,16 @@ def gone() -> int:
     return writer
 
 
-def exit_code(*arguments: str, stdout: int, stderr: int) -> tuple[int, bytes | None]:
+def exit_code(
+    *arguments: str, stdout: int, stderr: int, environment: dict[str, str] | None = None
+) -> tuple[int, bytes | None]:
     try:
         done = subprocess.run(
             [program(), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=clean_environment(),
+            env={**clean_environment(), **(environment or {})},
             timeout=60,
             check=False,
         )
@@ -37,9 +39,19 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
     assert exit_code("config-show", stdout=gone(), stderr=subprocess.PIPE) == (0, b"")
 
 
-def test_output_that_finds_no_space_is_a_failure_of_one_line() -> None:
-    code, said = exit_code("config-show", stdout=os.open("/dev/full", os.O_WRONLY), stderr=subprocess.PIPE)
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
+@pytest.mark.parametrize("much_or_little", ["config-show", "--version"])
+def test_output_that_finds_no_space_is_a_failure_of_one_line(
+    much_or_little: str, environment: dict[str, str]
+) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    code, said = exit_code(much_or_little, stdout=full, stderr=subprocess.PIPE, environment=environment)
     assert (code, said) == (1, b"vdi-gateway: standard output can't be written: No space left on device\n")
+
+
+def test_streams_that_are_closed_lead_nowhere() -> None:
+    command = f"{program()} config-show <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=clean_environment(), check=False).returncode == 0
 
 
 def test_a_complaint_that_nobody_reads_keeps_its_exit_code() -> None:
