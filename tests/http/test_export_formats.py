@@ -320,7 +320,7 @@ async def refused(gate: Gate, vdi: VDI, *words: str, status: int, **parameters: 
     assert all(word in answer.text for word in words), answer.text
     assert gate.tasks.get(task.ref).status is TaskStatus.FAILURE
     assert gate.tasks.get(task.ref).error_info[0] == answer.text.partition(":")[0]
-    assert not gate.inventory.leases.holders_for(vdi.ref)
+    await until(lambda: not gate.inventory.leases.holders_for(vdi.ref))  # files are closed in a thread
 
 
 async def test_bases_that_are_none(gate: Gate, memory: Path) -> None:
@@ -357,7 +357,7 @@ async def test_a_base_that_is_written_to_is_409(gate: Gate) -> None:
 async def refused_while_held(gate: Gate, vdi: VDI, base: VDI) -> None:
     answer = await export(gate, vdi, "vhd", base)
     assert (answer.status, answer.text.partition(":")[0]) == (409, "VDI_IN_USE")
-    assert not gate.inventory.leases.holders_for(vdi.ref)
+    await until(lambda: not gate.inventory.leases.holders_for(vdi.ref))
 
 
 async def test_what_is_too_large_for_a_vhd_goes_out_as_qcow2(gate: Gate) -> None:

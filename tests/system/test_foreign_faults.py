@@ -60,7 +60,14 @@ def image_of(source: Path, form: str, *options: str) -> Path:
     return image
 
 
-@pytest.mark.parametrize(("command", "form"), [("check", "qcow2"), ("map", "qcow2"), ("convert", "vhdx")])
+@pytest.mark.parametrize(
+    ("command", "form"),
+    [
+        ("map", "qcow2"),
+        pytest.param("check", "qcow2", marks=pytest.mark.long),
+        pytest.param("convert", "vhdx", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_gateway_takes_qemu_img_with_it_and_leaves_nothing(
     command: str, form: str, held: Held, own_site: Site, random_file: Maker
 ) -> None:
