@@ -42,11 +42,11 @@ async def test_the_sizes_are_those_of_the_exports_over_http(
 ) -> None:
     vdi = await trio.to_thread.run_sync(partial(chained_vdi, site, 13 * MIB + 1536, image_format))
     told = await descriptions.describe(vdi.uuid)
+    assert site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
     assert told.size == vdi.size == exported(site, vdi, "raw")
     assert told.vhd_size == exported(site, vdi, "vhd")
     assert told.qcow2_size == exported(site, vdi, "qcow2")
     assert 0 < told.stored_bytes <= vdi.size
-    assert site.gateway.call("VDI.get_current_operations", vdi.ref) == {}
 
 
 async def test_a_description_is_known_until_it_is_forgotten(site: Site, descriptions: Descriptions) -> None:
