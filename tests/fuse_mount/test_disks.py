@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from fuse_mount.disk_file import OpenFile
@@ -347,7 +348,8 @@ async def test_the_mounts_end_while_an_open_is_under_way_leaves_no_lease(site: S
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(one)
-        await until(lambda: disks.held)
+        while not disks.held:
+            await trio.lowlevel.checkpoint()
         await disks.close()
     assert operations(site, vdi) == []
 

@@ -104,6 +104,10 @@ def test_qemu_needs_the_authority_alone(
     tls = credentials(authority)
     into = ["--target-image-opts", qemu(tls_site, vdi, write=True)]
     run("qemu-img", "convert", *tls, "-n", "-f", "raw", image, *into)
+    # The export is closed once the client has gone.
+    wait_until(
+        lambda: tls_site.gateway.call("VDI.get_current_operations", vdi.ref) == {}, "the export to be closed"
+    )
     assert stored_content(vdi) == image.read_bytes()
     told = json.loads(run("qemu-img", "info", "--output=json", *tls, "--image-opts", qemu(tls_site, vdi)))
     assert told["virtual-size"] == SIZE
