@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RunningGateway
+from tests.system.guests import GPT, MBR, Disk, Guest, make_disk
 from tests.system.mounted import NO_FUSE, Mounted, mounted
-from tests.system.site import MIB, Site
+from tests.system.site import MIB, Site, depth
 
 
 def stop(gateway: RunningGateway) -> None:
@@ -38,6 +39,19 @@ def site(shared_site: Site) -> Iterator[Site]:
     yield shared_site
     assert shared_site.gateway.running
     assert shared_site.staged_files() == []
+
+
+@pytest.fixture(scope="module", params=[GPT, MBR])
+def disk(
+    request: pytest.FixtureRequest,
+    shared_site: Site,
+    guests: list[Guest],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Disk:
+    """A disk with the module's `guests` in its partitions, as a chain of three levels."""
+    made = make_disk(shared_site, tmp_path_factory.mktemp("disk"), guests, request.param)
+    assert depth(shared_site, made.vdi) == 3
+    return made
 
 
 @pytest.fixture

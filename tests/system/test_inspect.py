@@ -17,10 +17,10 @@ import pytest
 
 from gateway.access.client import open_vdi
 from tests.conftest import STOP_SECONDS, clean_environment, program
-from tests.system.guests import GPT, MBR, Disk, Guest, make_disk, make_guests, missing_programs
+from tests.system.guests import GPT, MBR, Disk, Guest, make_guests, missing_programs
 from tests.system.inspecting import Inspecting, is_mounted, left_behind
 from tests.system.mounted import digests, filesystem, needs_fuse, needs_loops, run, wait_until_free
-from tests.system.site import MIB, Site, Vdi, depth, wait_until
+from tests.system.site import MIB, Site, Vdi, wait_until
 
 # Each guest has a file of at least so many bytes.
 LARGE = 700_000
@@ -51,18 +51,6 @@ def guests(tmp_path_factory: pytest.TempPathFactory) -> list[Guest]:
     made = make_guests(tmp_path_factory.mktemp("guests"), seed=2)
     run("e2fsck", "-f", "-p", made[0].images[-1])
     run("tune2fs", "-L", LABEL, "-U", UUID, "-f", made[0].images[-1])
-    return made
-
-
-@pytest.fixture(scope="module", params=[GPT, MBR])
-def disk(
-    request: pytest.FixtureRequest,
-    shared_site: Site,
-    guests: list[Guest],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Disk:
-    made = make_disk(shared_site, tmp_path_factory.mktemp("disk"), guests, request.param)
-    assert depth(shared_site, made.vdi) == 3
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.guests import GPT, MBR, Disk, Guest, make_disk, make_guests, missing_programs, readers
+from tests.system.guests import GPT, Disk, Guest, make_disk, make_guests, missing_programs, readers
 from tests.system.mounted import (
     Mounted,
     digest,
@@ -20,7 +20,7 @@ from tests.system.mounted import (
     run,
     wait_until_free,
 )
-from tests.system.site import Site, depth
+from tests.system.site import Site
 
 pytestmark = [
     needs_loops,
@@ -31,18 +31,6 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> list[Guest]:
     return make_guests(tmp_path_factory.mktemp("guests"), seed=1)
-
-
-@pytest.fixture(scope="module", params=[GPT, MBR])
-def disk(
-    request: pytest.FixtureRequest,
-    shared_site: Site,
-    guests: list[Guest],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Disk:
-    made = make_disk(shared_site, tmp_path_factory.mktemp("disk"), guests, request.param)
-    assert depth(shared_site, made.vdi) == 3
-    return made
 
 
 def test_files_are_what_the_guests_have_written(

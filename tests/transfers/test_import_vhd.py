@@ -169,47 +169,54 @@ CORRUPT, UNSUPPORTED, WRONG = (
 )
 
 
-@pytest.mark.parametrize(
-    ("file", "code"),
-    [
-        (b"", None),
-        (SAMPLE[:100], None),
-        (SAMPLE[:1000], None),
-        (SAMPLE[:1540], None),
-        (SAMPLE[: 3 * MIB], None),
-        (SAMPLE[:-512], None),
-        (SAMPLE[:-600], None),
-        (SAMPLE[:-1] + b"\xff", CORRUPT),
-        (SAMPLE[:-512] + bytes(512), CORRUPT),
-        (SAMPLE[:-512] + footer_of(4 * MIB).pack(), CORRUPT),
-        (SAMPLE[:10] + b"\xff" + SAMPLE[11:], CORRUPT),
-        (SAMPLE[:600] + b"\xff" + SAMPLE[601:], CORRUPT),
-        (with_header(SAMPLE, 16, ">Q", 512), UNSUPPORTED),  # the table in front of itself
-        (with_header(SAMPLE, 16, ">Q", 1537), CORRUPT),
-        (with_header(SAMPLE, 16, ">Q", 1 << 62), CORRUPT),
-        (with_header(SAMPLE, 16, ">Q", 1 << 40), None),
-        (with_header(SAMPLE, 28, ">I", 3), CORRUPT),
-        (with_header(SAMPLE, 32, ">I", 1000), UNSUPPORTED),
-        (with_header(SAMPLE, 32, ">I", 0), UNSUPPORTED),
-        (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1)), CORRUPT),
-        (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1 << 63)), CORRUPT),
-        (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1 << 40)), None),
-        (with_footer(SAMPLE, footer_of(0)), CORRUPT),
-        (with_footer(SAMPLE, footer_of(8 * MIB + 1)), CORRUPT),
-        (with_footer(SAMPLE, footer_of(3000 << 30)), CORRUPT),
-        (with_footer(SAMPLE, footer_of(8 * MIB, DiskType.FIXED)), CORRUPT),
-        (entry(1, 0), CORRUPT),  # the footer
-        (entry(1, 3), CORRUPT),  # the table
-        (entry(1, 4), CORRUPT),  # block 0
-        (entry(1, 4 + 4000), CORRUPT),
-        (entry(1, UNUSED - 1), None),
-        (SAMPLE[512:], CORRUPT),  # no beginning, but the footer of a dynamic disk at the end
-        (bytes(4 * MIB), WRONG),
-        (bytes(4 * MIB + 7), WRONG),
-        (b"\x05" * 4 * MIB + footer_of(2 * MIB, DiskType.FIXED).pack(), CORRUPT),
-        (b"\x05" * 4 * MIB + footer_of(4 * MIB, DiskType.FIXED).pack()[:-1] + b"\1", CORRUPT),
-    ],
-)
+# By name, for what pytest would make of the bytes is no name.
+BROKEN: dict[str, tuple[bytes, str | None]] = {
+    "nothing": (b"", None),
+    "cut in the footer's copy": (SAMPLE[:100], None),
+    "cut in the header": (SAMPLE[:1000], None),
+    "cut in the table": (SAMPLE[:1540], None),
+    "cut in a block": (SAMPLE[: 3 * MIB], None),
+    "without the last footer": (SAMPLE[:-512], None),
+    "cut in the last block": (SAMPLE[:-600], None),
+    "wrong byte in the last footer": (SAMPLE[:-1] + b"\xff", CORRUPT),
+    "zeroes for a last footer": (SAMPLE[:-512] + bytes(512), CORRUPT),
+    "last footer of another size": (SAMPLE[:-512] + footer_of(4 * MIB).pack(), CORRUPT),
+    "wrong byte in the footer's copy": (SAMPLE[:10] + b"\xff" + SAMPLE[11:], CORRUPT),
+    "wrong byte in the header": (SAMPLE[:600] + b"\xff" + SAMPLE[601:], CORRUPT),
+    "table in front of itself": (with_header(SAMPLE, 16, ">Q", 512), UNSUPPORTED),
+    "table between sectors": (with_header(SAMPLE, 16, ">Q", 1537), CORRUPT),
+    "table beyond any file": (with_header(SAMPLE, 16, ">Q", 1 << 62), CORRUPT),
+    "table behind the end": (with_header(SAMPLE, 16, ">Q", 1 << 40), None),
+    "fewer entries than blocks": (with_header(SAMPLE, 28, ">I", 3), CORRUPT),
+    "blocks of 1000 bytes": (with_header(SAMPLE, 32, ">I", 1000), UNSUPPORTED),
+    "blocks of no bytes": (with_header(SAMPLE, 32, ">I", 0), UNSUPPORTED),
+    "header between sectors": (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1)), CORRUPT),
+    "header beyond any file": (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1 << 63)), CORRUPT),
+    "header behind the end": (with_footer(SAMPLE, footer_of(8 * MIB, data_offset=1 << 40)), None),
+    "size of 0": (with_footer(SAMPLE, footer_of(0)), CORRUPT),
+    "size between sectors": (with_footer(SAMPLE, footer_of(8 * MIB + 1)), CORRUPT),
+    "size of 3000 GiB": (with_footer(SAMPLE, footer_of(3000 << 30)), CORRUPT),
+    "fixed by its first footer": (with_footer(SAMPLE, footer_of(8 * MIB, DiskType.FIXED)), CORRUPT),
+    "block over the footer": (entry(1, 0), CORRUPT),
+    "block over the table": (entry(1, 3), CORRUPT),
+    "block over another": (entry(1, 4), CORRUPT),
+    "block far behind the others": (entry(1, 4 + 4000), CORRUPT),
+    "block behind the end": (entry(1, UNUSED - 1), None),
+    "no beginning, but a last footer": (SAMPLE[512:], CORRUPT),
+    "zeroes": (bytes(4 * MIB), WRONG),
+    "zeroes and a bit more": (bytes(4 * MIB + 7), WRONG),
+    "fixed and larger than its footer says": (
+        b"\x05" * 4 * MIB + footer_of(2 * MIB, DiskType.FIXED).pack(),
+        CORRUPT,
+    ),
+    "fixed with a wrong byte in its footer": (
+        b"\x05" * 4 * MIB + footer_of(4 * MIB, DiskType.FIXED).pack()[:-1] + b"\1",
+        CORRUPT,
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "code"), BROKEN.values(), ids=BROKEN)
 def test_what_is_broken_is_told_by_its_code(file: bytes, code: str | None) -> None:
     error = error_of(file)
     assert (error.code if isinstance(error, XenAPIError) else None) == code

@@ -18,6 +18,8 @@ from gateway.images.vhd.format import (
 )
 
 TABLE_OFFSET = 1536
+# Seconds since 2000 (2020-01-01): the same bytes on every run.
+MADE_AT = 631_152_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Block:
 
 def footer_of(size: int, kind: DiskType = DiskType.DYNAMIC, **changes: object) -> Footer:
     made = Footer.new(size, kind, uuid.UUID(int=size + kind))
-    return replace(made, creator=b"win ", creator_version=0xA0000, **changes)  # type: ignore[arg-type]
+    made = replace(made, timestamp=MADE_AT, creator=b"win ", creator_version=0xA0000)
+    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def vhd_file(
