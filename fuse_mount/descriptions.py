@@ -4,11 +4,12 @@ The trap: an answer that is on its way when a VDI changes may be of before; who 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from fuse_mount.questions import Questions
 from gateway.access.client_describe import describe_vdi
 
 _THREADS: Final = 4  # as many as the gateway answers at a time
@@ -28,13 +29,6 @@ class Description:
     qcow2_size: int
 
 
-@dataclass(eq=False, slots=True)
-class _Question:
-    answered: trio.Event = field(default_factory=trio.Event)
-    answer: Description | None = None
-    failure: Exception | None = None
-
-
 class Descriptions:
     """What is known of the gateway's VDIs, by their uuids. `session` gives a session's reference or None."""
 
@@ -43,7 +37,7 @@ class Descriptions:
         self._session: Final = session
         self._known: dict[str, Description] = {}
         self._last: dict[str, Description] = {}
-        self._questions: dict[str, _Question] = {}
+        self._questions: Final = Questions(self._ask, self._keep)
         self._threads = trio.CapacityLimiter(_THREADS)
 
     def known(self, vdi: str) -> Description | None:
@@ -57,7 +51,7 @@ class Descriptions:
     def forget(self, vdi: str) -> None:
         """The VDI has changed; what was known last is kept as that."""
         self._known.pop(vdi, None)
-        self._questions.pop(vdi, None)
+        self._questions.forget(vdi)
 
     def remove(self, vdi: str) -> None:
         """There is no such VDI any more."""
@@ -69,38 +63,16 @@ class Descriptions:
 
         Raises AccessRefused, OSError.
         """
-        while True:
-            known = self._known.get(vdi)
-            if known is not None:
-                return known
-            question = self._questions.get(vdi)
-            if question is None:
-                return await self._ask(vdi)
-            await question.answered.wait()
-            if question.answer is not None:
-                return question.answer
-            if question.failure is not None:
-                raise question.failure
-            # Who asked was cancelled.
+        return await self._questions.answer(vdi)
 
     async def _ask(self, vdi: str) -> Description:
-        question = self._questions[vdi] = _Question()
-        try:
-            come = await trio.to_thread.run_sync(
-                describe_vdi, self._control_socket, vdi, self._session(), limiter=self._threads
-            )
-            question.answer = answer = Description(
-                come.content_id, come.size, come.stored, come.vhd or 0, come.qcow2 or 0
-            )
-        except Exception as failure:
-            question.failure = failure
-            raise
-        finally:
-            question.answered.set()
-            # Unless the VDI has changed since it was asked.
-            current = self._questions.get(vdi) is question
-            if current:
-                del self._questions[vdi]
-        if current:
-            self._known[vdi] = self._last[vdi] = answer
-        return answer
+        known = self._known.get(vdi)
+        if known is not None:
+            return known
+        come = await trio.to_thread.run_sync(
+            describe_vdi, self._control_socket, vdi, self._session(), limiter=self._threads
+        )
+        return Description(come.content_id, come.size, come.stored, come.vhd or 0, come.qcow2 or 0)
+
+    def _keep(self, vdi: str, answer: Description) -> None:
+        self._known[vdi] = self._last[vdi] = answer

@@ -16,12 +16,13 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import trio
 
 from fuse_mount.programs import Ended, ProgramError, run_program
+from fuse_mount.questions import Questions
 
 EDGE: Final = 1 << 20
 _SECONDS: Final = 10.0
@@ -246,15 +247,6 @@ class Descriptions(Protocol):
         """Ask the gateway at the next question."""
 
 
-@dataclass
-class _Question:
-    """One reading of a table, for all who want it meanwhile."""
-
-    done: trio.Event = field(default_factory=trio.Event)
-    answer: tuple[Partition, ...] | None = None
-    error: Exception | None = None
-
-
 class Partitions:
     """The partitions of VDIs, read under a lease that ends at once and remembered by the content's id."""
 
@@ -272,7 +264,7 @@ class Partitions:
         self._held = held
         self._most_cached = most_cached
         self._cached: OrderedDict[str, tuple[Partition, ...]] = OrderedDict()
-        self._asked: dict[str, _Question] = {}
+        self._questions: Final = Questions(self._answer)
         # Threads that wait for sfdisk; each has a memfd of two MiB at most.
         self._limiter = trio.CapacityLimiter(4)
 
@@ -281,28 +273,7 @@ class Partitions:
 
         Raises what opening and reading the disk raises, and ProgramError, an OSError.
         """
-        while True:
-            asked = self._asked.get(vdi)
-            if asked is None:
-                return await self._ask(vdi)
-            await asked.done.wait()
-            if asked.answer is not None:
-                return asked.answer
-            if asked.error is not None:
-                raise asked.error
-            # Who asked was cancelled: somebody else has to.
-
-    async def _ask(self, vdi: str) -> tuple[Partition, ...]:
-        question = self._asked[vdi] = _Question()
-        try:
-            question.answer = await self._answer(vdi)
-        except Exception as error:
-            question.error = error
-            raise
-        finally:
-            del self._asked[vdi]
-            question.done.set()
-        return question.answer
+        return await self._questions.answer(vdi)
 
     async def _answer(self, vdi: str) -> tuple[Partition, ...]:
         # Whoever writes the disk here may write the table, and its content has a new id only at the end.
