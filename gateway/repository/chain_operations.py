@@ -22,7 +22,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
-from gateway.repository.cbt_handover import CbtHandover
+from gateway.repository.cbt_lifecycle import CbtLifecycle
 from gateway.repository.fork import Fork, Revert
 from gateway.repository.intended import forget_intended, write_intended
 from gateway.repository.reconcile import CBT_METADATA, described
@@ -46,7 +46,7 @@ class NewVDI:
     staging: Staging
 
 
-class ChainOperations(CbtHandover):
+class ChainOperations(CbtLifecycle):
     """The part of the inventory that makes VDIs of VDIs."""
 
     @asynccontextmanager
