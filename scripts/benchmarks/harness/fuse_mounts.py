@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from scripts.benchmarks.harness.gateway import PROGRAM
 from scripts.benchmarks.harness.nbd_servers import file_plugin
@@ -33,24 +32,17 @@ class Mount(Peer):
         try:
             wait_for(lambda: _is_mounted(point), str(command[0]), self.process)
         except RuntimeError as error:
-            self.__exit__(None, None, None)
+            self.close()
             said = Path(self._log.name).read_text().strip()
             raise PeerUnavailableError(f"{error}: {said[-300:]}") from None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         try:
-            super().__exit__(kind, error, trace)
+            super().close()
         finally:
             while _is_mounted(self.point):
                 subprocess.run(["umount", "--lazy", str(self.point)], check=True)
             self._log.close()
-
-    def resident(self) -> int:
-        """The bytes of memory that the process has now."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class GatewayMount(Mount):
@@ -90,16 +82,14 @@ class NbdFuse(Mount):
         try:
             super().__init__(point, ["nbdfuse", "--readonly", self.file, self._server.uri])
         except BaseException:
-            self._server.__exit__(None, None, None)
+            self._server.close()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         try:
-            super().__exit__(kind, error, trace)
+            super().close()
         finally:
-            self._server.__exit__(kind, error, trace)
+            self._server.close()
 
 
 @contextmanager

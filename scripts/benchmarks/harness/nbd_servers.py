@@ -1,9 +1,7 @@
 """The NBD servers that are measured against each other, each on a Unix socket of its own."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.benchmarks.harness.peers import ROOT, Peer, wait_for
@@ -14,24 +12,18 @@ PLUGIN = ROOT / "nbd_plugin" / "plugin.py"
 class Server(Peer):
     """One server process; `uri` is what a client gives to reach it."""
 
-    def __init__(self, socket: Path, command: Sequence[str | Path], uri: str) -> None:
+    def __init__(self, socket: Path, *command: str | Path) -> None:
         socket.unlink(missing_ok=True)
-        self.uri = uri
+        self.uri = f"nbd+unix:///?socket={socket}"
         self.process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=sys.stderr, text=True
         )
         wait_for(socket.exists, str(command[0]), self.process)
 
-    def resident(self) -> int:
-        """The bytes of memory that the server has now."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
 
 def plugin(socket: Path, control: Path, threads: int = 4) -> Server:
     """nbdkit with the gateway's plugin. A disk is named in the URI: `export`."""
-    command = ["nbdkit", "-f", "-U", socket, "-t", str(threads), "python", PLUGIN]
-    return Server(socket, [*command, f"control={control}", "private=true"], f"nbd+unix:///?socket={socket}")
+    return _nbdkit(socket, threads, "python", PLUGIN, f"control={control}", "private=true")
 
 
 def export(server: Server, vdi: str, *, write: bool = False) -> str:
@@ -41,12 +33,15 @@ def export(server: Server, vdi: str, *, write: bool = False) -> str:
 
 def file_plugin(socket: Path, file: Path, threads: int) -> Server:
     """nbdkit with its own plugin for files, which is written in C."""
-    command = ["nbdkit", "-f", "-U", socket, "-t", str(threads), "file", file]
-    return Server(socket, command, f"nbd+unix:///?socket={socket}")
+    return _nbdkit(socket, threads, "file", file)
+
+
+def _nbdkit(socket: Path, threads: int, *plugin_and_options: str | Path) -> Server:
+    return Server(socket, "nbdkit", "-f", "-U", socket, "-t", str(threads), *plugin_and_options)
 
 
 def qemu_nbd(socket: Path, file: Path, image_format: str, *, write: bool = False) -> Server:
     """qemu-nbd with as many connections as any client here makes."""
     mode = [] if write else ["--read-only"]
-    command = ["qemu-nbd", "--persistent", "--shared=16", *mode, "-f", image_format, "-k", socket, file]
-    return Server(socket, command, f"nbd+unix:///?socket={socket}")
+    command = ["qemu-nbd", "--persistent", "--shared=16", *mode, "-f", image_format]
+    return Server(socket, *command, "-k", socket, file)
