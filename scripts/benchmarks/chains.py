@@ -21,36 +21,27 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from gateway.access.client import open_vdi
 from scripts.benchmarks.harness import chain
-from scripts.benchmarks.harness.gateway import Gateway
+from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
 from scripts.benchmarks.harness.measure import (
     GIB,
     MIB,
-    Report,
     interleave,
     log,
     timed,
     touch_memory,
     wait_for_quiet,
 )
-from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
-
-LARGE = 2040 * GIB
+from scripts.benchmarks.harness.workplace import Workplace, options_of, workplace, write_noise
 
 
-class Bench:
-    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
-        self.directory = directory
-        self.gateway = gateway
-        self.size = size
-        self.rounds = rounds
-        self.report = Report()
+class Bench(Benchmark):
+    def __init__(self, place: Workplace, size: int, rounds: int) -> None:
+        super().__init__(place, size, rounds)
         self.longest_relink = 0.0
         self._noise = os.urandom(8 * MIB)
-        self._access = str(gateway.state / "access.sock")
 
     # --- what is measured -----------------------------------------------------------------------------------
 
@@ -75,7 +66,7 @@ class Bench:
 
     def fork(self) -> None:
         """Snapshots and clones of thin and of full tables."""
-        for size, bound in ((64 * GIB, 20), (LARGE, 60)):
+        for size, bound in ((64 * GIB, 20), (chain.LARGEST, 60)):
             for full in (False, True):
                 for operation in ("snapshot", "clone"):
                     median = statistics.median(self._forks(operation, size, full))
@@ -109,7 +100,7 @@ class Bench:
                 while not self._progress():
                     time.sleep(0.005)
                 start = time.perf_counter()
-                with closing(open_vdi(self._access, vdi, purpose="bench")):
+                with closing(open_vdi(self.access, vdi, purpose="bench")):
                     waits.append(time.perf_counter() - start)
                 self._wait_for_coalesce(vdi)
         log("a reader waited for " + ", ".join(f"{wait * 1000:.0f} ms" for wait in waits))
@@ -131,10 +122,9 @@ class Bench:
         self.gateway.destroy_vdi(vdi)
 
     def _fill(self, vdi: str) -> None:
-        with closing(open_vdi(self._access, vdi, write=True, purpose="bench")) as disk:
+        with self.writing(vdi) as disk:
             for offset in range(0, self.size, len(self._noise)):
                 disk.pwrite(self._noise, offset)
-            disk.flush()
 
     def _progress(self) -> float:
         return max((task["progress"] for task in self.gateway.coalesces()), default=0.0)
@@ -157,9 +147,7 @@ class Bench:
     def _copied(self) -> float:
         source = self.directory / "source"
         if not source.exists():
-            with source.open("wb") as file:
-                for _ in range(0, self.size, len(self._noise)):
-                    file.write(self._noise)
+            write_noise(source, self.size, self._noise)
             os.sync()
         target = self.directory / "target"
         target.unlink(missing_ok=True)
@@ -197,13 +185,8 @@ def main() -> None:
     parser = options_of("chains", __doc__, directory="on the disk to measure")
     add_groups(parser, GROUPS, size=4096, of="of the disk to coalesce")
     options = parser.parse_args()
-    with workplace("chains", options.directory) as (directory, memory):
-        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
-            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
-            for name in options.only or GROUPS:
-                log(f"== {name}")
-                GROUPS[name](bench)
-        print(bench.report.markdown())
+    with workplace("chains", options.directory) as place:
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

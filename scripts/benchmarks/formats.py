@@ -22,32 +22,24 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gateway.access.client import open_vdi
 from scripts.benchmarks.harness import chain
-from scripts.benchmarks.harness.gateway import Gateway
-from scripts.benchmarks.harness.measure import GIB, MIB, Report, Rounds, interleave, log, timed, touch_memory
-from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
+from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
+from scripts.benchmarks.harness.measure import MIB, Rounds, interleave, timed, touch_memory
+from scripts.benchmarks.harness.workplace import Workplace, options_of, workplace
 
 # What qemu-img calls a format.
 QEMU_IMG = "qemu-img convert"
 DRIVERS = {"vhd": "vpc", "qcow2": "qcow2"}
 BLOCK = 2 * MIB
-LARGEST = 2040 * GIB
 
 
-class Bench:
-    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
-        self.directory = directory
-        self.gateway = gateway
-        self.size = size
-        self.rounds = rounds
-        self.report = Report()
+class Bench(Benchmark):
+    def __init__(self, place: Workplace, size: int, rounds: int) -> None:
+        super().__init__(place, size, rounds)
         self._noise = os.urandom(BLOCK)
-        self._access = str(gateway.state / "access.sock")
 
     # --- what is measured -----------------------------------------------------------------------------------
 
@@ -114,7 +106,7 @@ class Bench:
                 for _ in range(max(self.rounds, 5)):
                     seconds, bits = self.gateway.changed_blocks(older, newer)
                     waits.append(seconds)
-                    assert len(bits) == 4 * (LARGEST // BLOCK)
+                    assert len(bits) == 4 * (chain.LARGEST // BLOCK)
                     assert any(bits) is full
                 name = f"list_changed_blocks {what}, 2040 GiB, {state} tables"
                 self.report.figure(name, statistics.median(waits) * 1000, "ms", below=100)
@@ -129,15 +121,14 @@ class Bench:
         for level in range(3):
             if level:
                 self.gateway.fork("snapshot", vdi)
-            with closing(open_vdi(self._access, vdi, write=True, purpose="bench")) as disk:
+            with self.writing(vdi) as disk:
                 for number in range(level, size // BLOCK, 3):
                     disk.pwrite(self._noise, 2 * number * BLOCK)
-                disk.flush()
         return vdi
 
     def _largest(self, *, full: bool, tracked: bool = False) -> tuple[str, list[str]]:
         """A disk of 2040 GiB over two snapshots, of which each file has all blocks if `full`, else none."""
-        vdi, snapshots = self.gateway.create_vdi("disk", LARGEST), list[str]()
+        vdi, snapshots = self.gateway.create_vdi("disk", chain.LARGEST), list[str]()
         if tracked:
             self.gateway.enable_cbt(vdi)
         for level in range(3):
@@ -223,13 +214,8 @@ def main() -> None:
     parser = options_of("formats", __doc__, directory="on the disk to measure")
     add_groups(parser, GROUPS, size=4096, of="of the data in the disk")
     options = parser.parse_args()
-    with workplace("formats", options.directory) as (directory, memory):
-        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
-            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
-            for name in options.only or GROUPS:
-                log(f"== {name}")
-                GROUPS[name](bench)
-        print(bench.report.markdown())
+    with workplace("formats", options.directory) as place:
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

@@ -16,42 +16,25 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
-import json
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
-from gateway.access.client import open_vdi
 from gateway.images.vhd.create import create_dynamic
 from scripts.benchmarks.harness import chain
-from scripts.benchmarks.harness.fuse_mounts import (
-    GatewayMount,
-    NbdFuse,
-    StorageDaemon,
-    ext4,
-    loop_device,
-)
-from scripts.benchmarks.harness.gateway import PROGRAM, Gateway
-from scripts.benchmarks.harness.measure import (
-    GIB,
-    MIB,
-    Report,
-    Rounds,
-    interleave,
-    log,
-    timed,
-    touch_memory,
-)
+from scripts.benchmarks.harness.fuse_mounts import GatewayMount, NbdFuse, StorageDaemon, ext4, loop_device
+from scripts.benchmarks.harness.gateway import PROGRAM
+from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
+from scripts.benchmarks.harness.measure import GIB, MIB, interleave, timed, touch_memory
 from scripts.benchmarks.harness.peers import PeerUnavailableError, wait_for
-from scripts.benchmarks.harness.workplace import clean_up_at_sigterm
+from scripts.benchmarks.harness.workplace import IN_MEMORY, Workplace, options_of, workplace, write_noise
 
 BLOCK = 2 * MIB
 RAW, CHAIN = "raw VDI", "VHD chain of depth 3"
@@ -60,23 +43,12 @@ NBDFUSE = "nbdfuse"
 RANDOM_SECONDS = 3
 LISTED = 10_000
 READERS = 50
-LARGEST = 2040 * GIB
 
 
-class Bench:
-    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
-        self.directory = directory
-        self.gateway = gateway
-        self.size = size
-        self.rounds = rounds
-        self.report = Report()
-        self._access = str(gateway.state / "access.sock")
-        self._running = ExitStack()
-        self._made: dict[str, Path] = {}
-        self.mount = self._running.enter_context(GatewayMount(directory / "mount", gateway.state))
-
-    def close(self) -> None:
-        self._running.close()
+class Bench(Benchmark):
+    def __init__(self, place: Workplace, size: int, rounds: int) -> None:
+        super().__init__(place, size, rounds)
+        self.mount = place.running.enter_context(GatewayMount(self.directory / "mount", self.gateway.state))
 
     # --- what is measured -----------------------------------------------------------------------------------
 
@@ -85,37 +57,37 @@ class Bench:
         rounds = interleave(
             "dd bs=1M",
             self.size,
-            {name: self._reader(file) for name, file in self._files().items()},
+            {name: self._reader(file) for name, file in self._files.items()},
             rounds=self.rounds,
         )
         name = "dd bs=1M"
-        self.report.compare(f"{name}: {RAW}", rounds, RAW, self._daemon(rounds), at_least=3)
+        self.report.compare(f"{name}: {RAW}", rounds, RAW, rounds.fastest(DAEMONS), at_least=3)
         self.report.compare(f"{name}: {RAW}", rounds, RAW, NBDFUSE, at_least=1.5)
         self.report.compare(f"{name}: {CHAIN}", rounds, CHAIN, RAW, at_least=0.9)
 
     def random(self) -> None:
         """In the large file of the ext4, with O_DIRECT, through a loop device with direct I/O."""
-        with ExitStack() as stack:
-            files = {}
-            for number, (name, file) in enumerate(self._files().items()):
-                device = stack.enter_context(loop_device(file))
-                files[name] = stack.enter_context(ext4(device, self.directory / f"ext4-{number}")) / "large"
-            for engine, depth in (("psync", 1), ("libaio", 16)):
-                name = f"4 KiB random read, {engine}, depth {depth}"
-                rounds = interleave(
-                    name,
-                    100_000 * 4096,
-                    {each: self._random_reader(file, engine, depth) for each, file in files.items()},
-                    rounds=self.rounds,
-                )
-                self.report.compare(f"{name}: {RAW}", rounds, RAW, NBDFUSE, at_least=1)
-                self.report.compare(f"{name}: {CHAIN}", rounds, CHAIN, NBDFUSE, at_least=1)
-                self.report.compare(f"{name}: {RAW}", rounds, RAW, self._daemon(rounds), at_least=None)
+        files = {}
+        for number, (name, file) in enumerate(self._files.items()):
+            device = self.peers.enter_context(loop_device(file))
+            mounted = self.peers.enter_context(ext4(device, self.directory / f"ext4-{number}"))
+            files[name] = mounted / "large"
+        for engine, depth in (("psync", 1), ("libaio", 16)):
+            name = f"4 KiB random read, {engine}, depth {depth}"
+            rounds = interleave(
+                name,
+                100_000 * 4096,
+                {each: self._random_reader(file, engine, depth) for each, file in files.items()},
+                rounds=self.rounds,
+            )
+            self.report.compare(f"{name}: {RAW}", rounds, RAW, NBDFUSE, at_least=1)
+            self.report.compare(f"{name}: {CHAIN}", rounds, CHAIN, NBDFUSE, at_least=1)
+            self.report.compare(f"{name}: {RAW}", rounds, RAW, rounds.fastest(DAEMONS), at_least=None)
         self.report.notes.append("random reads are shown as the time of 100,000 of them")
 
     def listing(self) -> None:
         """The directory of an SR with so many VDIs, which the mount has heard of but nobody has looked at."""
-        images = self.directory / "other"
+        images = self.gateway.directories["memory"]
         for _ in range(LISTED):
             create_dynamic(str(images / f"{uuid.uuid4()}.vhd"), GIB)
         command = [str(PROGRAM), "sr-scan", "--state-dir", str(self.gateway.state), "memory"]
@@ -138,12 +110,12 @@ class Bench:
         for number in range(READERS):
             if number % 5:
                 vdi = self.gateway.create_vdi("disk", 16 * MIB)
-                with closing(open_vdi(self._access, vdi, write=True, purpose="bench")) as disk:
+                with self.writing(vdi) as disk:
                     for offset in range(0, disk.size, BLOCK):
                         disk.pwrite(noise, offset)
                 small.append(vdi)
             else:
-                vdi = self.gateway.create_vdi("disk", LARGEST)
+                vdi = self.gateway.create_vdi("disk", chain.LARGEST)
                 chain.fill(self.gateway.image("disk", vdi), every=1)
                 large.append(vdi)
         # Of a new process: the measurements before have left nothing in it.
@@ -169,12 +141,11 @@ class Bench:
 
     # --- steps ----------------------------------------------------------------------------------------------
 
+    @cached_property
     def _files(self) -> dict[str, Path]:
         """One file with the same bytes of each contestant."""
-        if self._made:
-            return self._made
         flat = self.directory / "flat.raw"
-        self._write_flat(flat)
+        self._make_ext4(flat)
         raw = self.gateway.create_vdi("disk", self.size, "raw")
         self._write(flat, raw, level=1)
         dense = self.gateway.create_vdi("disk", self.size)
@@ -186,46 +157,27 @@ class Bench:
         for number, (name, engine) in enumerate(DAEMONS.items()):
             point = self.directory / f"daemon-{number}"
             try:
-                made[name] = self._running.enter_context(StorageDaemon(point, flat, engine)).file
+                made[name] = self.place.running.enter_context(StorageDaemon(point, flat, engine)).file
             except (PeerUnavailableError, FileNotFoundError) as missing:
                 self.report.notes.append(f"{name} was not measured: {missing}")
-        made[NBDFUSE] = self._running.enter_context(NbdFuse(self.directory / "nbdfuse", flat)).file
+        made[NBDFUSE] = self.place.running.enter_context(NbdFuse(self.directory / "nbdfuse", flat)).file
         for file in made.values():
             subprocess.run(["cmp", str(flat), str(file)], check=True)
-        self._made = made
         return made
 
-    def _write_flat(self, flat: Path) -> None:
+    def _make_ext4(self, flat: Path) -> None:
         """An ext4 whose only file leaves little room."""
-        with flat.open("wb") as file:
-            noise = os.urandom(64 * MIB)
-            for _ in range(0, self.size, len(noise)):
-                file.write(noise)
-            file.truncate(self.size)
+        write_noise(flat, self.size)
         with tempfile.TemporaryDirectory(dir=self.directory) as content:
-            noise = os.urandom(BLOCK)
-            with (Path(content) / "large").open("wb") as file:
-                for _ in range(0, self.size * 7 // 8, len(noise)):
-                    file.write(noise)
+            write_noise(Path(content) / "large", self.size * 7 // 8)
             command = ["mkfs.ext4", "-q", "-F", "-E", "nodiscard", "-O", "^has_journal", "-d", content]
             subprocess.run([*command, str(flat)], check=True)
 
     def _write(self, source: Path, vdi: str, *, level: int) -> None:
         """Every so many blocks."""
-        with (
-            closing(open_vdi(self._access, vdi, write=True, purpose="bench")) as disk,
-            source.open("rb") as file,
-        ):
+        with self.writing(vdi) as disk, source.open("rb") as file:
             for offset in range(0, disk.size, BLOCK * level):
                 disk.pwrite(os.pread(file.fileno(), BLOCK, offset), offset)
-            disk.flush()
-
-    def _daemon(self, rounds: Rounds) -> str:
-        """The better of the two, if there is one."""
-        measured = [name for name in DAEMONS if name in rounds.seconds]
-        return min(
-            measured, key=lambda name: statistics.median(rounds.seconds[name]), default=next(iter(DAEMONS))
-        )
 
     def _reader(self, file: Path) -> Callable[[], float]:
         def read() -> float:
@@ -233,34 +185,18 @@ class Bench:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             touch_memory(self.size)
-            return timed(lambda: self._run("dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=fullblock"))
+            return timed(lambda: self.run("dd", f"if={file}", "of=/dev/null", "bs=1M", "iflag=fullblock"))
 
         return read
 
     def _random_reader(self, file: Path, engine: str, depth: int) -> Callable[[], float]:
-        """Seconds for 100,000 requests, by what fio counts in a few seconds."""
-        command = ["fio", "--name=random", f"--filename={file}", "--readonly", "--direct=1", "--rw=randread"]
-        command += ["--bs=4k", f"--ioengine={engine}", f"--iodepth={depth}", "--time_based"]
-        command += [f"--runtime={RANDOM_SECONDS}", "--output-format=json"]
-
-        def read() -> float:
-            output = self._run(*command)
-            document = json.loads(output[output.index("{") :])
-            return 100_000 / float(document["jobs"][0]["read"]["iops"])
-
-        return read
+        options = [f"--filename={file}", "--readonly", "--direct=1"]
+        options += [f"--ioengine={engine}", f"--iodepth={depth}"]
+        return lambda: self.random_reads(RANDOM_SECONDS, *options)
 
     def _after_a_while(self, command: list[str]) -> float:
         time.sleep(1.2)
-        return timed(lambda: self._run(*command))
-
-    def _run(self, *command: str | Path) -> str:
-        done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, check=False, cwd=self.directory
-        )
-        if done.returncode:
-            raise RuntimeError(f"{command[0]}: {done.stderr.strip()[-500:]}")
-        return done.stdout
+        return timed(lambda: self.run(*command))
 
 
 READ_FOR_EVER = """
@@ -294,32 +230,13 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench fuse", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--size", type=int, default=1024, metavar="MiB", help="of the disks (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
-    )
-    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files lie")
+    parser = options_of("fuse", __doc__, directory="where all files lie", default=IN_MEMORY)
+    add_groups(parser, GROUPS, size=1024, of="of the disks")
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("mounts and loop devices need root; run it as root")
-    clean_up_at_sigterm()
-    directory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir=options.directory))
-    try:
-        for name in ("sr", "other"):
-            (directory / name).mkdir()
-        with Gateway(directory / "gateway", directory / "sr", directory / "other") as gateway:
-            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
-            with closing(bench):
-                for name in options.only or GROUPS:
-                    log(f"== {name}")
-                    GROUPS[name](bench)
-        print(bench.report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with workplace("fuse", options.directory, options.directory) as place:
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env -S .venv/bin/python
 """The HTTP door beside its peers: uploads and downloads, plain and TLS, memory, start, sparse images.
 
-    scripts/bench http [--size MiB] [--rounds N] [--only NAME ...] [--directory DIR]
+    scripts/bench http [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
 
 All contestants run in the same rounds with the same curl and the same source, which lies in memory. A
 markdown table goes to stdout, progress to stderr. The exit status says whether it ran, never how fast.
@@ -19,37 +19,29 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 from scripts.benchmarks.harness import chain
-from scripts.benchmarks.harness.gateway import Gateway
-from scripts.benchmarks.harness.measure import GIB, MIB, Report, interleave, log, timed
+from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
+from scripts.benchmarks.harness.measure import GIB, MIB, interleave, timed
 from scripts.benchmarks.harness.peers import BareReceiver, Imageio, Nginx, PeerUnavailableError
-from scripts.benchmarks.harness.workplace import add_groups, options_of, workplace
+from scripts.benchmarks.harness.workplace import Workplace, options_of, workplace, write_noise
 
 CIPHER = "TLS_AES_256_GCM_SHA384"
 
 
-class Bench:
-    def __init__(self, directory: Path, memory: Path, size: int, rounds: int) -> None:
-        self.directory = directory
-        self.memory = memory
-        self.size = size
-        self.rounds = rounds
-        self.report = Report()
-        self.stack = ExitStack()
-        self.source = memory / "source"
-        write_random(self.source, size)
-        self.gateway = self.stack.enter_context(
-            Gateway(directory / "gateway", directory / "sr", memory / "sr")
-        )
-        self.curl_version = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True)
+class Bench(Benchmark):
+    def __init__(self, place: Workplace, size: int, rounds: int) -> None:
+        super().__init__(place, size, rounds)
+        self.memory = place.memory
+        self.source = self.memory / "source"
+        write_noise(self.source, size)
 
     def nginx(self, directory: Path) -> Nginx | None:
         chain_file, key, _authority = self.gateway.certificate
+        self.peers.callback(shutil.rmtree, directory / "nginx", ignore_errors=True)
         try:
-            peer = self.stack.enter_context(Nginx(directory / "nginx", chain_file, key))
+            peer = self.peers.enter_context(Nginx(directory / "nginx", chain_file, key))
         except PeerUnavailableError as error:
             self.note(str(error))
             return None
@@ -88,7 +80,7 @@ class Bench:
         target.touch()
         os.truncate(target, self.size)
         try:
-            imageio = self.stack.enter_context(Imageio(self.directory / "imageio", target, self.size))
+            imageio = self.peers.enter_context(Imageio(self.directory / "imageio", target, self.size))
         except PeerUnavailableError as error:
             self.note(f"ovirt-imageio was not measured: {error}")
         else:
@@ -99,7 +91,7 @@ class Bench:
             contestants["ovirt-imageio, its client"] = lambda: self._imageio(
                 imageio, lambda: imageio.upload_with_its_client(self.source)
             )
-        bare = self.stack.enter_context(BareReceiver())
+        bare = self.peers.enter_context(BareReceiver())
         contestants["bare receiver"] = self.put(bare.url)
         rounds = interleave("PUT to disk", self.size, contestants, rounds=self.rounds)
         name = f"PUT {self.size // MIB} MiB into a thin VHD, until durable"
@@ -113,7 +105,7 @@ class Bench:
         """PUT where fsync is free: what we cost before it."""
         vhd = self.gateway.create_vdi("memory", self.size)
         raw = self.gateway.create_vdi("memory", self.size, "raw")
-        bare = self.stack.enter_context(BareReceiver())
+        bare = self.peers.enter_context(BareReceiver())
         contestants: dict[str, Callable[[], float]] = {
             "gateway": self.put(self.gateway.put_url(vhd)),
             "gateway, raw": self.put(self.gateway.put_url(raw)),
@@ -131,7 +123,7 @@ class Bench:
 
     def small_upload(self) -> None:
         source = self.memory / "small"
-        write_random(source, 64 * MIB)
+        write_noise(source, 64 * MIB)
         vdi = self.gateway.create_vdi("disk", 64 * MIB)
         rounds = interleave(
             "PUT 64 MiB",
@@ -193,12 +185,8 @@ class Bench:
         """Peak resident size with eight uploads at once, of a gateway of its own: the peak never falls."""
         size = min(self.size, 512 * MIB)
         source = self.memory / "eighth"
-        write_random(source, size)
-        for path in (self.directory / "eight-sr", self.memory / "eight-sr"):
-            path.mkdir()
-        with Gateway(
-            self.directory / "eight", self.directory / "eight-sr", self.memory / "eight-sr"
-        ) as gateway:
+        write_noise(source, size)
+        with self.place.gateway("eight") as gateway:
             vdis = [gateway.create_vdi("disk", size) for _ in range(8)]
             uploads = [
                 subprocess.Popen(["curl", "-sS", "--fail", "-o", "/dev/null", "-T", str(source), url])
@@ -274,31 +262,13 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 ON_REQUEST = {"sparse"}  # curl reads 64 GiB of zeroes: a minute
 
 
-def write_random(path: Path, size: int) -> None:
-    with path.open("wb") as file:
-        for _ in range(size // MIB):
-            file.write(os.urandom(MIB))
-
-
 def main() -> None:
     parser = options_of("http", __doc__, directory="on the disk to measure")
     add_groups(parser, GROUPS, size=1024, of="of the image")
     options = parser.parse_args()
-    chosen = options.only or [name for name in GROUPS if name not in ON_REQUEST]
-    with workplace("http", options.directory) as (directory, memory):
-        bench = Bench(directory, memory, options.size * MIB, options.rounds)
-        with bench.stack:
-            for name in chosen:
-                log(f"== {name}")
-                with ExitStack() as peers:
-                    outer, bench.stack = bench.stack, peers
-                    try:
-                        GROUPS[name](bench)
-                    finally:
-                        bench.stack = outer
-                        shutil.rmtree(directory / "nginx", ignore_errors=True)
-                        shutil.rmtree(memory / "nginx", ignore_errors=True)
-        print(bench.report.markdown())
+    options.only = options.only or [name for name in GROUPS if name not in ON_REQUEST]
+    with workplace("http", options.directory) as place:
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ import trio
 
 from gateway.access.client import open_vdi
 from gateway.core.leases import Holder, LeaseMode, Leases
-from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import MIB, Report, Row, wait_for_quiet
-from scripts.benchmarks.harness.workplace import options_of, workplace
+from scripts.benchmarks.harness.workplace import options_of, positive, workplace
 
 LONGEST = 0.5  # ms; what taking and releasing may cost inside the gateway
 
@@ -68,11 +67,11 @@ def through_the_socket(control_socket: Path, vdi: str, samples: int, *, write: b
 
 def main() -> None:
     parser = options_of("leases", __doc__, directory="for the gateway's state")
-    parser.add_argument("--samples", type=int, default=1000, help="(default %(default)s)")
+    parser.add_argument("--samples", type=positive, default=1000, help="(default %(default)s)")
     options = parser.parse_args()
     report = Report()
-    with workplace("leases", options.directory) as (directory, memory):
-        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
+    with workplace("leases", options.directory) as place:
+        with place.gateway() as gateway:
             wait_for_quiet()
             median = trio.run(in_a_thread, options.samples)
             report.add(Row("a call in another thread and back", f"{median:.3g} ms", "", "", "", None))

@@ -16,32 +16,18 @@ from os.path import abspath, dirname
 sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 
 # ruff: noqa: E402
-import argparse
-import json
 import os
-import shutil
-import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
 
-from gateway.access.client import open_vdi
-from scripts.benchmarks.harness.gateway import Gateway
-from scripts.benchmarks.harness.measure import (
-    GIB,
-    MIB,
-    Report,
-    Rounds,
-    interleave,
-    log,
-    timed,
-    touch_memory,
-)
+from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
+from scripts.benchmarks.harness.measure import GIB, MIB, Rounds, interleave, timed, touch_memory
 from scripts.benchmarks.harness.nbd_servers import Server, export, file_plugin, plugin, qemu_nbd
-from scripts.benchmarks.harness.workplace import clean_up_at_sigterm
+from scripts.benchmarks.harness.workplace import IN_MEMORY, Workplace, options_of, workplace, write_noise
 
 BLOCK = 2 * MIB
 RAW, CHAIN, PARTIAL = "raw VDI", "VHD chain of depth 3", "VHD chain with partial bitmaps"
@@ -49,27 +35,18 @@ C16, C4, QEMU = "file plugin -t 16", "file plugin -t 4", "qemu-nbd -f vpc"
 RANDOM_SECONDS = 4
 
 
-class Bench:
-    def __init__(self, directory: Path, gateway: Gateway, size: int, rounds: int) -> None:
-        self.directory = directory
-        self.gateway = gateway
-        self.size = size
-        self.rounds = rounds
-        self.report = Report()
-        self._access = gateway.state / "access.sock"
+class Bench(Benchmark):
+    def __init__(self, place: Workplace, size: int, rounds: int) -> None:
+        super().__init__(place, size, rounds)
         self._noise = os.urandom(64 * MIB)
-        self._running = ExitStack()
-        self.ours = self._serve(plugin, self._access)
-        self.file = directory / "flat.raw"
-        self._write_file(self.file)
-        self.vpc = directory / "flat.vhd"
-        self._run("qemu-img", "convert", "-O", "vpc", "-o", "force_size=on", self.file, self.vpc)
-        self.raw = gateway.create_vdi("disk", size, "raw")
+        self.ours = self._serve(plugin, self.access)
+        self.file = self.directory / "flat.raw"
+        write_noise(self.file, size, self._noise)
+        self.vpc = self.directory / "flat.vhd"
+        self.run("qemu-img", "convert", "-O", "vpc", "-o", "force_size=on", self.file, self.vpc)
+        self.raw = self.gateway.create_vdi("disk", size, "raw")
         self._fill(self.raw, 1)
         self.chain = self._chain(partial=False)
-
-    def close(self) -> None:
-        self._running.close()
 
     # --- what is measured -----------------------------------------------------------------------------------
 
@@ -78,7 +55,7 @@ class Bench:
             rounds = interleave(
                 f"read in {piece >> 10} KiB",
                 self.size,
-                {name: self._copier(uri, piece) for name, uri in self._read_exports().items()},
+                {name: self._copier(uri, piece) for name, uri in self._exports.items()},
                 rounds=self.rounds,
             )
             name = f"sequential read, {piece >> 10} KiB × 4 connections"
@@ -91,7 +68,7 @@ class Bench:
         rounds = interleave(
             "random read",
             100_000 * 4096,
-            {name: self._random_reader(uri) for name, uri in self._read_exports().items()},
+            {name: self._random_reader(uri) for name, uri in self._exports.items()},
             rounds=self.rounds,
         )
         name = "random read, 4 KiB, depth 16 × 4 jobs"
@@ -166,40 +143,31 @@ class Bench:
     # --- steps ----------------------------------------------------------------------------------------------
 
     def _compare(self, name: str, rounds: Rounds, ours: str, at_least: float) -> None:
-        better = min((C16, C4), key=lambda peer: statistics.median(rounds.seconds[peer]))
-        self.report.compare(f"{name}: {ours}", rounds, ours, better, at_least=at_least)
+        self.report.compare(f"{name}: {ours}", rounds, ours, rounds.fastest((C16, C4)), at_least=at_least)
 
     def _serve(self, make: Callable[..., Server], *arguments: object) -> Server:
         socket = Path(tempfile.mktemp(prefix="nbd-", dir=self.directory))
-        return self._running.enter_context(make(socket, *arguments))
+        return self.place.running.enter_context(make(socket, *arguments))
 
-    def _read_exports(self) -> dict[str, str]:
-        if not hasattr(self, "_exports"):
-            self._exports = {
-                RAW: export(self.ours, self.raw),
-                CHAIN: export(self.ours, self.chain),
-                C16: self._serve(file_plugin, self.file, 16).uri,
-                C4: self._serve(file_plugin, self.file, 4).uri,
-                QEMU: self._serve(qemu_nbd, self.vpc, "vpc").uri,
-            }
-        return self._exports
+    @cached_property
+    def _exports(self) -> dict[str, str]:
+        """The URI of each contestant that reads."""
+        return {
+            RAW: export(self.ours, self.raw),
+            CHAIN: export(self.ours, self.chain),
+            C16: self._serve(file_plugin, self.file, 16).uri,
+            C4: self._serve(file_plugin, self.file, 4).uri,
+            QEMU: self._serve(qemu_nbd, self.vpc, "vpc").uri,
+        }
 
     def _copier(self, uri: str, piece: int) -> Callable[[], float]:
         command = ["nbdcopy", "--connections=4", f"--request-size={piece}", "--no-extents", uri, "null:"]
-        return lambda: timed(lambda: self._run(*command))
+        return lambda: timed(lambda: self.run(*command))
 
     def _random_reader(self, uri: str) -> Callable[[], float]:
-        """Seconds for 100,000 requests, by what fio counts in a few seconds."""
-        command = ["fio", "--name=random", "--ioengine=nbd", f"--uri={uri}", "--rw=randread", "--bs=4k"]
-        command += ["--iodepth=16", "--numjobs=4", "--group_reporting", "--time_based"]
-        command += [f"--runtime={RANDOM_SECONDS}", f"--size={self.size}", "--output-format=json"]
-
-        def read() -> float:
-            output = self._run(*command)
-            document = json.loads(output[output.index("{") :])
-            return 100_000 / float(document["jobs"][0]["read"]["iops"])
-
-        return read
+        options = ["--ioengine=nbd", f"--uri={uri}", f"--size={self.size}"]
+        options += ["--iodepth=16", "--numjobs=4", "--group_reporting"]
+        return lambda: self.random_reads(RANDOM_SECONDS, *options)
 
     def _write_ours(self) -> float:
         vdi = self.gateway.create_vdi("disk", self.size)
@@ -220,7 +188,7 @@ class Bench:
 
     def _write_qemu(self) -> float:
         target = self.directory / "target.vhd"
-        self._run("qemu-img", "create", "-f", "vpc", "-o", "force_size=on", target, str(self.size))
+        self.run("qemu-img", "create", "-f", "vpc", "-o", "force_size=on", target, str(self.size))
         try:
             with qemu_nbd(self.directory / "target.sock", target, "vpc", write=True) as server:
                 return self._write_to(server.uri)
@@ -229,14 +197,12 @@ class Bench:
 
     def _write_to(self, uri: str) -> float:
         touch_memory(self.size)
-        return timed(lambda: self._run("nbdcopy", "--connections=1", "--flush", self.file, uri))
+        return timed(lambda: self.run("nbdcopy", "--connections=1", "--flush", self.file, uri))
 
     def _convert(self, vdi: str) -> float:
         target = self.directory / "converted"
         try:
-            return timed(
-                lambda: self._run("qemu-img", "convert", "-O", "raw", export(self.ours, vdi), target)
-            )
+            return timed(lambda: self.run("qemu-img", "convert", "-O", "raw", export(self.ours, vdi), target))
         finally:
             target.unlink()
 
@@ -249,7 +215,7 @@ class Bench:
             if not partial:
                 self._fill(vdi, level)
                 continue
-            with closing(open_vdi(str(self._access), vdi, write=True, purpose="bench")) as disk:
+            with self.writing(vdi) as disk:
                 for block in range(0, self.size, BLOCK):
                     for page in range(8):
                         place = block + (level * 37 + page * 64) % 512 * 4096
@@ -258,24 +224,10 @@ class Bench:
 
     def _fill(self, vdi: str, every: int) -> None:
         """Write every so many blocks."""
-        with closing(open_vdi(str(self._access), vdi, write=True, purpose="bench")) as disk:
+        with self.writing(vdi) as disk:
             for offset in range(0, disk.size, BLOCK * every):
                 start = offset % len(self._noise)
                 disk.pwrite(self._noise[start : start + BLOCK], offset)
-            disk.flush()
-
-    def _write_file(self, path: Path) -> None:
-        with path.open("wb") as file:
-            for _ in range(0, self.size, len(self._noise)):
-                file.write(self._noise)
-
-    def _run(self, *command: str | Path) -> str:
-        done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, check=False, cwd=self.directory
-        )
-        if done.returncode:
-            raise RuntimeError(f"{command[0]}: {done.stderr.strip()[-500:]}")
-        return done.stdout
 
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
@@ -289,34 +241,11 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench nbd", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=1024,
-        metavar="MiB",
-        help="of the disks (default %(default)s)",
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=GROUPS, help="this group; may be given several times"
-    )
-    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where all files lie")
+    parser = options_of("nbd", __doc__, directory="where all files lie", default=IN_MEMORY)
+    add_groups(parser, GROUPS, size=1024, of="of the disks", rounds=7)
     options = parser.parse_args()
-    clean_up_at_sigterm()
-    directory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir=options.directory))
-    try:
-        for name in ("sr", "other"):
-            (directory / name).mkdir()
-        with Gateway(directory / "gateway", directory / "sr", directory / "other") as gateway:
-            bench = Bench(directory, gateway, options.size * MIB, options.rounds)
-            with closing(bench):
-                for name in options.only or GROUPS:
-                    log(f"== {name}")
-                    GROUPS[name](bench)
-        print(bench.report.markdown())
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with workplace("nbd", options.directory, options.directory) as place:
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ sys.path[0] = dirname(dirname(dirname(abspath(__file__))))
 # ruff: noqa: E402
 import http.client
 import json
-import os
 import queue
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from urllib.parse import urlsplit
 
 from scripts.benchmarks.harness.gateway import Gateway
 from scripts.benchmarks.harness.measure import MIB, Report, Row, log, wait_for_quiet
-from scripts.benchmarks.harness.workplace import options_of, workplace
+from scripts.benchmarks.harness.workplace import options_of, positive, workplace, write_noise
 
 UPLOADS = 8
 UPLOAD_SIZE = 512 * MIB
@@ -188,17 +187,13 @@ def main() -> None:
     parser = options_of("rpc", __doc__, directory="for the gateway's state")
     parser.add_argument("--vdis", type=int, default=10_000, help="in the SR (default %(default)s)")
     parser.add_argument("--tasks", type=int, default=1000, help="(default %(default)s)")
-    parser.add_argument("--samples", type=int, default=300, help="events (default %(default)s)")
+    parser.add_argument("--samples", type=positive, default=300, help="events (default %(default)s)")
     options = parser.parse_args()
     report = Report()
-    with workplace("rpc", options.directory) as (directory, memory):
-        for path in (directory / "sr2", memory / "sr2"):
-            path.mkdir()
-        source = memory / "source"
-        with source.open("wb") as file:
-            for _ in range(UPLOAD_SIZE // MIB):
-                file.write(os.urandom(MIB))
-        with Gateway(directory / "gateway", directory / "sr", memory / "sr") as gateway:
+    with workplace("rpc", options.directory) as place:
+        source = place.memory / "source"
+        write_noise(source, UPLOAD_SIZE)
+        with place.gateway() as gateway:
             client = Client(gateway.http, gateway.session)
             wait_for_quiet()
             tell(report, "idle, small estate", latencies(gateway, options.samples))
@@ -206,10 +201,7 @@ def main() -> None:
             records(report, client, {"VDI": options.vdis, "task": options.tasks})
             wait_for_quiet()
             tell(report, "idle", latencies(gateway, options.samples))
-            with (
-                Gateway(directory / "other", directory / "sr2", memory / "sr2") as other,
-                uploading(other, source),
-            ):
+            with place.gateway("other") as other, uploading(other, source):
                 beside = latencies(gateway, options.samples)
             with uploading(gateway, source):
                 tell(report, f"{UPLOADS} uploads", latencies(gateway, options.samples), beside)

@@ -15,7 +15,7 @@ from gateway.images.vhd.create import create_differencing, create_dynamic
 from gateway.images.vhd.image import open_vhd
 from scripts.benchmarks.harness.measure import GIB, timed
 
-VIRTUAL_SIZE = 2040 * GIB
+LARGEST = 2040 * GIB
 BLOCK = 2 << 20
 BLOCK_SECTORS = 1 + BLOCK // 512
 
@@ -23,7 +23,7 @@ BLOCK_SECTORS = 1 + BLOCK // 512
 def build(directory: Path, depth: int) -> Path:
     """Makes the chain; the path of its leaf."""
     paths = [directory / f"{uuid.uuid4()}.vhd" for _ in range(depth)]
-    create_dynamic(str(paths[0]), VIRTUAL_SIZE)
+    create_dynamic(str(paths[0]), LARGEST)
     fill(paths[0], every=1)
     for level, path in enumerate(paths[1:], start=1):
         fd = os.open(paths[level - 1], os.O_RDONLY)
@@ -61,7 +61,7 @@ def open_and_read(leaf: Path) -> None:
     """What a lease and a first request do."""
     disk = open_disk(open_chain_files(str(leaf), writable=False))
     try:
-        disk.pread_into(memoryview(bytearray(4096)), VIRTUAL_SIZE // 2)
+        disk.pread_into(memoryview(bytearray(4096)), LARGEST // 2)
     finally:
         disk.close()
 

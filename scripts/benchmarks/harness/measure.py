@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MIB = 1 << 20
@@ -92,6 +92,12 @@ class Rounds:
         times = self.seconds[name]
         fast, middle, slow = (self.size / t / 1e9 for t in (min(times), statistics.median(times), max(times)))
         return f"{middle:.2f} GB/s ({slow:.2f}-{fast:.2f}), {statistics.median(times):.3f} s"
+
+    def fastest(self, names: Iterable[str]) -> str:
+        """By the median, of those that were measured; the first where none was."""
+        names = list(names)
+        measured = [name for name in names if name in self.seconds]
+        return min(measured, key=lambda name: statistics.median(self.seconds[name]), default=names[0])
 
 
 def interleave(

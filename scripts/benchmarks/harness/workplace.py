@@ -1,56 +1,80 @@
 """Where a benchmark works, and the options that all of them have."""
 
 import argparse
-import shutil
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.benchmarks.harness.gateway import Gateway
+from scripts.benchmarks.harness.measure import MIB
 from scripts.benchmarks.harness.peers import ROOT
 
+ON_DISK = "build/benchmarks"
+IN_MEMORY = "/dev/shm"
 
-def options_of(name: str, doc: str | None, *, directory: str) -> argparse.ArgumentParser:
+
+def options_of(
+    name: str, doc: str | None, *, directory: str, default: str = ON_DISK
+) -> argparse.ArgumentParser:
     """The parser of `scripts/bench NAME`; `directory` says what --directory is for."""
     first = (doc or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=first)
-    place = ROOT / "build" / "benchmarks"
     parser.add_argument(
-        "--directory", type=Path, default=place, help=f"{directory} (default build/benchmarks)"
+        "--directory", type=Path, default=ROOT / default, help=f"{directory} (default {default})"
     )
     return parser
 
 
-def add_groups(parser: argparse.ArgumentParser, groups: Iterable[str], *, size: int, of: str) -> None:
-    """The options of a benchmark that has groups and interleaved rounds; `size` is in MiB."""
-    parser.add_argument("--size", type=int, default=size, metavar="MiB", help=f"{of} (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument(
-        "--only", action="append", choices=groups, help="this group; may be given several times"
-    )
+def positive(text: str) -> int:
+    """The type of an option that says how many, of what there has to be at least one."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
-def clean_up_at_sigterm() -> None:
-    """Let SIGTERM, as of timeout(1), unwind what is open: servers would run on, and directories stay."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+@dataclass(frozen=True)
+class Workplace:
+    """A directory on the disk to measure and one in memory; `running` ends before they are removed."""
+
+    directory: Path
+    memory: Path
+    running: ExitStack
+
+    def gateway(self, name: str = "gateway") -> Gateway:
+        """A gateway of this name, with an empty SR of its own in each directory."""
+        disk, memory = self.directory / f"{name}-sr", self.memory / f"{name}-sr"
+        disk.mkdir()
+        memory.mkdir()
+        return Gateway(self.directory / name, disk, memory)
 
 
 @contextmanager
-def workplace(name: str, parent: Path) -> Iterator[tuple[Path, Path]]:
-    """A directory below `parent`, on the disk to measure, and one in memory; both are removed afterwards.
+def workplace(name: str, parent: Path, memory: Path = Path(IN_MEMORY)) -> Iterator[Workplace]:
+    """New directories below `parent` and `memory`; both are removed afterwards."""
+    # As of timeout(1). It has to unwind what is open: servers would run on, and directories stay.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with ExitStack() as running:
+        made = []
+        for place in (parent.absolute(), memory.absolute()):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                directory = tempfile.TemporaryDirectory(
+                    prefix=f"bench-{name}-", dir=place, ignore_cleanup_errors=True
+                )
+            except OSError as error:
+                sys.exit(f"scripts/bench {name}: {error}")
+            made.append(Path(running.enter_context(directory)))
+        yield Workplace(made[0], made[1], running)
 
-    Each has an empty directory `sr`.
-    """
-    clean_up_at_sigterm()
-    parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
-    memory = Path(tempfile.mkdtemp(prefix="vdi-gateway-bench-", dir="/dev/shm"))
-    try:
-        for path in (directory, memory):
-            (path / "sr").mkdir()
-        yield directory, memory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.rmtree(memory, ignore_errors=True)
+
+def write_noise(path: Path, size: int, noise: bytes = b"") -> None:
+    """Make a file of `size` bytes: `noise`, or else 64 MiB of it, again and again."""
+    noise = noise or os.urandom(min(size, 64 * MIB))
+    with path.open("wb") as file:
+        for start in range(0, size, len(noise)):
+            file.write(noise[: size - start])
