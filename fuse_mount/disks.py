@@ -21,11 +21,12 @@ import structlog
 import trio
 
 from fuse_mount.disk_file import DiskFile, OpenFile
-from fuse_mount.reading import AtHand, Buffers, DiskReads, how_at_hand
+from fuse_mount.reading import Buffers, DiskReads
 from fuse_mount.synthesised import SynthesisedFile, layout_of
 from gateway.access.client import AccessDisk, open_vdi
 from gateway.access.client_describe import describe_vdi
 from gateway.access.client_patience import SharedPatience
+from gateway.images.at_hand import AtHand, how_at_hand
 from gateway.images.errors import ImageError
 from gateway.images.export_layout import SparseFormat
 from gateway.images.files import FileIdentity

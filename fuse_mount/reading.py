@@ -9,7 +9,6 @@ The traps: a buffer that was handed out is good until the next await, so it is f
 reader goes on; and a reader captures descriptors, whose numbers are somebody else's once the disk is closed.
 """
 
-import ctypes
 import errno
 import mmap
 import os
@@ -17,12 +16,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import trio
 
+from gateway.images.at_hand import AtHand
 from gateway.images.disk import FileRange, Hole, Reader
 from gateway.images.errors import ImageError
 
@@ -36,15 +35,6 @@ NEVER: Final = 1 << 63
 _IN_ORDER: Final = 1 << 20  # bytes; several requests of one reader may overtake each other
 _ADVISED_BYTES: Final = 128 << 10  # of more the kernel reads the beginning, as long as one request may be
 _REMEMBERED: Final = 1024  # windows, 64 MiB
-_MEMORY: Final = frozenset({0x01021994, 0x858458F6})  # statfs(2): tmpfs, ramfs
-
-
-class AtHand(Enum):
-    """How one knows what is in memory."""
-
-    ASKED = "the kernel tells"
-    ALWAYS = "the file system is in memory"
-    LATELY = "what was read lately is"
 
 
 class ReadableDisk(Protocol):
@@ -281,21 +271,3 @@ def begin_to_read(run: FileRange) -> None:
             os.preadv(run.fd, (byte,), end - 1, os.RWF_NOWAIT)
         except OSError:  # it isn't there, or the kernel doesn't tell
             os.posix_fadvise(run.fd, at, end - at, os.POSIX_FADV_WILLNEED)
-
-
-def how_at_hand(fd: int) -> AtHand:
-    """How one knows what is in memory of the file `fd`. Blocking."""
-    try:
-        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return AtHand.ASKED
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-    else:
-        return AtHand.ASKED
-    # struct statfs begins with the type, a long; the rest of it is shorter than this.
-    status = (ctypes.c_long * 64)()
-    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, ctypes.byref(status)):
-        return AtHand.LATELY
-    return AtHand.ALWAYS if status[0] in _MEMORY else AtHand.LATELY

@@ -17,12 +17,11 @@ from fuse_mount.reading import (
     LARGEST_WINDOW,
     NEVER,
     WINDOW_BYTES,
-    AtHand,
     Buffers,
     DiskReads,
     Pace,
-    how_at_hand,
 )
+from gateway.images.at_hand import AtHand
 from gateway.images.disk import FileRange, Hole, Reader
 
 MIB = 1 << 20
@@ -304,22 +303,3 @@ def test_a_pace_begins_with_the_second_read_and_ends_with_a_jump() -> None:
     assert read(500 * MIB, MIB) is None
     assert pace.marker == NEVER
     assert read(501 * MIB, 4096) == (501 * MIB + 4096, 501 * MIB + 4096 + WINDOW_BYTES)
-
-
-def test_how_one_knows_is_the_file_systems_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x")
-
-    def no_flags(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
-        raise OSError(errno.EOPNOTSUPP, "no such flag")
-
-    with path.open("rb") as file:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "preadv", no_flags)
-            assert how_at_hand(file.fileno()) in {AtHand.LATELY, AtHand.ALWAYS}
-    memory = os.memfd_create("memory")
-    os.write(memory, b"x")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", no_flags)
-        assert how_at_hand(memory) is AtHand.ALWAYS
-    os.close(memory)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.images.at_hand import AtHand, how_at_hand
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.disk import FileDisk
 from gateway.images.vhd.create import create_dynamic
@@ -162,3 +163,22 @@ def test_a_file_that_was_cut_is_left_to_who_may_wait(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError):
         disk.reader(nowait=True)(bytearray(4096), MIB // 2 - 512)
     disk.close()
+
+
+def test_how_one_knows_is_the_file_systems_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+
+    def no_flags(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no such flag")
+
+    with path.open("rb") as file:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", no_flags)
+            assert how_at_hand(file.fileno()) in {AtHand.LATELY, AtHand.ALWAYS}
+    memory = os.memfd_create("memory")
+    os.write(memory, b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", no_flags)
+        assert how_at_hand(memory) is AtHand.ALWAYS
+    os.close(memory)

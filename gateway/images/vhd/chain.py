@@ -8,10 +8,11 @@ there yet; and nobody may close a disk while a request of another thread runs.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import RWF_NOWAIT, preadv
 from typing import Final
 
+from gateway.images.at_hand import AtHand, how_at_hand
 from gateway.images.disk import (
     Extent,
     ExtentKind,
@@ -27,6 +28,7 @@ from gateway.images.raw import DataRun, file_extents, not_at_hand, read_range
 from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
+from gateway.images.vhd.short_runs import FEW, clear, read_short_runs
 from gateway.images.vhd.writer import LeafWriter
 
 _ZEROES: Final = bytes(1 << 20)
@@ -66,6 +68,7 @@ class VhdChain:
             self._fds.append(raw_root[0])
             self._paths.append(raw_root[1])
         self._runs_of_data = [DataRun() for _ in self._fds]
+        self._at_hand: AtHand | None = None
         self._closed = False
 
     def pread_into(self, buf: bytearray | memoryview, offset: int) -> None:
@@ -169,14 +172,27 @@ class VhdChain:
 
     def _read_pieces(self, buf: bytearray | memoryview, offset: int) -> None:
         view = memoryview(buf)
+        pieces: Iterable[tuple[int, int, int]] = self._map.pieces(offset, len(view))
+        if (offset & self._map.within) + len(view) <= self._map.granule:
+            pieces = list(pieces)
+            if len(pieces) > FEW and self._read_short_runs(view, pieces):
+                return
         done = 0
-        for level, position, size in self._map.pieces(offset, len(view)):
+        for level, position, size in pieces:
             part = view[done : done + size]
             if level:
                 read_range(self._fds[level], part, position, self._paths[level])
             else:
-                _clear(part)
+                clear(part)
             done += size
+
+    def _read_short_runs(self, view: memoryview, pieces: Sequence[tuple[int, int, int]]) -> bool:
+        if self._at_hand is None:
+            self._at_hand = how_at_hand(self._leaf.fd)  # the files of a chain lie in one directory
+        try:
+            return read_short_runs(view, pieces, self._fds, self._at_hand)
+        except OSError:
+            return False  # perhaps of what nobody has asked for: one by one it shows
 
     def _read_at_hand(self, buf: bytearray | memoryview, offset: int) -> None:
         view = memoryview(buf)
@@ -187,7 +203,7 @@ class VhdChain:
         for level, position, size in pieces:
             part = view[done : done + size]
             if not level:
-                _clear(part)
+                clear(part)
             elif preadv(self._fds[level], (part,), position, RWF_NOWAIT) != size:
                 raise not_at_hand()
             done += size
@@ -277,9 +293,3 @@ class VhdChain:
                     block_size = self._leaf.block_size
                     self._write(writer, start // block_size, start % block_size, sector)
                 position = end
-
-
-def _clear(view: memoryview) -> None:
-    for start in range(0, len(view), len(_ZEROES)):
-        piece = min(len(_ZEROES), len(view) - start)
-        view[start : start + piece] = _ZEROES[:piece]
