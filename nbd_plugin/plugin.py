@@ -144,6 +144,7 @@ def close(export: Export) -> None:
         with _told():
             export.close()
     finally:
+        memory.disk_closed()
         # After NBD_OPT_INFO the connection goes on; after requests its thread ends.
         handshakes.clients_turn()
 
