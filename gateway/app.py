@@ -34,6 +34,7 @@ from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
 from gateway.core.users import Users
 from gateway.http.server import Listener, Server
+from gateway.images.heap import use_one_heap
 from gateway.listening import (
     ServeRefused,
     access_sockets,
@@ -42,7 +43,6 @@ from gateway.listening import (
     listen_on_socket,
     urls_of,
 )
-from gateway.memory import give_memory_back
 from gateway.nbd import Nbd
 from gateway.nbd_files import NbdFiles, NbdRefused
 from gateway.options import OFF
@@ -72,7 +72,7 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
     os.umask(0o077)
     config = configuration.current
     configure(config.log_level, form=config.log_format)
-    give_memory_back()
+    use_one_heap()
     try:
         state = StateDirectory.take(state_dir)
     except StateError as error:

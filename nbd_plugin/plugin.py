@@ -33,9 +33,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from gateway.access.client import list_vdis
 from gateway.access.client_patience import patiently
+from gateway.images import heap
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import handshakes, leash, memory, pinning
+from nbd_plugin import handshakes, leash, pinning
 from nbd_plugin.connections import Room
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.export_name import ExportNameError
@@ -84,7 +85,7 @@ def config_complete() -> None:
 def after_fork() -> None:
     if parameters.outlive:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    memory.keep_little()
+    heap.use_one_heap()
     pinning.prepare()
     stop_at_signals(nbdkit.shutdown)
     handshakes.watch(parameters.handshake, math.ceil(parameters.clients * _SHARE_OF_SILENT))
@@ -144,7 +145,7 @@ def close(export: Export) -> None:
         with _told():
             export.close()
     finally:
-        memory.disk_closed()
+        heap.give_back_soon()
         # After NBD_OPT_INFO the connection goes on; after requests its thread ends.
         handshakes.clients_turn()
 

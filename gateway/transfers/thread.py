@@ -19,6 +19,7 @@ from typing import Final, Protocol, TypeVar
 import outcome
 import trio
 
+from gateway.images.heap import give_back_soon
 from gateway.transfers.body import TransferAborted
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ async def _run_in_thread(work: Callable[[], T]) -> outcome.Outcome[T]:
 
     def run() -> None:
         results.append(outcome.capture(context.run, _stand_back, work))
+        give_back_soon()
         token.run_sync_soon(ended.set)
 
     threading.Thread(target=run, name="transfer", daemon=True).start()
