@@ -243,6 +243,7 @@ class BlockMap:
         sectors = self._sectors
         start = granule * self.granule
         found: list[tuple[int, int, int]] = []
+        rest: int | None = None  # the place of what no run has: the last file's, or nobody's
         missing = (1 << sectors) - 1
         for number, level in enumerate(self._levels, 1):
             answer = level.find(start, sectors)
@@ -252,8 +253,9 @@ class BlockMap:
             if not taken:
                 continue
             base = answer[0] + number
-            if taken == missing == (1 << sectors) - 1 and not self._ends_oddly(number, start):
-                return array("I", (0,)), array("q", (base,))
+            if taken == missing and not self._ends_oddly(number, start):
+                rest = base
+                break
             found += [
                 (first * SECTOR, last * SECTOR, base + first * SECTOR)
                 for first, last in bit_runs(taken, sectors)
@@ -262,14 +264,14 @@ class BlockMap:
             if not missing:
                 break
         if not found:
-            return array("I", (0,)), array("q", (_HOLE,))
+            return array("I", (0,)), array("q", (_HOLE if rest is None else rest,))
         found.sort()
-        starts, places = array("I"), array("q")
+        starts, places = list[int](), list[int]()
         position = 0
         for first, last, place in found:
             if first > position:
                 starts.append(position)
-                places.append(_HOLE)
+                places.append(_HOLE if rest is None else rest + position)
             starts.append(first)
             places.append(place)
             position = last
@@ -277,8 +279,8 @@ class BlockMap:
                 position = self._flat_size - start  # a raw parent may end within a sector
         if position < self.granule:
             starts.append(position)
-            places.append(_HOLE)
-        return starts, places
+            places.append(_HOLE if rest is None else rest + position)
+        return array("I", starts), array("q", places)
 
     def _ends_oddly(self, number: int, start: int) -> bool:
         return number == self.flat_level and start + self.granule > self._flat_size
