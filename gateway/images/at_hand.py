@@ -11,7 +11,6 @@ where a file system can't be told, nothing is read that way.
 import ctypes
 import errno
 import os
-from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -52,28 +51,39 @@ class _Vector(ctypes.Structure):
 
 
 # PyDLL keeps the interpreter's lock. glibc has the function from 2.26 on; other libraries may lack it.
-_preadv2: Final = getattr(ctypes.PyDLL(None), "preadv2", None)
-if _preadv2 is not None:
-    _preadv2.argtypes = (ctypes.c_int, ctypes.POINTER(_Vector), ctypes.c_int, ctypes.c_int64, ctypes.c_int)
-    _preadv2.restype = ctypes.c_ssize_t
+_library: Final = ctypes.PyDLL(None)
+_HAS_FLAGS: Final = hasattr(_library, "preadv2")
+if _HAS_FLAGS:
+    _library.preadv2.argtypes = (
+        ctypes.c_int,
+        ctypes.POINTER(_Vector),
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+    )
+    _library.preadv2.restype = ctypes.c_ssize_t
 
 _FLAGS: Final = {AtHand.ASKED: os.RWF_NOWAIT, AtHand.ALWAYS: 0}
 
-# (descriptor, where in the buffer, how many bytes, where in the file); whether all of them were at hand.
-ShortReader = Callable[[int, int, int, int], bool]
+
+class HeldReader:
+    """Reads short runs into one buffer with the interpreter's lock held, and without waiting."""
+
+    def __init__(self, buf: bytearray | memoryview, flags: int) -> None:
+        self._buffer = ctypes.c_char.from_buffer(buf)  # as long as it exists the memory stays where it is
+        self._address = ctypes.addressof(self._buffer)
+        self._vector = _Vector()
+        self._flags = flags
+        self._preadv2 = _library.preadv2
+
+    def read(self, fd: int, start: int, length: int, offset: int) -> bool:
+        """Fill `length` bytes of the buffer from `start` on; False if not all of them were at hand."""
+        vector = self._vector
+        vector.base, vector.length = self._address + start, length
+        return bool(self._preadv2(fd, vector, 1, offset, self._flags) == length)
 
 
-def short_reader(buf: bytearray | memoryview, at_hand: AtHand) -> ShortReader | None:
-    """What reads short runs into `buf`, as long as that exists; None if nothing does it without waiting."""
+def held_reader(buf: bytearray | memoryview, at_hand: AtHand) -> HeldReader | None:
+    """What reads short runs into `buf`; None if nothing can do it without waiting."""
     flags = _FLAGS.get(at_hand)
-    if flags is None or _preadv2 is None:
-        return None
-    first = ctypes.c_char.from_buffer(buf)
-    address = ctypes.addressof(first)
-    vector = _Vector()
-
-    def read(fd: int, start: int, length: int, offset: int, _keep: object = first) -> bool:
-        vector.base, vector.length = address + start, length
-        return bool(_preadv2(fd, vector, 1, offset, flags) == length)
-
-    return read
+    return None if flags is None or not _HAS_FLAGS else HeldReader(buf, flags)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from os import preadv
 from typing import Final
 
-from gateway.images.at_hand import AtHand, short_reader
+from gateway.images.at_hand import AtHand, held_reader
 
 FEW: Final = 2
 """So many runs are as well read one by one."""
@@ -30,14 +30,14 @@ def read_short_runs(
     most = _with_most(runs)
     if most is None or not _read_span(view, runs, most, fds[most]):
         return False
-    read_short = short_reader(view, at_hand)
+    held = held_reader(view, at_hand)
     done = 0
     for index, offset, length in runs:
         if not index:
             clear(view[done : done + length])
         elif index != most:
-            held = length <= _SHORT and read_short and read_short(fds[index], done, length, offset)
-            if not held and preadv(fds[index], (view[done : done + length],), offset) != length:
+            at_once = held is not None and length <= _SHORT and held.read(fds[index], done, length, offset)
+            if not at_once and preadv(fds[index], (view[done : done + length],), offset) != length:
                 return False
         done += length
     return True
