@@ -11,7 +11,7 @@ import pyvhdi
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.disk import Disk, ExtentKind, FileRange
 from gateway.images.files import FILES, FileCalls
-from gateway.images.vhd.create import create_differencing
+from gateway.images.vhd.create import create_differencing, create_dynamic, create_fixed
 from gateway.images.vhd.image import VhdFile, open_vhd
 
 
@@ -36,6 +36,26 @@ def make_child(path: Path, parent: Path, *, size: int | None = None, block_size:
         create_differencing(str(path), str(parent), image, virtual_size=size, block_size=block_size)
     finally:
         os.close(fd)
+
+
+def make_next(
+    paths: list[Path], directory: str, root: str, size: int, *, block_size: int = 2 << 20, odd: int = 0
+) -> Path:
+    """Add one to the images of a chain: a child, or first a root, which is "raw" (and `odd` bytes longer),
+    "fixed" or "dynamic".
+    """
+    path = Path(directory) / f"{len(paths)}.{'raw' if root == 'raw' and not paths else 'vhd'}"
+    if paths:
+        make_child(path, paths[-1], size=size, block_size=block_size)
+    elif root == "dynamic":
+        create_dynamic(str(path), size, block_size=block_size)
+    elif root == "fixed":
+        create_fixed(str(path), size)
+    else:
+        path.touch()
+        os.truncate(path, size + odd)
+    paths.append(path)
+    return path
 
 
 def inspect(path: Path) -> VhdFile:

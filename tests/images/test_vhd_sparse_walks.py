@@ -17,9 +17,9 @@ from gateway.images.errors import CorruptImage
 from gateway.images.vhd import block_map as map_module
 from gateway.images.vhd import table as table_module
 from gateway.images.vhd.chain import VhdChain
-from gateway.images.vhd.create import create_dynamic, create_fixed
+from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.image import open_vhd
-from tests.images.disks import make_child, open_leaf, pattern, read_all
+from tests.images.disks import make_child, make_next, open_leaf, pattern, read_all
 
 SECTOR = 512
 TIB = 1 << 40
@@ -74,21 +74,10 @@ def test_passing_over_what_nobody_has_changes_no_answer(
     writable, piece = opening
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, small_pieces(piece):
         paths: list[Path] = []
-        for number, (sectors, block_size, writes) in enumerate(levels):
-            path = Path(directory) / f"{number}.{'raw' if root == 'raw' and not number else 'vhd'}"
-            size = sectors * SECTOR
-            if number:
-                make_child(path, paths[-1], size=size, block_size=block_size)
-            elif root == "dynamic":
-                create_dynamic(str(path), size, block_size=block_size)
-            elif root == "fixed":
-                create_fixed(str(path), size)
-            else:
-                size += odd
-                path.touch()
-                os.truncate(path, size)
-            paths.append(path)
+        for sectors, block_size, writes in levels:
+            path = make_next(paths, directory, root, sectors * SECTOR, block_size=block_size, odd=odd)
             disk = open_leaf(path, writable=True)
+            size = disk.size
             for what, where, count in writes:
                 offset = size // SECTOR * where // 1024 * SECTOR
                 length = min(count * SECTOR, size - offset)

@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import UnsupportedImage
-from gateway.images.vhd.create import create_dynamic, create_fixed
+from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.format import UNUSED
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.table import BlockTable
-from tests.images.disks import entries, libvhdi_reads, make_child, open_leaf, pattern, read, read_all
+from tests.images.disks import (
+    entries,
+    libvhdi_reads,
+    make_child,
+    make_next,
+    open_leaf,
+    pattern,
+    read,
+    read_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,20 +76,10 @@ def test_a_trim_reads_as_zeroes_and_takes_blocks_only_where_a_parent_has_somethi
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         paths: list[Path] = []
-        for number, (sectors, parent_block_size, changes) in enumerate(parents):
-            path = Path(directory) / f"{number}.{'raw' if root == 'raw' and not number else 'vhd'}"
-            size = sectors * SECTOR
-            if number:
-                make_child(path, paths[-1], size=size, block_size=parent_block_size)
-            elif root == "dynamic":
-                create_dynamic(str(path), size, block_size=parent_block_size)
-            elif root == "fixed":
-                create_fixed(str(path), size)
-            else:
-                size += odd
-                path.touch()
-                os.truncate(path, size)
+        for sectors, parent_block_size, changes in parents:
+            path = make_next(paths, directory, root, sectors * SECTOR, block_size=parent_block_size, odd=odd)
             disk = open_leaf(path, writable=True)
+            size = disk.size
             for is_trim, (where, count) in changes:
                 offset, length = place(size, where, count)
                 if is_trim:
@@ -88,7 +87,6 @@ def test_a_trim_reads_as_zeroes_and_takes_blocks_only_where_a_parent_has_somethi
                 else:
                     disk.pwrite(NOISE[:length], offset)
             disk.close()
-            paths.append(path)
         leaf = Path(directory) / "leaf.vhd"
         size = leaf_size * SECTOR
         make_child(leaf, paths[-1], size=size, block_size=block_size)
