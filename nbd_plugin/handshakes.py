@@ -11,10 +11,10 @@ is in a system call, and the kernel tells its arguments. They are read before an
 duplicated: what a thread waits for all along is its own, and no other client is hit that got the same number.
 """
 
+import ctypes
 import enum
 import math
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from typing import Final
 
 from nbd_plugin.connections import client_socket
 from nbd_plugin.proc import awaited_descriptor, running_threads, thread_start
+
+_libc: Final = ctypes.CDLL(None)
 
 _LONGEST_PAUSE: Final = 1.0  # while somebody is silent; a quarter of a limit that is short
 _BUSY_SECONDS: Final = 0.01  # until one that has just come waits for what its client says
@@ -163,7 +165,9 @@ def _say_how_many_made_room(number: int) -> None:
 
 
 def _say(line: str, times: int) -> None:
-    """One line for each client; whoever reads them may count them."""
+    """One line for each client; whoever reads them may count them.
+
+    By the stream of the C library: nbdkit writes its lines there in pieces, and locks it for each line.
+    """
     if times:
-        sys.stderr.write(f"{line}\n" * times)
-        sys.stderr.flush()
+        _libc.fputs(f"{line}\n".encode() * times, ctypes.c_void_p.in_dll(_libc, "stderr"))
