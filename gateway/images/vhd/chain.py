@@ -187,9 +187,9 @@ class VhdChain:
             done += size
 
     def _read_short_runs(self, view: memoryview, pieces: Sequence[tuple[int, int, int]]) -> bool:
-        if self._at_hand is None:
-            self._at_hand = how_at_hand(self._leaf.fd)  # the files of a chain lie in one directory
         try:
+            if self._at_hand is None:
+                self._at_hand = how_at_hand(self._leaf.fd)  # the files of a chain lie in one directory
             return read_short_runs(view, pieces, self._fds, self._at_hand)
         except OSError:
             return False  # perhaps of what nobody has asked for: one by one it shows
