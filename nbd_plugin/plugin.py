@@ -36,7 +36,7 @@ from gateway.access.client_patience import patiently
 from gateway.images import heap
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
-from nbd_plugin import handshakes, leash, pinning
+from nbd_plugin import handshakes, leash, pinning, scheduling
 from nbd_plugin.connections import Room
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.export_name import ExportNameError
@@ -128,6 +128,7 @@ def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so
         handshakes.clients_turn()
         raise
     _open.add(export)
+    scheduling.opened(export.vdi, export)
     return export
 
 
@@ -141,6 +142,7 @@ def _asked_name() -> str:
 
 def close(export: Export) -> None:
     _open.discard(export)
+    scheduling.closed(export)
     try:
         with _told():
             export.close()
@@ -183,6 +185,7 @@ def pread(export: Export, buf: memoryview, offset: int, flags: int) -> None:
         this_thread.pinned  # noqa: B018 - the cheapest question there is
     except AttributeError:
         pinning.pin()
+        scheduling.reads(export)
     try:
         export.read(buf, offset)
     except _FAILURES as error:
