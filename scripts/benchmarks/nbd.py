@@ -1,13 +1,13 @@
 #!/usr/bin/env -S .venv/bin/python
 """NBD exports of a running gateway beside nbdkit's file plugin (C) and qemu-nbd.
 
-    scripts/bench nbd [--size MiB] [--rounds N] [--only GROUP] [--directory DIR]
+    scripts/bench nbd [--size MiB] [--rounds N] [--only GROUP] [--tcp] [--directory DIR]
 
 Groups: read, random, write, partial, sparse, memory. The same bytes are a raw VDI, a dense chain of three
 VHDs whose blocks are spread over its levels, a raw file, and a VHD for qemu-nbd. The peer of a comparison
 with the file plugin is the better of `-t 16`, its default, and `-t 4`. Everything lies in memory (/dev/shm)
-unless `--directory` says where, so that programs are measured and not disks; a write ends with a flush. A
-markdown table goes to stdout.
+unless `--directory` says where, so that programs are measured and not disks; a write ends with a flush. All
+servers listen on Unix sockets, with `--tcp` on TCP ports of loopback. A markdown table goes to stdout.
 """
 
 import sys
@@ -26,7 +26,8 @@ from pathlib import Path
 
 from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
 from scripts.benchmarks.harness.measure import GIB, MIB, Rounds, interleave, timed, touch_memory
-from scripts.benchmarks.harness.nbd_servers import Server, export, file_plugin, plugin, qemu_nbd
+from scripts.benchmarks.harness.nbd_servers import Address, Server, export, file_plugin, plugin, qemu_nbd
+from scripts.benchmarks.harness.peers import free_port
 from scripts.benchmarks.harness.workplace import IN_MEMORY, Workplace, options_of, workplace, write_noise
 
 BLOCK = 2 * MIB
@@ -36,6 +37,8 @@ RANDOM_SECONDS = 4
 
 
 class Bench(Benchmark):
+    tcp = False
+
     def __init__(self, place: Workplace, size: int, rounds: int) -> None:
         super().__init__(place, size, rounds)
         self._noise = os.urandom(64 * MIB)
@@ -146,8 +149,10 @@ class Bench(Benchmark):
         self.report.compare(f"{name}: {ours}", rounds, ours, rounds.fastest((C16, C4)), at_least=at_least)
 
     def _serve(self, make: Callable[..., Server], *arguments: object) -> Server:
-        socket = Path(tempfile.mktemp(prefix="nbd-", dir=self.directory))
-        return self.place.running.enter_context(make(socket, *arguments))
+        return self.place.running.enter_context(make(self._address(), *arguments))
+
+    def _address(self) -> Address:
+        return free_port() if self.tcp else Path(tempfile.mktemp(prefix="nbd-", dir=self.directory))
 
     @cached_property
     def _exports(self) -> dict[str, str]:
@@ -181,7 +186,7 @@ class Bench(Benchmark):
         with target.open("wb") as file:
             file.truncate(self.size)
         try:
-            with file_plugin(self.directory / "target.sock", target, threads) as server:
+            with file_plugin(self._address(), target, threads) as server:
                 return self._write_to(server.uri)
         finally:
             target.unlink()
@@ -190,7 +195,7 @@ class Bench(Benchmark):
         target = self.directory / "target.vhd"
         self.run("qemu-img", "create", "-f", "vpc", "-o", "force_size=on", target, str(self.size))
         try:
-            with qemu_nbd(self.directory / "target.sock", target, "vpc", write=True) as server:
+            with qemu_nbd(self._address(), target, "vpc", write=True) as server:
                 return self._write_to(server.uri)
         finally:
             target.unlink()
@@ -230,6 +235,10 @@ class Bench(Benchmark):
                 disk.pwrite(self._noise[start : start + BLOCK], offset)
 
 
+class BenchOverTcp(Bench):
+    tcp = True
+
+
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "read": Bench.read,
     "random": Bench.random,
@@ -243,9 +252,10 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
 def main() -> None:
     parser = options_of("nbd", __doc__, directory="where all files lie", default=IN_MEMORY)
     add_groups(parser, GROUPS, size=1024, of="of the disks", rounds=7)
+    parser.add_argument("--tcp", action="store_true", help="over TCP on loopback, not Unix sockets")
     options = parser.parse_args()
     with workplace("nbd", options.directory, options.directory) as place:
-        run_groups(Bench, GROUPS, place, options)
+        run_groups(BenchOverTcp if options.tcp else Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":
