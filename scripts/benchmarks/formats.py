@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from scripts.benchmarks.harness import chain
 from scripts.benchmarks.harness.groups import Benchmark, add_groups, run_groups
 from scripts.benchmarks.harness.measure import MIB, Rounds, interleave, timed, touch_memory
-from scripts.benchmarks.harness.workplace import Workplace, options_of, workplace
+from scripts.benchmarks.harness.workplace import Workplace, options_of, workplace, write_noise
 
 # What qemu-img calls a format.
 QEMU_IMG = "qemu-img convert"
@@ -83,16 +83,21 @@ class Bench(Benchmark):
         self.gateway.destroy_vdi(vdi)
         qcow2 = self.directory / "image.qcow2"
         self._convert_in("vpc", image, qcow2, into="qcow2")
+        dense = self._dense(size)
         for repository, where, at_least in (("disk", "until durable", 1.5), ("memory", "in memory", None)):
             target = self.gateway.create_vdi(repository, 2 * size)
             out = self.gateway.image(repository, target).parent.parent / "out.raw"
-            for image_format, source, wanted in (("vhd", image, at_least), ("qcow2", qcow2, None)):
+            for image_format, source, shape, wanted in (
+                ("vhd", dense, "dense", at_least),
+                ("vhd", image, "every other block", at_least),
+                ("qcow2", qcow2, "every other block", None),
+            ):
                 rounds = self._import(image_format, source, target, out, size)
-                name = f"PUT {image_format} with {size // MIB} MiB, {where}"
+                name = f"PUT {image_format} with {size // MIB} MiB, {shape}, {where}"
                 self.report.compare(name, rounds, "gateway", QEMU_IMG, at_least=wanted)
             self.gateway.destroy_vdi(target)
-        image.unlink()
-        qcow2.unlink()
+        for made in (image, qcow2, dense):
+            made.unlink()
 
     def changed(self) -> None:
         """VDI.list_changed_blocks by XML-RPC, of 2040 GiB in a chain of three."""
@@ -125,6 +130,14 @@ class Bench(Benchmark):
                 for number in range(level, size // BLOCK, 3):
                     disk.pwrite(self._noise, 2 * number * BLOCK)
         return vdi
+
+    def _dense(self, size: int) -> Path:
+        """A VHD of qemu-img's that has every block."""
+        raw, image = self.directory / "dense.raw", self.directory / "dense.vhd"
+        write_noise(raw, size)
+        self.run("qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", raw, image)
+        raw.unlink()
+        return image
 
     def _largest(self, *, full: bool, tracked: bool = False) -> tuple[str, list[str]]:
         """A disk of 2040 GiB over two snapshots, of which each file has all blocks if `full`, else none."""
