@@ -68,4 +68,6 @@ def _schedule_all(threads: Iterable[set[int]], policy: int) -> None:
 
 def _schedule(thread: int, policy: int) -> None:
     with contextlib.suppress(OSError):  # a sandbox may forbid it, which costs speed only
-        os.sched_setscheduler(thread, policy, os.sched_param(0))
+        # The main thread has what nbdkit was started with: another policy is somebody's wish.
+        if os.sched_getscheduler(os.getpid()) == os.SCHED_OTHER:
+            os.sched_setscheduler(thread, policy, os.sched_param(0))

@@ -22,7 +22,7 @@ from gateway.images.vhd.image import VhdFile, open_vhd
 from gateway.images.vhd.merge import Merge, extra_space
 from gateway.images.vhd.relink import set_parent
 from tests.crash import RecordingFileCalls
-from tests.images.disks import entries, inspect, libvhdi_reads, make_child, open_leaf, read_all
+from tests.images.disks import entries, inspect, libvhdi_reads, make_child, make_next, open_leaf, read_all
 from tests.images.test_vhd_model import STEPS, Step, apply
 
 SECTOR = 512
@@ -107,18 +107,7 @@ class TestAgainstPlainBytes:
             model = bytearray()
             for number, sectors in enumerate(sizes):
                 size = sectors * SECTOR
-                path = Path(directory) / f"{number}.{'raw' if kind == 'raw' and not number else 'vhd'}"
-                block_size = data.draw(BLOCK_SIZES)
-                if number:
-                    make_child(path, paths[-1], size=size, block_size=block_size)
-                elif kind == "dynamic":
-                    create_dynamic(str(path), size, block_size=block_size)
-                elif kind == "fixed":
-                    create_fixed(str(path), size)
-                else:
-                    path.write_bytes(b"")
-                    os.truncate(path, size)
-                paths.append(path)
+                path = make_next(paths, directory, kind, size, block_size=data.draw(BLOCK_SIZES))
                 model = model[:size].ljust(size, b"\0")
                 steps = data.draw(st.lists(STEPS, max_size=8))
                 disk = open_leaf(path, writable=True)

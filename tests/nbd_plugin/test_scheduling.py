@@ -46,11 +46,15 @@ def written(nbd: Nbd, libnbd: Any) -> Vdi:
 
 
 def interrupting_nobody(nbd: Nbd) -> set[int]:
-    """The threads of nbdkit that the kernel has under SCHED_BATCH."""
+    return under(nbd, os.SCHED_BATCH)
+
+
+def under(nbd: Nbd, policy: int) -> set[int]:
+    """The threads of nbdkit that the kernel schedules by this policy."""
     found = set()
     for name in os.listdir(f"/proc/{nbd.process.pid}/task"):
         with contextlib.suppress(ProcessLookupError):  # it has ended
-            if os.sched_getscheduler(int(name)) == os.SCHED_BATCH:
+            if os.sched_getscheduler(int(name)) == policy:
                 found.add(int(name))
     return found
 
@@ -85,6 +89,21 @@ def test_one_connection_keeps_its_policy(own: Nbd, libnbd: Any, threads: int) ->
         assert interrupting_nobody(own) == set()
         reader.shutdown()
         wait_until(lambda: not own.site.gateway.call("VDI.get_current_operations", vdi.ref), "the end")
+
+
+def test_who_runs_nbdkit_under_a_policy_keeps_it(own: Nbd, libnbd: Any, threads: int) -> None:
+    os.sched_setscheduler(own.process.pid, os.SCHED_IDLE, os.sched_param(0))
+    vdi = written(own, libnbd)
+    first, second = own.connect(libnbd, vdi), own.connect(libnbd, vdi)
+    for reader in (first, second):
+        assert Requests(libnbd, reader, threads).all_answered()
+    assert interrupting_nobody(own) == set()
+    before = len(under(own, os.SCHED_IDLE))
+    second.shutdown()
+    wait_until(lambda: len(under(own, os.SCHED_IDLE)) < before, "the threads of the second to end")
+    assert Requests(libnbd, first, threads).all_answered()
+    assert len(under(own, os.SCHED_IDLE)) > threads  # the main thread, and all that read
+    first.shutdown()
 
 
 def test_a_connection_that_asks_about_the_disk_first_is_one(own: Nbd, libnbd: Any, threads: int) -> None:
