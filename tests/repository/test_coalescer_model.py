@@ -14,7 +14,7 @@ from gateway.repository.inventory import Inventory
 from tests.repository.coalesce_house import house_in
 from tests.repository.test_inventory import replace
 from tests.repository.test_snapshots import content, hidden, write
-from tests.transfers.test_copy_disk import copy
+from tests.transfers.copying import copy
 
 SIZE = 4 << 20
 # Whole bytes of the sector bitmap: libvhdi takes clear bits behind a set one for set.

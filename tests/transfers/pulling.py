@@ -19,8 +19,8 @@ from gateway.transfers.pull import Checksum
 from gateway.transfers.pull_image import Order, Terms, pull_image
 from gateway.transfers.pull_socket import Patience
 from gateway.transfers.pull_source import ImageURL, PullRules
+from tests.transfers.copying import foreign_reads, names
 from tests.transfers.pull_server import LOOPBACK
-from tests.transfers.test_copy_disk import foreign_reads, names
 
 MIB = 1 << 20
 SIZE = 5 * MIB + 512

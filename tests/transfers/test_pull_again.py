@@ -11,9 +11,9 @@ from gateway.transfers.pull import Checksum
 from gateway.transfers.pull_image import checksums_in
 from gateway.transfers.pull_source import ImageURL
 from tests.repository.test_snapshots import write
+from tests.transfers.copying import path_of
 from tests.transfers.pull_server import Connection, Request, Server, file_of, serving
 from tests.transfers.pulling import MIB, SIZE, House, image, require_same, sum_of
-from tests.transfers.test_copy_disk import path_of
 
 
 def test_checksum_files_are_read_as_their_programs_write_them(tmp_path: Path) -> None:

@@ -14,12 +14,9 @@ from gateway.core.errors import XenAPIError
 from gateway.transfers.formats import BodyFormat
 from gateway.transfers.pull_socket import Patience
 from tests.images.disks import qemu_compare
+from tests.transfers.copying import foreign_reads, names, path_of
 from tests.transfers.pull_server import Connection, Handler, Request, file_of, serving
 from tests.transfers.pulling import FORMATS, MIB, PACKED, House, image, packed, require_same, sum_of
-from tests.transfers.test_copy_disk import foreign_reads, names, path_of, small_file_system
-
-__all__ = ["small_file_system"]
-
 
 # Each way of reading an image with each way of unpacking, and every image in one of them.
 TOGETHER = [*itertools.product(("raw", "vhd", "qcow2"), PACKED)]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from gateway.core.errors import XenAPIError
+from tests.transfers.copying import names
 from tests.transfers.pull_server import Connection, Handler, Request, file_of, serving
 from tests.transfers.pulling import FORMATS, PACKED, House, image, require_same, sum_of
-from tests.transfers.test_copy_disk import names
 
 KNOWN = {
     "IMPORT_ERROR_BAD_COMPRESSION",
