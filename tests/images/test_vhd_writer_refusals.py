@@ -1,0 +1,128 @@
+"""Writes that an image refuses, and what is in the file after one that failed."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.images.chain import open_chain_files, open_disk
+from gateway.images.errors import CorruptImage
+from gateway.images.files import Buffer, FileCalls
+from gateway.images.vhd.format import UNUSED
+from tests.images.disks import entries, libvhdi_reads, open_leaf, pattern, read, read_all
+from tests.images.watched_calls import Watched
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+DATA = pattern(2 * MIB)
+
+
+def test_overlapping_blocks_can_be_read_but_not_written(image: Path) -> None:
+    disk = open_leaf(image, writable=True)
+    disk.pwrite(DATA, 0)
+    disk.pwrite(DATA, 2 * MIB)
+    disk.close()
+    first = entries(image)[0]
+    with image.open("r+b") as file:
+        file.seek(1536 + 4)
+        file.write((first + 1).to_bytes(4, "big"))
+    before = image.read_bytes()
+    disk = open_leaf(image, writable=True)
+    read(disk, 0, 512)
+    with pytest.raises(CorruptImage, match=r"block 0 and block 1 overlap"):
+        disk.pwrite(b"x" * 512, 0)
+    with pytest.raises(CorruptImage, match=r"block 0 and block 1 overlap"):
+        disk.zero(0, 512, trim=True)
+    disk.close()
+    assert image.read_bytes() == before
+
+
+def test_an_image_without_its_last_footer_is_read_but_not_written(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size - 300)
+    disk = open_leaf(image)
+    assert disk.size == SIZE
+    disk.close()
+    with pytest.raises(CorruptImage, match="repair"):
+        open_leaf(image, writable=True)
+
+
+def test_a_read_only_disk_refuses_to_change(image: Path) -> None:
+    disk = open_leaf(image)
+    with pytest.raises(PermissionError):
+        disk.pwrite(b"x", 0)
+    with pytest.raises(PermissionError):
+        disk.zero(0, 1, trim=True)
+    disk.close()
+    chain = open_chain_files(str(image), writable=False)
+    with pytest.raises(PermissionError):
+        open_disk(chain, read_only=False)
+    chain.close()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1)])
+def test_requests_beyond_the_disk_are_refused(image: Path, offset: int, length: int) -> None:
+    disk = open_leaf(image, writable=True)
+    with pytest.raises(ValueError, match="not on a disk"):
+        disk.pread_into(bytearray(length), offset)
+    with pytest.raises(ValueError, match="not on a disk"):
+        disk.pwrite(bytes(length), offset)
+    with pytest.raises(ValueError, match="not on a disk"):
+        disk.zero(offset, length, trim=True)
+    with pytest.raises(ValueError, match="not on a disk"):
+        disk.segments(offset, length)
+    disk.close()
+
+
+def test_a_sync_that_failed_fails_for_good(image: Path) -> None:
+    files = Watched()
+    disk = open_leaf(image, writable=True, files=files)
+    disk.pwrite(DATA, 0)
+    files.fail_sync = True
+    with pytest.raises(OSError, match="Input/output"):
+        disk.flush()
+    files.fail_sync = False
+    with pytest.raises(OSError, match="earlier sync failed"):
+        disk.flush()
+    with pytest.raises(OSError, match="earlier sync failed"):
+        disk.close()
+    assert entries(image) == [UNUSED] * 4
+
+
+class FullDisk(FileCalls):
+    """Has room for so many calls that take new space."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.taken: set[int] = set()
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        pages = set(range(offset // 4096, -(-(offset + len(data)) // 4096)))
+        if len(self.taken | pages) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.taken |= pages
+        super().pwrite(fd, data, offset)
+
+
+@pytest.mark.parametrize("room", range(3, 9))
+def test_a_full_disk_refuses_a_write_and_keeps_what_was_written_before(image: Path, room: int) -> None:
+    head = {0, 1}
+    files = FullDisk(room)
+    files.taken |= head
+    disk = open_leaf(image, writable=True, files=files)
+    written = 0
+    with pytest.raises(OSError, match="No space"):
+        for offset in range(0, SIZE, 2 * MIB):
+            disk.pwrite(DATA[:4096], offset)
+            written += 1
+    disk.flush()
+    disk.close()
+    expected = b"".join(
+        (DATA[:4096] if block < written else bytes(4096)) + bytes(2 * MIB - 4096) for block in range(4)
+    )
+    disk = open_leaf(image, writable=True)
+    assert read_all(disk) == expected
+    disk.pwrite(DATA[:4096], 6 * MIB)
+    disk.close()
+    assert libvhdi_reads([image])[6 * MIB : 6 * MIB + 4096] == DATA[:4096]
