@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,23 @@ def read(disk: Disk, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
+def content(path: Path) -> bytes:
+    """All bytes of the disk whose leaf this is."""
+    disk = open_leaf(path)
+    try:
+        return read_all(disk)
+    finally:
+        disk.close()
+
+
+def put(path: Path, *writes: tuple[int, bytes]) -> None:
+    """Write at these offsets of the disk whose leaf this is."""
+    disk = open_leaf(path, writable=True)
+    for offset, data in writes:
+        disk.pwrite(data, offset)
+    disk.close()
+
+
 def read_by_segments(disk: Disk, offset: int, length: int) -> bytes:
     parts = []
     for segment in disk.segments(offset, length):
@@ -141,3 +159,8 @@ def qemu_compare(one: Path, one_format: str, other: Path, other_format: str) -> 
 def pattern(length: int, seed: int = 1) -> bytes:
     """Bytes that are never zero and differ by place."""
     return bytes((seed * 31 + index * 7 + (index >> 8) * 13) % 255 + 1 for index in range(length))
+
+
+def noise(length: int, seed: int = 1) -> bytes:
+    """Random bytes, the same for a seed."""
+    return random.Random(seed).randbytes(length)

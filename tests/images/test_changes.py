@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.images.chain import OpenNode, open_chain_files, open_disk
+from gateway.images.chain import OpenNode, open_chain_files
 from gateway.images.changes import Changes
 from gateway.images.errors import ImageError
 from gateway.images.vhd.create import create_dynamic, create_fixed
 from gateway.images.vhd.resize import grow_vhd
-from tests.images.disks import inspect, make_child
+from tests.images.disks import content, inspect, make_child, put
 
 MIB = 1 << 20
 GRAIN = 1 << 16
@@ -26,22 +26,6 @@ def nodes(path: Path) -> Iterator[list[OpenNode]]:
         yield chain.nodes
     finally:
         chain.close()
-
-
-def write(path: Path, *pieces: tuple[int, bytes]) -> None:
-    disk = open_disk(open_chain_files(str(path), writable=True), read_only=False)
-    for offset, data in pieces:
-        disk.pwrite(data, offset)
-    disk.flush()
-    disk.close()
-
-
-def content(path: Path) -> bytes:
-    disk = open_disk(open_chain_files(str(path), writable=False))
-    data = bytearray(disk.size)
-    disk.pread_into(data, 0)
-    disk.close()
-    return bytes(data)
 
 
 def virtual_size(path: Path) -> int:
@@ -73,7 +57,7 @@ def difference(one: Path, other: Path, exact: int = 1000) -> set[int]:
 def base(tmp_path: Path) -> Path:
     path = tmp_path / "00000001-0000-4000-8000-000000000000.vhd"
     create_dynamic(str(path), 8 * MIB)
-    write(path, (0, b"\x11" * 3 * MIB))
+    put(path, (0, b"\x11" * 3 * MIB))
     return path
 
 
@@ -85,8 +69,8 @@ def child(base: Path, number: int, block_size: int = 2 * MIB) -> Path:
 
 def test_two_children_differ_where_one_of_them_was_written_to(base: Path) -> None:
     one, other = child(base, 2), child(base, 3)
-    write(one, (GRAIN, b"a" * 512), (5 * MIB, b"b" * GRAIN))
-    write(other, (3 * GRAIN - 512, b"c" * 1024))
+    put(one, (GRAIN, b"a" * 512), (5 * MIB, b"b" * GRAIN))
+    put(other, (3 * GRAIN - 512, b"c" * 1024))
     assert difference(one, other) == {1, 80, 2, 3}
     assert difference(one, base) == {1, 80}
     assert difference(one, one) == set()
@@ -94,7 +78,7 @@ def test_two_children_differ_where_one_of_them_was_written_to(base: Path) -> Non
 
 def test_whole_blocks_are_told_when_there_are_too_many_to_look_at(base: Path) -> None:
     one, other = child(base, 2), child(base, 3)
-    write(one, (GRAIN, b"a" * 512), (5 * MIB, b"b" * 512))
+    put(one, (GRAIN, b"a" * 512), (5 * MIB, b"b" * 512))
     assert difference(one, other, exact=1) == {*range(32), *range(64, 96)}
     assert difference(one, other, exact=2) == {1, 80}
 
@@ -102,7 +86,7 @@ def test_whole_blocks_are_told_when_there_are_too_many_to_look_at(base: Path) ->
 @pytest.mark.parametrize("block_size", [1 << 15, 1 << 16, 1 << 17, 4 << 20])
 def test_blocks_of_another_size_count_as_well(base: Path, block_size: int) -> None:
     one, other = child(base, 2, block_size), child(base, 3)
-    write(one, (GRAIN + 512, b"a" * 512), (5 * MIB - 512, b"b" * 1024))
+    put(one, (GRAIN + 512, b"a" * 512), (5 * MIB - 512, b"b" * 1024))
     assert difference(one, other) == {1, 79, 80}
     assert difference(one, other, exact=0) >= {1, 79, 80}
 
@@ -117,7 +101,7 @@ def test_disks_that_share_no_file_differ_where_either_has_something(base: Path, 
 
 
 def test_what_a_smaller_node_hides_has_changed(base: Path) -> None:
-    write(base, (6 * MIB, b"\x22" * GRAIN))
+    put(base, (6 * MIB, b"\x22" * GRAIN))
     small = base.with_name("00000002-0000-4000-8000-000000000000.vhd")
     make_child(small, base, size=4 * MIB)
     large = child(small, 3)
@@ -144,7 +128,7 @@ def test_no_bit_is_missing_in_random_trees(tmp_path: Path) -> None:
                 (512 * rng.randrange(6 * MIB // 512 - 300), rng.randbytes(512 * rng.randrange(1, 300)))
                 for _ in range(rng.randrange(4))
             ]
-            write(image, *pieces)
+            put(image, *pieces)
             touched = {
                 block
                 for offset, data in pieces
@@ -166,7 +150,7 @@ def test_no_bit_is_missing_in_random_trees(tmp_path: Path) -> None:
 
 def test_a_table_that_leads_nowhere_is_a_known_error(base: Path) -> None:
     one = child(base, 2)
-    write(one, (0, b"a" * 512))
+    put(one, (0, b"a" * 512))
     data = bytearray(one.read_bytes())
     offset = 1536
     data[offset : offset + 4] = b"\x7f\xff\xff\xff"

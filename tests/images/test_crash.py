@@ -15,7 +15,7 @@ from gateway.images.vhd.check import check_vhd, repair_vhd
 from gateway.images.vhd.create import create_differencing, create_dynamic, create_fixed, set_hidden
 from gateway.images.vhd.image import open_vhd
 from tests.crash import CrashState, RecordingFileCalls
-from tests.images.disks import inspect, libvhdi_reads, make_child, open_leaf, read_all
+from tests.images.disks import content, inspect, libvhdi_reads, make_child, open_leaf
 
 SECTOR = 512
 FLUSHED = "flushed"
@@ -66,14 +66,6 @@ class Expectation:
         )
 
 
-def read_by_us(path: Path) -> bytes:
-    disk = open_leaf(path)
-    try:
-        return read_all(disk)
-    finally:
-        disk.close()
-
-
 def misread_by_libvhdi(path: Path) -> frozenset[int]:
     """libvhdi takes the clear bits after a set one in the same byte of a bitmap for set ones."""
     with path.open("rb") as source:
@@ -102,7 +94,7 @@ def read_by_qemu(path: Path) -> bytes:
 
 def check_files(paths: list[Path], expectation: Expectation, state: object, *, qemu: bool) -> None:
     """Let every reader open the chain (leaf first) and hold what it reads against the expectation."""
-    expectation.check(read_by_us(paths[0]), "we", state)
+    expectation.check(content(paths[0]), "we", state)
     misread = misread_by_libvhdi(paths[0]) if len(paths) > 1 else frozenset()
     expectation.check(libvhdi_reads(paths), "libvhdi", state, misread)
     for path in paths:
@@ -113,7 +105,7 @@ def check_files(paths: list[Path], expectation: Expectation, state: object, *, q
 
 def go_on(path: Path, rng: random.Random, expectation: Expectation, *, alone: bool) -> None:
     """After a crash the image can be written to as if nothing had been."""
-    before = bytearray(read_by_us(path))
+    before = bytearray(content(path))
     disk = open_leaf(path, writable=True)
     for _ in range(6):
         offset = rng.randrange(len(before) // SECTOR) * SECTOR
@@ -121,7 +113,7 @@ def go_on(path: Path, rng: random.Random, expectation: Expectation, *, alone: bo
         disk.pwrite(data, offset)
         before[offset : offset + len(data)] = data
     disk.close()
-    assert read_by_us(path) == before
+    assert content(path) == before
     assert check_vhd(str(path)).errors == ()
     if not alone:
         return
@@ -197,7 +189,7 @@ def run_in_place(
     requests: int = 10,
 ) -> None:
     """Write to the image names[0] in place, then look at every way in which a crash may leave it."""
-    before = read_by_us(scene.root / names[0])
+    before = content(scene.root / names[0])
     files = RecordingFileCalls(scene.root)
     work = Work(scene.root / names[0], files, scene.rng)
     for _ in range(sessions):
@@ -211,7 +203,7 @@ def run_in_place(
         check_files(paths, expectation, state, qemu=number % qemu_every == 0)
         if number % go_on_every == 0:
             go_on(paths[0], scene.rng, expectation, alone=len(paths) == 1)
-    assert expectation.current == read_by_us(scene.root / names[0])
+    assert expectation.current == content(scene.root / names[0])
 
 
 Make = Callable[[Scene, int], list[str]]

@@ -16,8 +16,8 @@ from gateway.images.vhd.format import FOOTER_SIZE, HEADER_SIZE, LOCATORS, Dynami
 from gateway.images.vhd.image import open_vhd, parent_names
 from gateway.images.vhd.relink import restore_header, set_parent
 from tests.crash import RecordingFileCalls
-from tests.images.disks import entries, inspect, libvhdi_reads, make_child
-from tests.images.test_vhd_merge import content, merge, noise, put
+from tests.images.disks import content, entries, inspect, libvhdi_reads, make_child, noise, put
+from tests.images.merges import merge
 
 MIB = 1 << 20
 SECTOR = 512

@@ -1,6 +1,6 @@
 """The order in which an image grows: every foreign reader opens it after each step.
 
-The trap: bytes already lie where a block will be: of a crash, of an old footer, of a false batmap.
+The trap is what already lies where a block will be: leftovers of a crash, an old footer, a false batmap.
 """
 
 import errno

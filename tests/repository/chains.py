@@ -14,8 +14,7 @@ from gateway.images.vhd.create import create_dynamic, set_hidden
 from gateway.repository.directory import SRDirectory, make_service_directory, write_marker
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScanResult
-from tests.images.disks import inspect, libvhdi_reads, make_child
-from tests.images.test_vhd_merge import content, noise, put
+from tests.images.disks import content, inspect, libvhdi_reads, make_child, noise, put
 from tests.repository.conftest import SR_UUID
 
 G, P, C, K1, K2, H, Q, L = (f"{number:08d}-0000-4000-8000-000000000000" for number in range(101, 109))

@@ -12,7 +12,7 @@ from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
 from gateway.images.vhd.relink import set_parent
 from tests.images.disks import inspect
-from tests.images.test_vhd_merge import merge, opened, stop_after
+from tests.images.merges import merge, opened, stop_after
 from tests.repository.chains import BLOCK, K1, SIZE, C, L, P, Q, image
 
 NEW = "00000109-0000-4000-8000-000000000000"

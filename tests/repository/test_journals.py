@@ -15,8 +15,7 @@ from gateway.repository.journal_recovery import recover_journals
 from gateway.repository.journals import JournalKind, create_journal, unfinished_journals
 from gateway.repository.relink_steps import inline_relink
 from gateway.repository.repository import Repository
-from tests.images.disks import inspect
-from tests.images.test_vhd_merge import noise, put
+from tests.images.disks import inspect, noise, put
 from tests.repository.chains import (
     BLOCK,
     GRAIN,

@@ -17,8 +17,8 @@ from gateway.repository.journals import JournalKind, create_journal
 from gateway.repository.relink_steps import inline_relink, leaf_relink
 from gateway.repository.scan import ScanResult
 from tests.crash import CrashState, RecordingFileCalls
-from tests.images.disks import make_child
-from tests.images.test_vhd_merge import content, merge, noise, put
+from tests.images.disks import content, make_child, noise, put
+from tests.images.merges import merge
 from tests.images.test_vhd_relink import with_one_locator_and_no_name
 from tests.repository.chains import (
     BLOCK,

@@ -15,7 +15,7 @@ from gateway.repository.inventory import Inventory
 from gateway.repository.relink_steps import leaf_relink
 from gateway.repository.repository import Repository
 from tests.images.disks import make_child
-from tests.images.test_vhd_merge import merge
+from tests.images.merges import merge
 from tests.repository.chains import BLOCK, VISIBLE, C, Chains, G, H, L, P, Q, image, names
 from tests.repository.conftest import SR_UUID, listing
 
