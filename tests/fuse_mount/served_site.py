@@ -30,6 +30,10 @@ def control_socket(site: Site) -> str:
     return str(site.gateway.state_dir / "access.sock")
 
 
+def operations(site: Site, vdi: Vdi) -> list[str]:
+    return sorted(site.gateway.call("VDI.get_current_operations", vdi.ref).values())
+
+
 def disks_of(site: Site, *, wait_seconds: float = 0.3) -> Disks:
     return Disks(control_socket(site), lambda: None, wait_seconds=wait_seconds)
 

@@ -15,7 +15,15 @@ from fuse_mount.disk_file import OpenFile
 from fuse_mount.disks import Disks, Part, Window
 from gateway.access.client import AccessRefused, open_vdi
 from gateway.images.vhd.chain import VhdChain
-from tests.fuse_mount.served_site import chained_vdi, content, control_socket, disks_of, served_site, write
+from tests.fuse_mount.served_site import (
+    chained_vdi,
+    content,
+    control_socket,
+    disks_of,
+    operations,
+    served_site,
+    write,
+)
 from tests.system.site import MIB, Site, Vdi
 
 
@@ -38,10 +46,6 @@ async def read_all(file: OpenFile, piece: int = 100_000) -> bytes:
     while data := await file.read(len(read), piece):
         read += data
     return bytes(read)
-
-
-def operations(site: Site, vdi: Vdi) -> list[str]:
-    return sorted(site.gateway.call("VDI.get_current_operations", vdi.ref).values())
 
 
 async def until(condition: Callable[[], object]) -> None:

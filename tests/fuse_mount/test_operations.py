@@ -1,4 +1,4 @@
-"""The handlers, called as pyfuse3 calls them; what goes through the kernel is in test_mounting."""
+"""The handlers, called as pyfuse3 calls them; what goes through the kernel is in test_mount_*.py."""
 
 import errno
 import os
