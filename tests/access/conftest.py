@@ -15,7 +15,9 @@ from gateway.access.holding import Holds
 from gateway.access.protocol import (
     ANCILLARY_SPACE,
     Decoder,
+    Granted,
     Message,
+    Open,
     encode,
     pack_descriptors,
     unpack_descriptors,
@@ -27,6 +29,7 @@ from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
 from gateway.core.nbd_service import NbdDoor
+from gateway.core.peer import Peer
 from gateway.core.records import VDI, Records
 from gateway.core.refusals import Refusals
 from gateway.core.roles import Role
@@ -172,3 +175,20 @@ def refused(message: Message | None) -> XenAPIError:
     told = cast("Any", message)
     assert type(message).__name__ == "Refused", message
     return XenAPIError(told.code, *told.params)
+
+
+async def opened(room: Room, vdi: VDI, *, write: bool = False, session: str | None = None) -> Talk:
+    talk = room.connect()
+    await talk.send(Open(vdi.uuid, write, "test", session))
+    assert isinstance(await talk.receive(), Granted)
+    return talk
+
+
+async def ended(talk: Talk) -> None:
+    talk.close()
+    await trio.lowlevel.checkpoint()
+
+
+def stranger(_: object) -> Peer:
+    """The kernel's word when another user is at the other end."""
+    return Peer(1, os.geteuid() + 4711)

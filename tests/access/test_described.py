@@ -14,7 +14,6 @@ from gateway.access.described import Describing
 from gateway.access.protocol import Describe, Described
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.limits import Limits
-from gateway.core.peer import Peer
 from gateway.core.records import VDI
 from gateway.core.refs import new_uuid
 from gateway.core.roles import Role
@@ -22,11 +21,7 @@ from gateway.images.chain import ChainFiles
 from gateway.images.files import FileIdentity
 from gateway.repository.reconcile import CBT_METADATA
 from gateway.transfers.publications import Publications
-from tests.access.conftest import MIB, Room, open_files, refused
-
-
-def stranger(_: object) -> Peer:
-    return Peer(1, os.geteuid() + 4711)
+from tests.access.conftest import MIB, Room, open_files, refused, stranger
 
 
 async def described(room: Room, vdi: VDI, session: str | None = None) -> Described:

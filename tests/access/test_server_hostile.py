@@ -1,0 +1,95 @@
+"""Bytes and descriptors from somebody hostile: a refusal or a close, and nothing stays open."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.access.holding import Holds
+from gateway.access.protocol import Open, encode
+from gateway.access.server import AccessServer
+from gateway.core.errors import XenAPIError
+from gateway.core.limits import Limits
+from gateway.core.records import VDI
+from tests.access.conftest import Room, Talk, open_files, opened, refused
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=300)
+    | st.builds(
+        lambda head, tail: encode(Open("x", True, "test", None))[:head] + tail,
+        st.integers(0, 60),
+        st.binary(),
+    ),
+    descriptors=st.integers(0, 3),
+)
+def test_any_bytes_end_in_a_refusal_or_a_close_and_leave_nothing_open(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, descriptors: int
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def talk_to_it() -> None:
+        nobody = cast("Any", Nobody())
+        server = AccessServer(
+            nobody,
+            nobody,
+            nobody,
+            Limits(),
+            administrator="root",
+            holds=Holds(),
+            nbd=nobody,
+            refusals=nobody,
+        )
+        here, there = socket.socketpair()
+        null = os.open("/dev/null", os.O_RDONLY)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve, trio.socket.from_stdlib_socket(there))
+            talk = Talk(here)
+            try:
+                if data:
+                    await talk.send(data, [null] * descriptors)
+                talk.socket.shutdown(socket.SHUT_WR)
+                with trio.fail_after(5):
+                    told = await talk.receive()
+                    if told is not None:
+                        assert refused(told).code in {"VALUE_NOT_SUPPORTED", "UUID_INVALID"}
+                        assert await talk.receive() is None
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            finally:
+                os.close(null)
+                talk.close()
+
+    trio.run(talk_to_it)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Nobody:
+    """An inventory without VDIs, and sessions of nobody."""
+
+    def on_end(self, _call: object) -> None:
+        pass
+
+    @property
+    def records(self) -> "Nobody":
+        return self
+
+    vdis = records
+
+    def by_uuid(self, uuid: str) -> VDI:
+        raise XenAPIError("UUID_INVALID", "VDI", uuid)
+
+
+async def test_bytes_that_are_no_message_end_a_lease(room: Room, tmp_path: Path) -> None:
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    await talk.send(b"\xff\xff\xff\xff")
+    await room.until(lambda: not room.operations(vdi))
+    talk.close()
+    await room.until(lambda: not open_files(tmp_path))
