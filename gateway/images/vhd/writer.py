@@ -305,11 +305,7 @@ class LeafWriter:
     def _save(self, *, sync: bool) -> None:
         """Write bitmaps and BAT entries; with `sync` in the order that a crash at any point forgives."""
         with self._flush_lock:
-            if self._failed is not None:
-                raise OSError(
-                    self._failed.errno,
-                    f"{self._image.path}: an earlier sync failed: {self._failed.strerror}",
-                )
+            self._check_syncs()
             with self._lock:
                 bitmaps = [
                     (block, self._bat[block] * SECTOR, bytes(self._bitmaps[block]))
@@ -319,13 +315,14 @@ class LeafWriter:
                 written = self._data_written
                 self._changed_bitmaps = set()
                 self._changed_entries = set()
-                self._data_written = False
+                if written:  # else what a write without the lock notes just now would be forgotten
+                    self._data_written = False
             if not (bitmaps or written):
                 return
             try:
                 self._write_metadata(bitmaps, entries, sync)
             except OSError as error:
-                self._failed = error
+                self._failed = self._failed or error
                 raise
             with self._lock:
                 for block, _, _ in bitmaps:
@@ -341,13 +338,26 @@ class LeafWriter:
             self._failed = error
             raise
 
+    def _sync_all(self) -> None:
+        """Sync, and fail with a growth, which has the lock: the kernel tells one of two of a lost page."""
+        self._sync()
+        with self._lock:
+            self._check_syncs()
+
+    def _check_syncs(self) -> None:
+        if self._failed is not None:
+            raise OSError(
+                self._failed.errno,
+                f"{self._image.path}: an earlier sync failed: {self._failed.strerror}",
+            )
+
     def _write_metadata(self, bitmaps: list[tuple[int, int, bytes]], entries: list[int], sync: bool) -> None:
         if not bitmaps:
             if sync:
-                self._sync()
+                self._sync_all()
             return
         if sync and self._published:
-            self._sync()
+            self._sync_all()
         padding = bytes(self._image.bitmap_size - self._image.bitmap_bytes)
         for _, offset, bitmap in bitmaps:
             self._files.pwrite(self._fd, bitmap + padding, offset)
@@ -359,7 +369,7 @@ class LeafWriter:
                 values.byteswap()
             self._files.pwrite(self._fd, values.tobytes(), table + 4 * first)
         if sync:
-            self._sync()
+            self._sync_all()
 
 
 def set_bits(bitmap: bytearray, first: int, last: int) -> None:
