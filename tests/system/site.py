@@ -158,3 +158,8 @@ def depth(site: Site, vdi: Vdi) -> int:
     """How many images the chains of a VDI's tree have, at most."""
     nodes = json.loads(site.gateway.command("vdi-chain", vdi.uuid, "--json").stdout)
     return max(int(node["depth"]) for node in nodes)
+
+
+def assert_whole(site: Site, vdi: Vdi) -> None:
+    checked = site.gateway.command("vhd-check", str(vdi.file))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
