@@ -1,6 +1,5 @@
 """A lease to write a child and its parent, as coalescing takes it, and a real QEMU with the same files."""
 
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,8 @@ import pytest
 
 from gateway.core.leases import Holder, LeaseMode, LeaseRefused, Leases
 from gateway.core.limits import Limits
-from gateway.images.vhd.create import create_differencing, create_dynamic
-from gateway.images.vhd.image import open_vhd
+from gateway.images.vhd.create import create_dynamic
+from tests.images.disks import make_child
 
 READ, WRITE = LeaseMode.READ, LeaseMode.WRITE
 COALESCE = Holder("the gateway", "coalesce", "OpaqueRef:vdi")
@@ -39,11 +38,7 @@ class Chain:
         if not Path(parent).exists():
             create_dynamic(parent, SIZE)
         path = str(self.directory / name)
-        fd = os.open(parent, os.O_RDONLY)
-        try:
-            create_differencing(path, parent, open_vhd(fd, parent))
-        finally:
-            os.close(fd)
+        make_child(Path(path), Path(parent))
         return path
 
     def arguments(self, name: str) -> list[str]:

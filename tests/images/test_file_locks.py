@@ -1,3 +1,5 @@
+"""Who may lock an image beside whom, here, in another process and in QEMU, and when a lock ends."""
+
 import os
 import socket
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway.images.file_locks import FileInUse, FileUse, lock_file, lock_files, lock_wholly
+from tests.images.other_process import OtherProcess
 
 Opener = Callable[[int], int]
 
@@ -55,56 +58,22 @@ def qemu_io(image: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-class Helper:
-    """Another process that locks the image when told, and lives until it is ended."""
-
-    PROGRAM = """
-import os, sys
-from gateway.images.file_locks import FileInUse, FileUse, lock_file
-for line in sys.stdin:
-    use, path = line.split(maxsplit=1)
-    fd = os.open(path.strip(), os.O_RDONLY)
-    try:
-        lock_file(fd, FileUse[use], path.strip())
-    except FileInUse:
-        os.close(fd)
-        print("in use", flush=True)
-    else:
-        print("locked", flush=True)
-"""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, use: FileUse, image: Path) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(use.name, image, file=self.process.stdin, flush=True)
-        return self.process.stdout.readline().strip()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture
-def helper() -> Iterator[Helper]:
-    other = Helper()
-    yield other
-    other.end()
+def other() -> Iterator[OtherProcess]:
+    process = OtherProcess()
+    yield process
+    process.end()
 
 
 @pytest.mark.parametrize("second", FileUse)
 @pytest.mark.parametrize("first", FileUse)
 def test_only_readers_share_a_file(
-    image: Path, open_image: Opener, helper: Helper, first: FileUse, second: FileUse
+    image: Path, open_image: Opener, other: OtherProcess, first: FileUse, second: FileUse
 ) -> None:
     lock_file(open_image(os.O_RDONLY), first, str(image))
     both_read = first is second is FileUse.READ
     assert may(second, image) == both_read
-    assert helper.ask(second, image) == ("locked" if both_read else "in use")
+    assert other.ask(second, image) == ("locked" if both_read else "in use")
 
 
 def test_the_refusal_names_the_file_and_the_reason(image: Path, open_image: Opener) -> None:
@@ -151,33 +120,35 @@ def test_closing_ends_the_lock(image: Path, open_image: Opener) -> None:
 
 
 def test_closing_another_descriptor_of_the_same_file_keeps_the_lock(
-    image: Path, open_image: Opener, helper: Helper
+    image: Path, open_image: Opener, other: OtherProcess
 ) -> None:
     lock_file(open_image(os.O_RDONLY), FileUse.WRITE, str(image))
     os.close(os.open(image, os.O_RDONLY))
-    assert helper.ask(FileUse.READ, image) == "in use"
+    assert other.ask(FileUse.READ, image) == "in use"
 
 
 def test_the_lock_lives_until_the_last_duplicate_is_closed(
-    image: Path, open_image: Opener, helper: Helper
+    image: Path, open_image: Opener, other: OtherProcess
 ) -> None:
     fd = os.open(image, os.O_RDONLY)
     lock_file(fd, FileUse.WRITE, str(image))
     duplicate = os.dup(fd)
     os.close(fd)
-    assert helper.ask(FileUse.READ, image) == "in use"
+    assert other.ask(FileUse.READ, image) == "in use"
     os.close(duplicate)
-    assert helper.ask(FileUse.READ, image) == "locked"
+    assert other.ask(FileUse.READ, image) == "locked"
 
 
-def test_the_end_of_a_process_ends_its_lock(image: Path, helper: Helper) -> None:
-    assert helper.ask(FileUse.WRITE, image) == "locked"
+def test_the_end_of_a_process_ends_its_lock(image: Path, other: OtherProcess) -> None:
+    assert other.ask(FileUse.WRITE, image) == "locked"
     assert not may(FileUse.READ, image)
-    helper.end()
+    other.end()
     assert may(FileUse.WRITE, image)
 
 
-def test_a_lock_outlives_its_taker_when_the_descriptor_was_passed_on(image: Path, helper: Helper) -> None:
+def test_a_lock_outlives_its_taker_when_the_descriptor_was_passed_on(
+    image: Path, other: OtherProcess
+) -> None:
     program = """
 import os, socket, sys
 from gateway.images.file_locks import FileUse, lock_file
@@ -195,9 +166,9 @@ socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"x"], [fd])
                 timeout=30,
             )
         _, (passed,), _, _ = socket.recv_fds(ours, 1, 1)
-    assert helper.ask(FileUse.READ, image) == "in use"
+    assert other.ask(FileUse.READ, image) == "in use"
     os.close(passed)
-    assert helper.ask(FileUse.READ, image) == "locked"
+    assert other.ask(FileUse.READ, image) == "locked"
 
 
 def test_an_exclusive_lock_of_another_kind_is_respected(image: Path, open_image: Opener) -> None:
