@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.lease_files import make_image, open_images
+from tests.core.session_gate import Gate
 from tests.core.task_board import Board
 
 
@@ -28,3 +29,10 @@ def no_descriptor_stays_open() -> Iterator[None]:
     before = open_images()
     yield
     assert open_images() == before
+
+
+@pytest.fixture
+async def gate(tmp_path: Path) -> AsyncIterator[Gate]:
+    gate = await Gate(str(tmp_path / "gateway.sqlite3")).open()
+    yield gate
+    await gate.database.aclose()
