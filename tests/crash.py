@@ -27,18 +27,16 @@ before it yields the first state.
 """
 
 import os
-import shutil
 import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from gateway.images.files import Buffer, FileCalls
 from tests.crash_model import (
-    PAGE,
     ROOT,
     Call,
     Content,
@@ -51,12 +49,10 @@ from tests.crash_model import (
     data_ranges,
     read_content,
 )
+from tests.crash_states import Builder, choose, make_safe
 
 if TYPE_CHECKING:
     from random import Random
-
-# A fixed time in the past; a test that changes a built state gives the file another one.
-_BUILT_NS: Final = 1_000_000_000_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +214,7 @@ class RecordingFileCalls(FileCalls):
     def kill_states(self, into: Path) -> Iterator[CrashState]:
         """The directory after no call, after each call, and in the middle of long writes, built in `into`."""
         self.check_complete()
-        builder = _Builder(into)
+        builder = Builder(into)
         tree = self._initial.copy()
         yield self._state(builder, tree, 0, "killed before the first call")
         for index, call in enumerate(self.calls):
@@ -238,12 +234,12 @@ class RecordingFileCalls(FileCalls):
         all unsafe calls lost, only the last one there, only one of them lost.
         """
         self.check_complete()
-        builder = _Builder(into)
+        builder = Builder(into)
         safe = self._initial.copy()
         pending: list[UnsafeCall] = []
         for index, call in enumerate(self.calls):
             if isinstance(call, SyncCall):
-                pending = _make_safe(safe, pending, call.inode)
+                pending = make_safe(safe, pending, call.inode)
             else:
                 if isinstance(call, EntryCall) and call.new_file is not None:
                     safe.files[call.new_file] = Content()
@@ -251,7 +247,7 @@ class RecordingFileCalls(FileCalls):
                     safe.directories[call.new_directory] = {}
                 pending.append(call)
             for _ in range(per_point if pending else 1):
-                survivors = _choose(pending, rng)
+                survivors = choose(pending, rng)
                 tree = safe.branch({c.inode for c in survivors if isinstance(c, ContentCall)})
                 for survivor in survivors:
                     survivor.apply(tree)
@@ -260,7 +256,7 @@ class RecordingFileCalls(FileCalls):
                 story = f"power failed after call {index}: {call.text}; {lost} calls lost, not lost: {there}"
                 yield self._state(builder, tree, index + 1, story)
 
-    def _state(self, builder: "_Builder", tree: Tree, calls: int, story: str) -> CrashState:
+    def _state(self, builder: Builder, tree: Tree, calls: int, story: str) -> CrashState:
         builder.build(tree)
         marks = tuple(value for position, value in self._marks if position <= calls)
         return CrashState(builder.directory, calls, marks, story)
@@ -342,108 +338,3 @@ class RecordingFileCalls(FileCalls):
                 tree.files[self._inodes[key]] = read_content(str(path))
             directory[name] = self._inodes[key]
         return tree
-
-
-def _make_safe(safe: Tree, pending: list[UnsafeCall], inode: Inode) -> list[UnsafeCall]:
-    remaining: list[UnsafeCall] = []
-    for call in pending:
-        if (call.inode if isinstance(call, ContentCall) else call.safe_with) == inode:
-            call.apply(safe)
-        else:
-            remaining.append(call)
-    return remaining
-
-
-def _choose(pending: list[UnsafeCall], rng: "Random") -> list[UnsafeCall]:
-    if not pending:
-        return []
-    match rng.randrange(8):
-        case 0:
-            chosen: list[UnsafeCall] = []
-        case 1:
-            chosen = pending[-1:]
-        case 2 | 3:
-            lost = rng.randrange(len(pending))
-            chosen = pending[:lost] + pending[lost + 1 :]
-        case 4:
-            chosen = list(pending)
-        case _:
-            chance = rng.choice((0.2, 0.5, 0.8))
-            chosen = [call for call in pending if rng.random() < chance]
-    return [
-        call.torn(rng) if isinstance(call, ContentCall) and rng.random() < 0.3 else call for call in chosen
-    ]
-
-
-class _Builder:
-    """Turns one directory into one state after another, writing only what differs.
-
-    Each file also lies in a store beside the directory, so a state's files have one more link than names.
-    """
-
-    def __init__(self, into: Path) -> None:
-        self.directory = into / "state"
-        self._store = into / "store"
-        self.directory.mkdir(parents=True)
-        self._store.mkdir()
-        self._built: dict[Inode, Content] = {}
-
-    def build(self, tree: Tree) -> None:
-        names = tree.names()
-        for inode in {inode for inode in names.values() if inode in tree.files}:
-            self._build_file(inode, tree.files[inode])
-        self._build_names(tree, names)
-
-    def _build_file(self, inode: Inode, content: Content) -> None:
-        path = self._store / str(inode)
-        built = self._built.get(inode)
-        if built is not None:
-            status = path.stat()
-            if (status.st_mtime_ns, status.st_size) != (_BUILT_NS, built.size):
-                path.unlink()  # the test changed it
-                del self._built[inode]
-                built = None
-        if built is None:
-            built = Content()
-        if built.pages == content.pages and built.size == content.size and inode in self._built:
-            return
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(fd, content.size)
-            empty = bytes(PAGE)
-            run: list[bytes] = []
-            run_start = 0
-            for number in sorted(built.pages.keys() | content.pages.keys()):
-                page = content.pages.get(number)
-                if page is built.pages.get(number) or number * PAGE >= content.size:
-                    continue
-                if page is None:
-                    page = empty
-                if run and run_start + len(run) != number:
-                    os.pwrite(fd, b"".join(run), run_start * PAGE)
-                    run = []
-                if not run:
-                    run_start = number
-                run.append(page)
-            if run:
-                os.pwrite(fd, b"".join(run), run_start * PAGE)
-            os.ftruncate(fd, content.size)
-        finally:
-            os.close(fd)
-        os.utime(path, ns=(_BUILT_NS, _BUILT_NS))
-        self._built[inode] = content.copy()
-
-    def _build_names(self, tree: Tree, names: dict[str, Inode]) -> None:
-        for path in sorted(self.directory.rglob("*"), reverse=True):
-            inode = names.get(str(path.relative_to(self.directory)))
-            if path.is_dir() and not path.is_symlink():
-                if inode not in tree.directories:
-                    shutil.rmtree(path)
-            elif inode not in tree.files or not path.samefile(self._store / str(inode)):
-                path.unlink()
-        for name, inode in names.items():
-            path = self.directory / name
-            if inode in tree.directories:
-                path.mkdir(exist_ok=True)
-            elif not path.exists():
-                os.link(self._store / str(inode), path)
