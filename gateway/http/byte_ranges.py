@@ -1,4 +1,4 @@
-"""Which bytes of a disk a GET is about: Range, If-Range and If-None-Match (RFC 9110, sections 13 and 14).
+"""Which bytes of a disk a GET is about: Range and what it may depend on (RFC 9110, sections 13 and 14).
 
 No I/O. One range is honoured; several at once get the whole, which the RFC allows and which every client that
 asks for several understands. A Range that can't be read counts as none.
@@ -53,6 +53,14 @@ def requested_range(headers: "Mapping[str, str]", size: int, tag: str) -> ByteRa
     if start >= stop:
         raise UnsatisfiableRange
     return ByteRange(start, stop)
+
+
+def is_another(headers: "Mapping[str, str]", tag: str) -> bool:
+    """Whether If-Match names other contents alone, so that 412 is the answer; a weak tag never matches."""
+    value = headers.get("if-match")
+    if value is None or value.strip() == "*":
+        return False
+    return tag not in (each.strip() for each in value.split(","))
 
 
 def is_unchanged(headers: "Mapping[str, str]", tag: str) -> bool:

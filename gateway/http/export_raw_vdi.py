@@ -20,7 +20,7 @@ import trio
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
-from gateway.http.byte_ranges import ByteRange, UnsatisfiableRange, is_unchanged, requested_range
+from gateway.http.byte_ranges import ByteRange, UnsatisfiableRange, is_another, is_unchanged, requested_range
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
 from gateway.http.export_choice import ExportChoice, export_choice, unrelated
 from gateway.http.wire import WireBroken
@@ -40,6 +40,8 @@ from gateway.transfers.export_formats import (
 from gateway.transfers.known_blocks import KnownBlocks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gateway.core.leases import Lease
     from gateway.core.records import VDI
     from gateway.core.sessions import Identity
@@ -160,12 +162,12 @@ class ExportRawVDI:
             try:
                 wanted = requested_range(headers, size, export.tag)
             except UnsatisfiableRange:
-                await download.connection.respond(
+                raise Refusal(
                     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
-                    f"There are {size} bytes; ask for a range inside of them.\n".encode(),
-                    headers=[("content-range", f"bytes */{size}"), ("accept-ranges", "bytes")],
-                )
-                return
+                    _refused(headers, "range", f"there are {size} bytes"),
+                    ("content-range", f"bytes */{size}"),
+                    ("accept-ranges", "bytes"),
+                ) from None
             if wanted is None and task is None:
                 text = f"export of VDI {vdi.uuid}"
                 task = await download.asked.new_task(download.identity, "export_raw_vdi", text)
@@ -284,7 +286,13 @@ class _Head:
 
 
 async def _is_answered_by(connection: "Connection", request: "Request", head: _Head, size: int) -> bool:
-    """Whether no body was asked for: the client has it already, or wants to know its head alone."""
+    """Whether no body was asked for: the client has it already, or wants to know its head alone.
+
+    Raises Refusal (412) for a client that wants another content, as one that goes on with a download may.
+    """
+    if is_another(request.headers, head.tag):
+        error = _refused(request.headers, "if-match", f"the content has the ETag {head.tag}")
+        raise Refusal(HTTPStatus.PRECONDITION_FAILED, error, ("etag", head.tag))
     if is_unchanged(request.headers, head.tag):
         await connection.respond_head(HTTPStatus.NOT_MODIFIED, [("etag", head.tag)])
     elif request.method == "HEAD":
@@ -292,3 +300,7 @@ async def _is_answered_by(connection: "Connection", request: "Request", head: _H
     else:
         return False
     return True
+
+
+def _refused(headers: "Mapping[str, str]", name: str, reason: str) -> XenAPIError:
+    return XenAPIError("VALUE_NOT_SUPPORTED", name, headers[name][:100], reason)
