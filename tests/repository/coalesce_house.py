@@ -18,9 +18,11 @@ from gateway.core.tasks import Tasks
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.coalescer import Coalescer
 from gateway.repository.inventory import Inventory
-from tests.repository.test_snapshots import write
+from tests.repository.test_snapshots import make, write
 
 MIB = 1 << 20
+# Of images that lie in an SR without being anybody's.
+UUID, OTHER = (f"0000000{number}-0000-4000-8000-000000000000" for number in (7, 8))
 
 
 class House:
@@ -152,6 +154,15 @@ class Gate(FileCalls):
 BLOCKS = 5
 # One byte of each MiB of such a VDI.
 PATTERN = bytes([0x20 + number // 2 for number in range(2 * BLOCKS)])
+
+
+async def make_middle(inventory: Inventory, tmp_path: Path) -> tuple[str, str, str, str]:
+    """An SR, a VDI, and two snapshots of it; once the first is gone, a node in the middle can be merged."""
+    sr, ref = await make(inventory, tmp_path)
+    first = await inventory.vdi_snapshot(ref)
+    await write(inventory, ref, b"\x22" * 8192, 4096)
+    second = await inventory.vdi_snapshot(ref)
+    return sr, ref, first, second
 
 
 async def make_copyable(house: House, tmp_path: Path) -> tuple[str, str]:
