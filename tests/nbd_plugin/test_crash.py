@@ -22,7 +22,7 @@ from gateway.access.protocol import File, Granted, Open
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.vhd.check import check_vhd
 from tests.crash import RecordingFileCalls
-from tests.images.disks import inspect, libvhdi_reads
+from tests.images.disks import content, inspect, libvhdi_reads
 from tests.images.test_crash import (
     FLUSHED,
     SECTOR,
@@ -35,7 +35,6 @@ from tests.images.test_crash import (
     make_dynamic,
     make_fixed,
     misread_by_libvhdi,
-    read_by_us,
 )
 from tests.nbd_plugin.conftest import MAY_TRIM
 
@@ -178,7 +177,7 @@ def crash(
     qemu_every: int,
 ) -> None:
     """One connection after another writes; then all that a crash may leave is looked at."""
-    before = read_by_us(served.image)
+    before = content(served.image)
     client = Connection(served.plugin, served.files, scene.rng)
     for _ in range(connections):
         export = served.open()
@@ -195,7 +194,7 @@ def crash(
         check_files(paths, expectation, state, qemu=number % qemu_every == 0)
         if number % 10 == 0:
             go_on(paths[0], scene.rng, expectation, alone=len(paths) == 1)
-    assert kinds["power"].current == read_by_us(served.image)
+    assert kinds["power"].current == content(served.image)
 
 
 @pytest.mark.parametrize("make", [make_dynamic, make_differencing, make_fixed])
@@ -273,14 +272,14 @@ def work_in_parallel(served: Served, seed: int, requests: int) -> None:
 def crash_in_parallel(
     scene: Scene, names: list[str], served: Served, *, seed: int, requests: int, per_point: int
 ) -> None:
-    before = read_by_us(served.image)
+    before = content(served.image)
     work_in_parallel(served, seed, requests)
     kinds = {kind: [Expectation(before) for _ in range(THREADS)] for kind in ("kill", "power")}
     sectors = len(before) // SECTOR
     for state in scene.states(served.files, per_point):
         paths = [state.directory / name for name in names]
         misread = misread_by_libvhdi(paths[0]) if len(paths) > 1 else frozenset()
-        ours, theirs = read_by_us(paths[0]), libvhdi_reads(paths)
+        ours, theirs = content(paths[0]), libvhdi_reads(paths)
         for thread, expectation in enumerate(kinds[state.directory.parent.name]):
             promises = tuple(mark[1] for mark in state.marks if isinstance(mark, tuple) and mark[0] == thread)
             expectation.follow(promises)
