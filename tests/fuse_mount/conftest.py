@@ -1,6 +1,7 @@
-"""A gateway as its own process, a disk of it, and mounts of it: one of a test's own, one that lasts.
+"""A gateway as its own process, with a disk and with mounts: one of a test's own, one that lasts.
 
-Tests of what is read without a mount have a `site` of their own, with a shorter wait for leases.
+Tests of what is read without a mount have a `site` of their own, with a shorter wait for leases; tests of
+the handlers alone have a `house`.
 """
 
 import os
@@ -8,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.conftest import RunningGateway
+from tests.fuse_mount.operations_house import House
 from tests.fuse_mount.served_site import operations
 from tests.system.mounted import Mounted, mounted
 from tests.system.site import MIB, Site, Vdi, wait_until
@@ -54,3 +57,19 @@ def lasting(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
     """One for all tests that leave it as it is."""
     with mounted(site.gateway, tmp_path_factory.mktemp("lasting") / "mnt") as mount:
         yield mount
+
+
+@pytest.fixture
+async def house() -> House:
+    return House()
+
+
+@pytest.fixture
+async def writable() -> House:
+    return House(writable=True)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with structlog.testing.capture_logs():
+        yield
