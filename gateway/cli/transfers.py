@@ -58,8 +58,8 @@ def vdi_import(
         disk then stays as it is.
     format
         auto is a VHD, qcow2, VHDX or VMDK image if the file is one, else a raw disk, and a raw disk from
-        stdin. raw imports a file as it is, whatever it looks like. A differencing VHD is written over what
-        the disk has.
+        stdin; what is known and can't be read, such as gzip, is refused. raw imports a file as it is,
+        whatever it looks like. A differencing VHD is written over what the disk has.
     json
         Of a new disk, print a JSON document.
     progress

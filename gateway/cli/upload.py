@@ -20,11 +20,12 @@ from gateway.cli.exchange import PIECE_BYTES, SENDFILE_BYTES, ConnectionLostErro
 from gateway.cli.output import CommandError, UsageError
 from gateway.cli.progress import Display, Transfer
 from gateway.cli.transfer_task import TransferTask, refusal
+from gateway.core.errors import XenAPIError
 from gateway.images.files import next_data, next_hole
+from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise
 
 STDIN: Final = "-"
 _ZEROES: Final = memoryview(bytes(PIECE_BYTES))
-_MAGIC: Final = ((b"conectix", "vhd"), (b"QFI\xfb", "qcow2"), (b"KDMV", "vmdk"), (b"vhdxfile", "vhdx"))
 # Of a VHD's footer (gateway/images/vhd/format.py).
 _FOOTER_BYTES: Final = 512
 _CURRENT_SIZE: Final = slice(48, 56)
@@ -81,13 +82,19 @@ def _source(fd: int, name: str, size: int | None) -> Source:
 
 
 def format_of(source: Source) -> str:
-    """The format of an image by its beginning, of a fixed VHD by its end; raw of a pipe and all else."""
+    """The format of an image by its beginning, of a fixed VHD by its end; raw of a pipe and all else.
+
+    CommandError for what is known and can't be read.
+    """
     if not source.seekable:
         return "raw"
-    begin = os.pread(source.fd, 16, source.offset)
-    for magic, name in _MAGIC:
-        if begin.startswith(magic):
-            return name
+    try:
+        name = recognise(os.pread(source.fd, MAGIC_BYTES, source.offset))
+    except XenAPIError as error:
+        _, what = error.params
+        raise CommandError(f"{source.name} can't be imported: {what}") from None
+    if name is not BodyFormat.RAW:
+        return name
     size = source.size or 0
     end = os.pread(source.fd, _FOOTER_BYTES, source.offset + size - _FOOTER_BYTES) if size >= 1024 else b""
     is_fixed_vhd = (

@@ -12,7 +12,7 @@ from typing import Final
 from gateway.core.errors import XenAPIError
 
 # So many bytes are enough to tell formats apart.
-MAGIC_BYTES: Final = 64
+MAGIC_BYTES: Final = 512
 
 # Raises VDI_TOO_SMALL where there isn't room for so many bytes of a disk.
 Fits = Callable[[int], None]
@@ -36,17 +36,21 @@ _MAGIC: Final = (
     (b"vhdxfile", BodyFormat.VHDX),
     (b"KDMV", BodyFormat.VMDK),
 )
-# What nobody means to write to a disk as it is.
+# What nobody means to write to a disk as it is: the place of the magic, the magic, and what it is.
 _OTHERS: Final = (
-    (b"COWD", "a VMDK image of an old ESX host"),
-    (b"# Disk DescriptorFile", "the description of a VMDK image, whose data is in other files"),
-    (b"<<< Oracle VM VirtualBox Disk Image >>>", "a VirtualBox image"),
-    (b"QED\0", "a QED image"),
-    (b"\x1f\x8b\x08", "compressed by gzip"),
-    (b"\xfd7zXZ\0", "compressed by xz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd"),
-    (b"BZh", "compressed by bzip2"),
-    (b"PK\x03\x04", "a ZIP archive"),
+    (0, b"COWD", "a VMDK image of an old ESX host"),
+    (0, b"# Disk DescriptorFile", "the description of a VMDK image, whose data is in other files"),
+    # Of its text each program has its own: QEMU, Oracle and those before.
+    (64, b"\x7f\x10\xda\xbe", "a VirtualBox image"),
+    (0, b"QED\0", "a QED image"),
+    (0, b"WithoutFreeSpace", "a Parallels image"),
+    (0, b"WithouFreSpacExt", "a Parallels image"),
+    (257, b"ustar", "a tar archive, as an OVA is"),
+    (0, b"\x1f\x8b\x08", "compressed by gzip"),
+    (0, b"\xfd7zXZ\0", "compressed by xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (0, b"BZh", "compressed by bzip2"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
 )
 
 
@@ -66,8 +70,8 @@ def recognise(begin: bytes) -> BodyFormat:
     for magic, name in _MAGIC:
         if begin.startswith(magic):
             return name
-    for magic, what in _OTHERS:
-        if begin.startswith(magic):
+    for place, magic, what in _OTHERS:
+        if begin.startswith(magic, place):
             raise unsupported_image("auto", f"it is {what}; name the format raw if that is the disk")
     return BodyFormat.RAW
 
