@@ -1,4 +1,4 @@
-"""By what images and archives that nobody can read here are told from raw disks: made by their own programs."""
+"""By what images and archives that nobody can read are told from raw disks: made by their own programs."""
 
 import subprocess
 import tarfile
