@@ -5,10 +5,11 @@ A session's reference is the wire name of its role: `await site.call("VDI.get_al
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import trio
 
 from gateway.core.current_operations import CurrentOperations
@@ -23,12 +24,14 @@ from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity, Session
 from gateway.core.tasks import Tasks
 from gateway.core.users import Users
+from gateway.repository.inventory import Inventory
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api, Caller
 from gateway.xenapi.estate import Estate
 
 CALLER = Caller("192.0.2.1", "https")
 ADMIN = Role.POOL_ADMIN.wire_name
+MIB = 1 << 20
 
 
 @dataclass
@@ -114,3 +117,38 @@ async def open_site(path: Path, events: Events | None = None) -> AsyncIterator[S
             nursery.cancel_scope.cancel()
     finally:
         await database.aclose()
+
+
+@asynccontextmanager
+async def with_inventory(site: Site) -> AsyncIterator[Site]:
+    """The site with a real inventory."""
+    estate = site.estate
+    async with Inventory.open(estate.records, estate.leases, site.events, who="test") as inventory:
+        async with trio.open_nursery() as nursery:
+            yield replace(site, api=Api(replace(estate, inventory=inventory), nursery, CLASSES))
+            nursery.cancel_scope.cancel()
+
+
+def inventory_of(site: Site) -> Inventory:
+    return site.api._estate.inventory
+
+
+async def sr_of(site: Site, path: Path) -> str:
+    host = site.estate.records.this_host.ref
+    device_config = {"location": str(path)}
+    sr: str = await site.call(
+        "SR.create", ADMIN, host, device_config, "0", "local", "disks", "file", "user", False, {"a": "b"}
+    )
+    return sr
+
+
+async def vdi_of(site: Site, sr: str, **more: Any) -> str:
+    record = {"SR": sr, "virtual_size": str(3 * MIB), "name_label": "disk", **more}
+    vdi: str = await site.call("VDI.create", ADMIN, record)
+    return vdi
+
+
+async def refusal(site: Site, name: str, *params: Any) -> list[str]:
+    with pytest.raises(XenAPIError) as refused:
+        await site.call(name, *params)
+    return refused.value.error_info

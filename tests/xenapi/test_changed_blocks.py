@@ -7,10 +7,7 @@ import trio
 
 from gateway.core.leases import Holder, LeaseMode
 
-from .estate_for_tests import ADMIN, Site
-from .test_classes import inventory_of, live, refusal, sr_of, vdi_of
-
-__all__ = ["live"]
+from .estate_for_tests import ADMIN, Site, inventory_of, refusal, sr_of, vdi_of
 
 MIB = 1 << 20
 

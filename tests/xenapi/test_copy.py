@@ -8,10 +8,7 @@ import trio
 from gateway.core.refs import NULL_REF
 from gateway.core.tasks import TaskStatus
 
-from .estate_for_tests import ADMIN, Site
-from .test_classes import inventory_of, live, refusal, sr_of, vdi_of
-
-__all__ = ["live"]
+from .estate_for_tests import ADMIN, Site, inventory_of, refusal, sr_of, vdi_of
 
 
 async def ended(site: Site, task: str) -> dict[str, Any]:

@@ -16,13 +16,7 @@ from gateway.xenapi.datamodel import Call
 from gateway.xenapi.jsonrpc import answer_jsonrpc
 from gateway.xenapi.xmlrpc import answer_xmlrpc, dump_value
 
-from .estate_for_tests import ADMIN, CALLER, Site
-
-
-async def refusal(site: Site, name: str, *params: Any) -> list[str]:
-    with pytest.raises(XenAPIError) as refused:
-        await site.call(name, *params)
-    return refused.value.error_info
+from .estate_for_tests import ADMIN, CALLER, Site, refusal
 
 
 @pytest.mark.parametrize("name", ["VDI.get_all", "VDI_get_all", "vdi.get_all", "Vdi_get_all", "vDi.get_all"])

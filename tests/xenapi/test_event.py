@@ -1,5 +1,4 @@
 import math
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,26 +11,19 @@ from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.roles import Role
-from gateway.repository.inventory import Inventory
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api, Caller
 from gateway.xenapi.event import token_of
 from gateway.xenapi.jsonrpc import answer_jsonrpc
 from gateway.xenapi.xmlrpc import dump_value
 
-from .estate_for_tests import ADMIN, CALLER, Site, open_site
+from .estate_for_tests import ADMIN, CALLER, Site, open_site, refusal, sr_of
 
 LONG = 1000.0
 
 
 def brief(batch: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(event["class"], event["operation"], event["ref"]) for event in batch["events"]]
-
-
-async def refusal(site: Site, name: str, *params: Any) -> list[str]:
-    with pytest.raises(XenAPIError) as refused:
-        await site.call(name, *params)
-    return refused.value.error_info
 
 
 async def current(site: Site) -> str:
@@ -272,22 +264,6 @@ async def test_event_next_says_when_events_are_lost(tmp_path: Path) -> None:
         for _ in range(4):
             await task_of(site)
         assert await refusal(site, "event.next", ADMIN) == ["EVENTS_LOST"]
-
-
-@pytest.fixture
-async def live(site: Site) -> AsyncIterator[Site]:
-    estate = site.estate
-    async with Inventory.open(estate.records, estate.leases, site.events, who="test") as inventory:
-        async with trio.open_nursery() as nursery:
-            yield replace(site, api=Api(replace(estate, inventory=inventory), nursery, CLASSES))
-            nursery.cancel_scope.cancel()
-
-
-async def sr_of(site: Site, path: Path) -> str:
-    host = site.estate.records.this_host.ref
-    location = {"location": str(path)}
-    sr: str = await site.call("SR.create", ADMIN, host, location, 0, "sr", "", "file", "user", False, {})
-    return sr
 
 
 async def test_operations_on_a_vdi_are_events_of_it_and_changes_of_vdis_events_of_the_sr(

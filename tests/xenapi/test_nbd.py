@@ -1,37 +1,20 @@
 """What clients learn of NBD: VDI.get_nbd_info, the network's purposes, and the addresses of its PIF."""
 
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
 
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.nbd_service import NbdDoor, NbdService
 from gateway.core.records import Records
-from gateway.repository.inventory import Inventory
-from gateway.xenapi.classes import CLASSES
-from gateway.xenapi.dispatch import Api
 
-from .estate_for_tests import ADMIN, Site
+from .estate_for_tests import ADMIN, Site, refusal
 
 MIB = 1 << 20
 PLAIN = NbdService(("192.0.2.7", "2001:db8::7"), 10809, None, "gateway.test")
 SECURE = NbdService(("192.0.2.7", "2001:db8::7"), 10810, "the certificate", "gateway.test")
-
-
-@pytest.fixture
-async def live(site: Site) -> AsyncIterator[Site]:
-    """The site with a real inventory."""
-    estate = site.estate
-    async with Inventory.open(estate.records, estate.leases, site.events, who="test") as inventory:
-        async with trio.open_nursery() as nursery:
-            yield replace(site, api=Api(replace(estate, inventory=inventory), nursery, CLASSES))
-            nursery.cancel_scope.cancel()
 
 
 @pytest.fixture
@@ -42,12 +25,6 @@ async def vdi(live: Site, tmp_path: Path) -> str:
     record = {"SR": sr, "virtual_size": str(4 * MIB), "name_label": "disk"}
     found: str = await live.call("VDI.create", ADMIN, record)
     return found
-
-
-async def refusal(site: Site, name: str, *params: Any) -> list[str]:
-    with pytest.raises(XenAPIError) as refused:
-        await site.call(name, *params)
-    return refused.value.error_info
 
 
 async def network_of(site: Site) -> str:

@@ -14,11 +14,8 @@ from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api
 from tests.transfers.pull_server import LOOPBACK, Connection, Request, file_of, serving
 
-from .estate_for_tests import ADMIN, Site
-from .test_classes import live, refusal, sr_of
+from .estate_for_tests import ADMIN, Site, refusal, sr_of
 from .test_copy import ended
-
-__all__ = ["live"]
 
 MIB = 1 << 20
 DATA = bytes(range(256)) * 8192

@@ -13,15 +13,9 @@ from gateway.core.users import Users
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import LOCAL, Api, Caller
 
-from .estate_for_tests import Site
+from .estate_for_tests import Site, refusal
 
 LOCAL_CALLER = Caller(LOCAL, LOCAL)
-
-
-async def refusal(site: Site, name: str, *params: Any) -> list[str]:
-    with pytest.raises(XenAPIError) as refused:
-        await site.call(name, *params)
-    return refused.value.error_info
 
 
 @pytest.fixture
