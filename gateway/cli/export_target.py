@@ -171,12 +171,7 @@ class FileTarget(ExportTarget):
         self._keep_note = False
         self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CommandError(
-                    f"{self._part} is being written by another export; wait for it or give another name"
-                ) from None
+            self._lock()
             self._recall()
         except BaseException:
             os.close(self._fd)
@@ -228,10 +223,29 @@ class FileTarget(ExportTarget):
         # Nobody can go on with it without a note. It may be what fills the disk, so that there is none.
         if not os.path.exists(self._note):
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._fd), os.stat(self._part)):
+                if self._is_part():
                     os.unlink(self._part)
                     os.unlink(f"{self._note}.new")
         os.close(self._fd)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(
+                f"{self._part} is being written by another export; wait for it or give another name"
+            ) from None
+        # Between opening and locking another export may have finished this very file.
+        if not self._is_part():
+            raise CommandError(
+                f"another export to {self.name} has ended at this moment; look at it, and try again"
+            )
+
+    def _is_part(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._part))
+        except FileNotFoundError:
+            return False
 
     def _recall(self) -> None:
         try:
