@@ -24,7 +24,7 @@ from tests.http.gate import MIB, Answer, Gate, open_gate, until
 from tests.http.test_refusals import UNKNOWN
 from tests.images.disks import libvhdi_reads, open_leaf, pattern, qemu_compare, read_all
 from tests.images.exports import libqcow_reads
-from tests.repository.test_snapshots import write
+from tests.repository.vdis import write
 
 BLOCK = 2 * MIB
 SIZE = 10 * BLOCK

@@ -18,7 +18,7 @@ from gateway.core.tasks import Tasks
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.coalescer import Coalescer
 from gateway.repository.inventory import Inventory
-from tests.repository.test_snapshots import make, write
+from tests.repository.vdis import make, write
 
 MIB = 1 << 20
 # Of images that lie in an SR without being anybody's.

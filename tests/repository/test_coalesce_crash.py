@@ -16,7 +16,7 @@ from tests.crash import CrashState, RecordingFileCalls
 from tests.repository.coalesce_house import MIB, House, OpenHouse, house_in
 from tests.repository.test_crash import states
 from tests.repository.test_repository import read
-from tests.repository.test_snapshots import make, write
+from tests.repository.vdis import make, write
 
 SAMPLE = 4 * MIB
 

@@ -15,7 +15,7 @@ from tests.crash import RecordingFileCalls
 from tests.images.disks import libvhdi_reads
 from tests.repository.test_crash import CHILD, HOLDER, NEW, PARENT, RAW, SAMPLE, prepare, states
 from tests.repository.test_repository import read, replace
-from tests.repository.test_snapshots import after_the_crash
+from tests.repository.test_snapshot_crash import after_the_crash
 
 SIZE = 4 << 20
 

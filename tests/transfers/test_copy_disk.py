@@ -20,7 +20,7 @@ from tests.repository.conftest import listing
 from tests.repository.test_inventory import replace as import_into
 from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
-from tests.repository.test_snapshots import make, write
+from tests.repository.vdis import make, write
 from tests.transfers.copying import MIB, copy, foreign_reads, other_sr, path_of
 
 GIB = 1 << 30

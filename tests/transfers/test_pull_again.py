@@ -10,7 +10,7 @@ from gateway.transfers.formats import BodyFormat
 from gateway.transfers.pull import Checksum
 from gateway.transfers.pull_image import checksums_in
 from gateway.transfers.pull_source import ImageURL
-from tests.repository.test_snapshots import write
+from tests.repository.vdis import write
 from tests.transfers.copying import path_of
 from tests.transfers.pull_server import Connection, Request, Server, file_of, serving
 from tests.transfers.pulling import MIB, SIZE, House, image, require_same, sum_of
