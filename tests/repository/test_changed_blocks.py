@@ -12,7 +12,6 @@ from gateway.images.vhd.check import check_vhd
 from gateway.repository.inventory import Inventory
 from tests.repository.coalesce_house import House
 from tests.repository.conftest import OpenInventory
-from tests.repository.test_inventory import pbd_of, replace
 from tests.repository.tracked import (
     GRAIN,
     MIB,
@@ -25,6 +24,7 @@ from tests.repository.tracked import (
     tracked,
     write,
 )
+from tests.repository.vdis import pbd_of, replace
 
 
 async def test_two_snapshots_differ_where_the_disk_was_written_to(

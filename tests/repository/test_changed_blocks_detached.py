@@ -11,8 +11,8 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode
 from gateway.repository.inventory import Inventory
 from tests.repository.coalesce_house import House
-from tests.repository.test_inventory import pbd_of
 from tests.repository.tracked import GRAIN, MIB, content, differing, told, tracked, write
+from tests.repository.vdis import pbd_of
 
 
 def told_by_files(root: Path, older: str, newer: str) -> set[int]:

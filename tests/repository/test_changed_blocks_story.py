@@ -9,8 +9,8 @@ from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
 from gateway.repository.inventory import Inventory
 from tests.repository.coalesce_house import OpenHouse
-from tests.repository.test_inventory import replace
 from tests.repository.tracked import MIB, content, differing, told, tracked, write
+from tests.repository.vdis import replace
 
 
 async def story(open_house: OpenHouse, tmp_path: Path, seed: int, generations: int) -> int:

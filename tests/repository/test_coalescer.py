@@ -11,8 +11,7 @@ from gateway.repository.coalesce_plan import Candidate, CoalesceKind
 from gateway.repository.coalesce_run import CoalesceRun
 from gateway.repository.coalescer import PAUSED_KEY
 from tests.repository.coalesce_house import MIB, OTHER, UUID, House, make_middle
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import content, hidden, make, write
+from tests.repository.vdis import content, hidden, make, root_of, write
 
 
 async def test_what_a_destroyed_snapshot_leaves_goes_into_its_leaf(house: House, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.merge import Merge
 from gateway.repository.coalescer import PAUSED_KEY
 from tests.repository.coalesce_house import House, OpenHouse, leased, make_middle, told
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import content, hidden, make, write
+from tests.repository.vdis import content, hidden, make, root_of, write
 
 
 class FailingRelink(FileCalls):

@@ -12,8 +12,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
 from gateway.repository.inventory import Inventory
 from tests.repository.coalesce_house import house_in
-from tests.repository.test_inventory import replace
-from tests.repository.vdis import content, hidden, write
+from tests.repository.vdis import content, hidden, replace, write
 from tests.transfers.copying import copy
 
 SIZE = 4 << 20

@@ -26,8 +26,7 @@ from tests.repository.coalesce_house import (
     somebody_waits,
     told,
 )
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import content, hidden, make, write
+from tests.repository.vdis import content, hidden, make, root_of, write
 
 UUID = "00000007-0000-4000-8000-000000000000"
 

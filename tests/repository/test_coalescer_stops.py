@@ -27,8 +27,7 @@ from tests.repository.coalesce_house import (
     told,
     until,
 )
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import content, make
+from tests.repository.vdis import content, make, root_of
 
 
 async def test_while_a_file_cannot_be_read_nothing_is_merged_and_all_say_why(

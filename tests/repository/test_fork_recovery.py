@@ -11,8 +11,7 @@ from gateway.images.files import FILES
 from gateway.repository.directory import SRDirectory, replace_file
 from gateway.repository.fork import _Journal, unfinished_forks
 from tests.repository.conftest import OpenInventory
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import content, make
+from tests.repository.vdis import content, make, root_of
 
 BASE, CHILD = (f"0000000{number}-0000-4000-8000-000000000000" for number in (7, 8))
 

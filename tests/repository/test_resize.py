@@ -15,8 +15,8 @@ from gateway.repository.repository import Repository
 from tests.crash import RecordingFileCalls
 from tests.repository.conftest import SR_UUID, OpenInventory
 from tests.repository.test_crash import CHILD, HOLDER, PARENT, RAW, SAMPLE, prepare, states
-from tests.repository.test_inventory import replace
 from tests.repository.test_repository import read
+from tests.repository.vdis import replace
 
 MIB = 1 << 20
 

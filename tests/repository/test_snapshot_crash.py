@@ -18,10 +18,9 @@ from gateway.repository.repository import Repository
 from tests.crash import CrashState, RecordingFileCalls
 from tests.repository.conftest import SR_UUID, OpenInventory
 from tests.repository.test_crash import CHILD, HOLDER, NEW, PARENT, RAW, SAMPLE, prepare, states
-from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
 from tests.repository.test_repository import replace as replace_image
-from tests.repository.vdis import content, hidden, make
+from tests.repository.vdis import content, hidden, make, root_of
 
 BASE = "00000009-0000-4000-8000-000000000000"
 

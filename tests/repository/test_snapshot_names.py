@@ -15,10 +15,9 @@ from gateway.repository.repository import Repository
 from tests.crash import RecordingFileCalls
 from tests.repository.conftest import SR_UUID, OpenInventory
 from tests.repository.test_crash import CHILD, HOLDER, NEW, PARENT, prepare, states
-from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
 from tests.repository.test_snapshot_crash import BASE, after_the_crash
-from tests.repository.vdis import content, make, write
+from tests.repository.vdis import content, make, root_of, write
 
 SR_RECORD = SR(ref="OpaqueRef:sr", uuid=SR_UUID, name_label="sr")
 NAMES = {PARENT: "parent", CHILD: "child", NEW: "kept", BASE: "base copy"}

@@ -13,8 +13,7 @@ from gateway.repository.fork import MAX_CHAIN_LENGTH
 from gateway.repository.inventory import Inventory
 from tests.images.disks import inspect, read_all
 from tests.repository.conftest import listing
-from tests.repository.test_inventory import replace, root_of
-from tests.repository.vdis import MIB, content, hidden, make, write
+from tests.repository.vdis import MIB, content, hidden, make, replace, root_of, write
 
 
 async def test_a_snapshot_is_xenservers_hidden_base_copy_with_two_children(

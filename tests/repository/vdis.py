@@ -1,4 +1,4 @@
-"""A VDI in an SR of a test's own: made, written to, and read back beside libvhdi.
+"""VDIs in SRs of a test's own: made, imported to, written to, and read back beside libvhdi.
 
 The trap: libvhdi reads no parent beyond its end, so of chains that have grown our own reader's word is taken.
 """
@@ -13,10 +13,38 @@ from gateway.images.chain import open_chain_files
 from gateway.images.vhd.check import check_vhd
 from gateway.repository.inventory import Inventory
 from tests.images.disks import inspect, libvhdi_reads
-from tests.repository.test_inventory import replace
 from tests.repository.test_repository import read
 
 MIB = 1 << 20
+
+
+async def make(inventory: Inventory, tmp_path: Path, data: bytes = b"\x11" * 4096) -> tuple[str, str]:
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+    ref = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk", tags=["one"])
+    await replace(inventory, ref, data)
+    return sr, ref
+
+
+def root_of(inventory: Inventory, sr: str) -> Path:
+    return Path(inventory.repository(sr).directory.root)
+
+
+def pbd_of(inventory: Inventory, sr: str) -> str:
+    return inventory.records.pbds_of_sr(sr)[0].ref
+
+
+def hidden(inventory: Inventory, sr: str) -> list[VDI]:
+    return [vdi for vdi in inventory.records.vdis_of_sr(sr) if not vdi.managed]
+
+
+async def replace(inventory: Inventory, ref: str, data: bytes) -> None:
+    lease = await inventory.lease(ref, LeaseMode.REPLACE, Holder("root", "import", ref))
+    async with inventory.repository_of(ref).staging(lease, whole=True) as staging:
+        await trio.to_thread.run_sync(staging.disk.pwrite, data, 0)
+        await staging.commit()
+        await inventory.vdi_changed(ref)
+    lease.release()
+    await lease.released()
 
 
 async def write(inventory: Inventory, ref: str, data: bytes, offset: int = 0) -> None:
@@ -43,14 +71,3 @@ def content(inventory: Inventory, ref: str) -> bytes:
     if len({inspect(path).size for path in paths}) == 1:
         assert libvhdi_reads(paths) == ours
     return ours
-
-
-async def make(inventory: Inventory, tmp_path: Path, data: bytes = b"\x11" * 4096) -> tuple[str, str]:
-    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
-    ref = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk", tags=["one"])
-    await replace(inventory, ref, data)
-    return sr, ref
-
-
-def hidden(inventory: Inventory, sr: str) -> list[VDI]:
-    return [vdi for vdi in inventory.records.vdis_of_sr(sr) if not vdi.managed]

@@ -20,7 +20,7 @@ from gateway.transfers.copy_disk import copy_disk
 from gateway.transfers.import_raw import PIECE_BYTES
 from gateway.transfers.publications import Publications
 from tests.images.disks import libvhdi_reads
-from tests.repository.test_inventory import replace as import_into
+from tests.repository.vdis import replace as import_into
 
 MIB = 1 << 20
 

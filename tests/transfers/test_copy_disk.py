@@ -17,10 +17,9 @@ from gateway.transfers.copy_disk import shape_of_copy
 from gateway.transfers.publications import Publications
 from tests.images.disks import entries, inspect, qemu_compare, read_all
 from tests.repository.conftest import listing
-from tests.repository.test_inventory import replace as import_into
-from tests.repository.test_inventory import root_of
 from tests.repository.test_repository import read
-from tests.repository.vdis import make, write
+from tests.repository.vdis import make, root_of, write
+from tests.repository.vdis import replace as import_into
 from tests.transfers.copying import MIB, copy, foreign_reads, other_sr, path_of
 
 GIB = 1 << 30

@@ -13,9 +13,8 @@ from gateway.core.task import Operation
 from gateway.images.files import Buffer, FileCalls
 from gateway.repository.inventory import Inventory
 from tests.repository.conftest import OpenInventory
-from tests.repository.test_inventory import replace as import_into
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import make
+from tests.repository.vdis import make, root_of
+from tests.repository.vdis import replace as import_into
 from tests.transfers.copying import MIB, Held, copy, filled, foreign_reads, names
 
 

@@ -13,9 +13,8 @@ from gateway.core.refs import NULL_REF
 from gateway.repository.inventory import Inventory
 from tests.images.disks import read_all
 from tests.repository.conftest import OpenInventory, listing
-from tests.repository.test_inventory import replace as import_into
-from tests.repository.test_inventory import root_of
-from tests.repository.vdis import make
+from tests.repository.vdis import make, root_of
+from tests.repository.vdis import replace as import_into
 from tests.transfers.copying import MIB, Held, copy, filled, foreign_reads, other_sr
 
 if TYPE_CHECKING:

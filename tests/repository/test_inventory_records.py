@@ -1,0 +1,66 @@
+"""The copy of an SR's records beside its images follows the database, and stands in for a lost one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trio
+
+from gateway.core.records import VDI
+from gateway.repository.inventory import Inventory
+from gateway.repository.repository import Repository
+from tests.repository.conftest import OpenInventory
+from tests.repository.vdis import MIB, replace
+
+
+async def test_losing_the_database_loses_nothing(open_inventory: OpenInventory, tmp_path: Path) -> None:
+    async with open_inventory() as inventory:
+        sr = await inventory.sr_create("mine", str(tmp_path / "sr"), name_description="about")
+        ref = await inventory.vdi_create(
+            sr=sr, virtual_size=MIB, name_label="disk", other_config={"key": "value"}, tags=["tag"]
+        )
+        known = inventory.records.vdis.get(ref)
+        uuid = inventory.records.srs.get(sr).uuid
+    async with open_inventory(database="new.sqlite3") as inventory:
+        sr = await inventory.sr_attach(str(tmp_path / "sr"), writable=True)
+        record = inventory.records.srs.get(sr)
+        assert (record.uuid, record.name_label, record.name_description) == (uuid, "mine", "about")
+        (found,) = inventory.records.vdis_of_sr(sr)
+        assert found == VDI(**{**{name: getattr(known, name) for name in VDI.__slots__}, "sr": sr})
+
+
+async def test_the_copy_of_the_records_follows_without_being_asked(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = trio.Event()
+    write = Repository.write_records
+
+    async def noting(repository: Repository, content: bytes) -> None:
+        await write(repository, content)
+        if b"named later" in content:
+            written.set()
+
+    monkeypatch.setattr(Repository, "write_records", noting)
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+    ref = await inventory.vdi_create(sr=sr, virtual_size=MIB)
+    await inventory.records.vdis.change(ref, name_label="named later")
+    await written.wait()
+    copy = json.loads((tmp_path / "sr" / ".vdi-gateway" / "records.json").read_bytes())
+    assert [record["name_label"] for record in copy["vdis"]] == ["named later"]
+
+
+async def test_an_older_database_gives_way_to_a_copy_that_knows_the_file(
+    open_inventory: OpenInventory, tmp_path: Path
+) -> None:
+    async with open_inventory() as inventory:
+        sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+        ref = await inventory.vdi_create(sr=sr, virtual_size=MIB, name_label="old name")
+    backup = (tmp_path / "gateway.sqlite3").read_bytes()
+    async with open_inventory() as inventory:
+        await inventory.records.vdis.change(ref, name_label="new name")
+        await replace(inventory, ref, b"x")
+        content_id = inventory.records.vdis.get(ref).content_id
+    (tmp_path / "gateway.sqlite3").write_bytes(backup)
+    async with open_inventory() as inventory:
+        record = inventory.records.vdis.get(ref)
+        assert (record.name_label, record.content_id) == ("new name", content_id)
