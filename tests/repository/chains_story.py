@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import pyvhdi
 import trio
 
 from gateway.core.leases import Holder, LeaseMode
@@ -22,22 +20,18 @@ from gateway.core.task import Operation
 from gateway.images.chain import open_chain_files
 from gateway.images.files import Buffer, FileCalls
 from gateway.images.layout import raw_layout
-from gateway.images.vhd.check import check_vhd
 from gateway.repository.coalescer import PAUSED_KEY
 from gateway.transfers.copy_disk import copy_disk
 from gateway.transfers.export_disk import DiskExport
 from gateway.transfers.publications import Publications
-from tests.images.disks import inspect
 from tests.repository.coalesce_house import House, open_house_in, until
-from tests.repository.test_repository import read
+from tests.repository.vdis import PIECE, sound_content
 from tests.transfers.test_export_disk import Collected
 
 MIB: Final = 1 << 20
 SIZE: Final = 4 * MIB
 LARGEST: Final = 8 * MIB
 MOST_VDIS: Final = 7
-# Whole bytes of the sector bitmap: libvhdi takes clear bits behind a set one for set.
-PIECE: Final = 4096
 PLACES: Final = (0, PIECE, 3 * PIECE, 2 * MIB - PIECE, 2 * MIB, SIZE - 2 * PIECE, SIZE, LARGEST - PIECE)
 # As often as it takes for deep chains and for merges that have something to copy.
 STEPS: Final = (
@@ -354,30 +348,6 @@ class Story:
         for image in images.values():
             children = [child for child in images.values() if child.parent == image.uuid]
             assert not image.hidden or len(children) > 1, (image, self.done)
-
-
-def sound_content(paths: list[str], story: object) -> bytes:
-    """What a chain of files, leaf first, reads, if libvhdi reads the same and no file has a fault.
-
-    libvhdi takes the size that a VHD was created with for its size, also after it has grown, and reads no
-    parent beyond its end. What it can't see for that is our own reader's word.
-    """
-    for path in paths:
-        assert not check_vhd(path).problems, (path, story)
-    files = []
-    for path in paths:
-        files.append(pyvhdi.file())
-        files[-1].open(path)
-    for child, parent in pairwise(files):
-        child.set_parent(parent)
-    size = min(file.get_media_size() for file in files)
-    # In pieces: a longer read across small blocks takes runs of clear bits for too long.
-    foreign = b"".join(files[0].read_buffer_at_offset(PIECE, offset) for offset in range(0, size, PIECE))
-    for file in files:
-        file.close()
-    ours = read(paths[0], inspect(Path(paths[0])).size)
-    assert ours[:size] == foreign, (paths, story)
-    return ours
 
 
 @asynccontextmanager

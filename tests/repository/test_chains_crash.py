@@ -21,19 +21,10 @@ from gateway.repository.directory import SRDirectory
 from gateway.repository.fork import unfinished_forks
 from gateway.repository.repository import Repository
 from tests.crash import CrashState, RecordingFileCalls
-from tests.repository.chains_story import (
-    MIB,
-    PLACES,
-    STEPS,
-    Interrupting,
-    Promise,
-    Step,
-    begin,
-    sound_content,
-    told,
-)
+from tests.repository.chains_story import MIB, PLACES, STEPS, Interrupting, Promise, Step, begin, told
 from tests.repository.coalesce_house import open_house_in
 from tests.repository.test_crash import states
+from tests.repository.vdis import sound_content
 
 
 class Recorder(Interrupting, RecordingFileCalls):
