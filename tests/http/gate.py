@@ -30,6 +30,7 @@ from gateway.http.rpc import JSON, XML, rpc_handler
 from gateway.http.server import Listener, Server, listen
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.files import FILES, FileCalls
+from gateway.repository.coalescer import PAUSED_KEY
 from gateway.repository.inventory import Inventory
 
 MIB = 1 << 20
@@ -269,3 +270,22 @@ async def open_gate(
             yield gate
             nursery.cancel_scope.cancel()
     await database.aclose()
+
+
+def chain(gate: Gate, vdi: VDI) -> list[str]:
+    """The uuids of a VDI and of all that it stands on."""
+    names: list[str] = []
+    uuid: str | None = vdi.uuid
+    while uuid is not None:
+        names.append(uuid)
+        uuid = gate.inventory.records.vdis.by_uuid(uuid).sm_config.get("vhd-parent")
+    return names
+
+
+async def coalesce(gate: Gate) -> None:
+    """Merge all that can be, in the SR of a gate that coalesces when a test says so."""
+    coalescers = gate.inventory._coalescers
+    assert coalescers is not None
+    await gate.inventory.records.srs.change(gate.sr, other_config={})
+    await coalescers.of(gate.sr).coalesce()
+    await gate.inventory.records.srs.change(gate.sr, other_config={PAUSED_KEY: "true"})

@@ -2,8 +2,7 @@
 
 import os
 import random
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -19,8 +18,7 @@ from gateway.core.tasks import TaskStatus
 from gateway.images.files import FILES
 from gateway.images.vhd.check import check_vhd
 from gateway.images.vhd.format import Footer
-from gateway.repository.coalescer import PAUSED_KEY
-from tests.http.gate import MIB, Answer, Gate, open_gate, until
+from tests.http.gate import MIB, Answer, Gate, chain, coalesce, open_gate, until
 from tests.http.test_refusals import UNKNOWN
 from tests.images.disks import libvhdi_reads, open_leaf, pattern, qemu_compare, read_all
 from tests.images.exports import libqcow_reads
@@ -34,23 +32,8 @@ TYPES = {"vhd": "application/vhd", "qcow2": "application/x-qemu-disk"}
 
 
 @pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory that no disk has to be waited for."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
 async def gate(memory: Path) -> AsyncIterator[Gate]:
     async with open_gate(memory) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def coalescing(memory: Path) -> AsyncIterator[Gate]:
-    """A gate whose SR is coalesced when a test says so."""
-    async with open_gate(memory, coalesces=True) as opened:
-        await opened.inventory.records.srs.change(opened.sr, other_config={PAUSED_KEY: "true"})
         yield opened
 
 
@@ -279,23 +262,6 @@ async def test_a_download_that_is_cut_again_and_again_goes_on_while_its_chain_is
     ).body
     assert received == whole.body
     assert (await export(gate, vdi, image_format, chosen)).body == whole.body
-
-
-def chain(gate: Gate, vdi: VDI) -> list[str]:
-    names: list[str] = []
-    uuid: str | None = vdi.uuid
-    while uuid is not None:
-        names.append(uuid)
-        uuid = gate.inventory.records.vdis.by_uuid(uuid).sm_config.get("vhd-parent")
-    return names
-
-
-async def coalesce(gate: Gate) -> None:
-    coalescers = gate.inventory._coalescers
-    assert coalescers is not None
-    await gate.inventory.records.srs.change(gate.sr, other_config={})
-    await coalescers.of(gate.sr).coalesce()
-    await gate.inventory.records.srs.change(gate.sr, other_config={PAUSED_KEY: "true"})
 
 
 async def test_a_hole_made_in_a_raw_image_is_another_export_of_the_same_bytes(gate: Gate) -> None:
