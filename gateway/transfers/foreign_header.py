@@ -68,6 +68,19 @@ def virtual_size(name: BodyFormat, fd: int, *, whole: bool) -> int:
     return size
 
 
+def end_unit(name: BodyFormat, fd: int) -> int | None:
+    """The length of a whole file is a multiple of so many bytes, if only its tables tell how long it is.
+
+    None of an image that `virtual_size` has found whole by itself: all blocks of a VHDX lie in it, or it has
+    its mark at its end. Blocks.
+    """
+    if name is BodyFormat.QCOW2:
+        return 1 << int(_QCOW2.unpack(pread_exactly(fd, _QCOW2.size, 0))[4])
+    if name is BodyFormat.VMDK and _VMDK.unpack(pread_exactly(fd, _VMDK.size, 0))[9] != _GD_AT_END:
+        return 512
+    return None
+
+
 def _read(name: BodyFormat, fd: int, length: int, offset: int, *, whole: bool) -> bytes:
     data = pread_exactly(fd, length, offset)
     if len(data) < length:

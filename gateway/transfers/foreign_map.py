@@ -38,6 +38,8 @@ class MappedDisk:
 
     def __init__(self, fd: int, size: int, end: int, path: str) -> None:
         self.size: Final = size
+        self.needed = 0
+        """So many bytes the file has if nothing of the disk is missing."""
         self._fd: Final = fd
         self._end: Final = end
         self._path: Final = path
@@ -67,6 +69,7 @@ class MappedDisk:
             raise Unmapped
         if not (0 <= place < self._end and place + length < self._end + _LARGEST_CLUSTER):
             raise CorruptImage(self._path, f"{length} bytes of its disk lie beyond its end, at {place}")
+        self.needed = max(self.needed, place + length)
         self._starts.append(start)
         self._stops.append(start + length)
         self._places.append(place)

@@ -29,9 +29,9 @@ from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.files import FILES, FileCalls
 from gateway.images.raw import RawDisk
 from gateway.images.vhd.format import round_up_to_sector
-from gateway.transfers.body import BodyReader, TransferAborted
+from gateway.transfers.body import BodyEnded, BodyReader, TransferAborted
 from gateway.transfers.copy_disk import Copied, Readable, fill
-from gateway.transfers.foreign_header import NotYet, virtual_size
+from gateway.transfers.foreign_header import NotYet, end_unit, virtual_size
 from gateway.transfers.foreign_map import MappedDisk, Unmapped
 from gateway.transfers.formats import BodyFormat, Fits, corrupt_image, unsupported_image
 from gateway.transfers.import_raw import BUFFER_BYTES
@@ -244,6 +244,8 @@ class ForeignImage:
         if code not in (_CHECKED, _LEAKS):
             raise self._failed(code, said, seconds)
         mapped = self._map(command, seconds) if self.name in _MAPPED else None
+        if self.reader.length is None and not self.reader.end_is_told:
+            self._require_end(mapped)
         if mapped is not None:
             self._fill(mapped, disk, files)
             return
@@ -267,6 +269,22 @@ class ForeignImage:
     def _fill(self, source: Readable, disk: Disk, files: FileCalls) -> None:
         self._copied = Copied(source.size)
         fill(source, disk, self._copied, check=self.spool.check, files=files)
+
+    def _require_end(self, mapped: MappedDisk | None) -> None:
+        """Nobody has told where the body ends, and qemu-img lets a file lack nearly all of its last cluster.
+
+        Raises BodyEnded for what is cut off, XenAPIError where that can't be told.
+        """
+        unit = end_unit(self.name, self.spool.fd)
+        if unit is None:
+            return
+        if mapped is None:
+            problem = "it has no length, and compressed as it is nothing tells whether its end is missing"
+            raise unsupported_image(self.name, problem)
+        end = os.fstat(self.spool.fd).st_size
+        needed = max(mapped.needed, -(-end // unit) * unit)
+        if end < needed:
+            raise BodyEnded(needed, end)
 
     def _map(self, command: list[str], seconds: int) -> MappedDisk | None:
         """The disk as it lies in the body; None if it doesn't, or not all of it."""
