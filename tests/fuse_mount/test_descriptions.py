@@ -14,6 +14,7 @@ from fuse_mount.descriptions import Description, Descriptions
 from gateway.access.client import AccessRefused, open_vdi
 from gateway.access.protocol import Described, Refused
 from gateway.images.files import FileIdentity
+from tests.fuse_mount.askers import Askers, Source, asking
 from tests.fuse_mount.served_site import chained_vdi, control_socket, served_site, write
 from tests.system.site import MIB, Site, Vdi
 
@@ -101,104 +102,72 @@ async def test_without_a_gateway_the_reason_comes_at_once(tmp_path: Path) -> Non
         await descriptions.describe("any")
 
 
-class Slow:
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> Source:
     """A gateway whose answers come when a test says so."""
+    source = Source()
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[trio.Event] = []
-        self.token = trio.lowlevel.current_trio_token()
-        self.failure: Exception | None = None
-        monkeypatch.setattr(module, "describe_vdi", self.describe)
+    def describe(control_socket: str, vdi: str, session: str | None) -> Described:
+        return Described(trio.from_thread.run(source.ask, vdi), FileIdentity(1, 1), 1, 1, 1, 1)
 
-    def describe(self, control_socket: str, vdi: str, session: str | None) -> Described:
-        number = trio.from_thread.run_sync(self._note)
-        trio.from_thread.run(self.asked[number].wait)
-        if self.failure is not None:
-            raise self.failure
-        return Described(f"answer {number}", FileIdentity(1, 1), 1, 1, 1, 1)
-
-    def _note(self) -> int:
-        self.asked.append(trio.Event())
-        return len(self.asked) - 1
-
-    async def until_asked(self, times: int) -> None:
-        with trio.fail_after(10):
-            while len(self.asked) < times:
-                await trio.testing.wait_all_tasks_blocked(0.001)
+    monkeypatch.setattr(module, "describe_vdi", describe)
+    return source
 
 
-async def test_equal_questions_on_their_way_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, descriptions = Slow(monkeypatch), Descriptions("", lambda: None)
-    answers: list[Description] = []
-
-    async def ask() -> None:
-        answers.append(await descriptions.describe("a"))
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(5):
-            nursery.start_soon(ask)
-        await slow.until_asked(1)
-        slow.asked[0].set()
-    assert [answer.content_id for answer in answers] == ["answer 0"] * 5
-    assert len(slow.asked) == 1
+def contents(askers: Askers[Description]) -> list[str]:
+    return [told.content_id for told in askers.outcomes if isinstance(told, Description)]
 
 
-async def test_an_answer_from_before_a_change_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, descriptions = Slow(monkeypatch), Descriptions("", lambda: None)
-    answers: list[str] = []
+async def test_equal_questions_on_their_way_are_one(source: Source) -> None:
+    async with asking(Descriptions("", lambda: None).describe) as askers:
+        await askers.more(*["a"] * 5)
+        await source.until_asked(1)
+        source.gates[0].set()
+    assert contents(askers) == ["a 0"] * 5
+    assert len(source.asked) == 1
 
-    async def ask() -> None:
-        answers.append((await descriptions.describe("a")).content_id)
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask)
-        await slow.until_asked(1)
+async def test_an_answer_from_before_a_change_is_not_kept(source: Source) -> None:
+    descriptions = Descriptions("", lambda: None)
+    async with asking(descriptions.describe) as askers:
+        await askers.more("a")
+        await source.until_asked(1)
         descriptions.forget("a")
-        nursery.start_soon(ask)
-        await slow.until_asked(2)
-        slow.asked[1].set()
+        await askers.more("a")
+        await source.until_asked(2)
+        source.gates[1].set()
         await trio.testing.wait_all_tasks_blocked(0.05)
-        slow.asked[0].set()
-    assert sorted(answers) == ["answer 0", "answer 1"]
+        source.gates[0].set()
+    assert contents(askers) == ["a 0", "a 1"]
     known = descriptions.known("a")
     assert known is not None
-    assert known.content_id == "answer 1"
+    assert known.content_id == "a 1"
 
 
-async def test_a_failure_is_told_to_all_who_wait_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow, descriptions = Slow(monkeypatch), Descriptions("", lambda: None)
-    slow.failure = AccessRefused(Refused("VDI_IO_ERROR", (), "broken"))
-    failures = []
-
-    async def ask() -> None:
-        with pytest.raises(AccessRefused) as failed:
-            await descriptions.describe("a")
-        failures.append(failed.value)
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(3):
-            nursery.start_soon(ask)
-        await slow.until_asked(1)
-        slow.asked[0].set()
-    assert failures == [slow.failure] * 3
-    slow.failure = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(descriptions.describe, "a")
-        await slow.until_asked(2)
-        slow.asked[1].set()
+async def test_a_failure_is_told_to_all_who_wait_and_not_kept(source: Source) -> None:
+    descriptions = Descriptions("", lambda: None)
+    source.failure = failure = AccessRefused(Refused("VDI_IO_ERROR", (), "broken"))
+    async with asking(descriptions.describe) as askers:
+        await askers.more("a", "a", "a")
+        await source.until_asked(1)
+        source.gates[0].set()
+    assert askers.outcomes == [failure] * 3
+    source.failure = None
+    async with asking(descriptions.describe) as askers:
+        await askers.more("a")
+        await source.until_asked(2)
+        source.gates[1].set()
     assert descriptions.known("a") is not None
 
 
-async def test_who_asked_and_is_cancelled_leaves_the_question_to_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    slow, descriptions = Slow(monkeypatch), Descriptions("", lambda: None)
+async def test_who_asked_and_is_cancelled_leaves_the_question_to_the_next(source: Source) -> None:
+    descriptions = Descriptions("", lambda: None)
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
             scope.cancel()
             nursery.start_soon(descriptions.describe, "a")
             await descriptions.describe("a")
-        await slow.until_asked(1)
-        slow.asked[0].set()
+        await source.until_asked(1)
+        source.gates[0].set()
     assert scope.cancelled_caught
     assert descriptions.known("a") is not None

@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from fuse_mount.partitions import Partitions
+from tests.fuse_mount.askers import asking
 from tests.fuse_mount.partition_tables import GIB, MIB, Reads, made, places, told
 
 
@@ -120,46 +121,23 @@ async def test_no_more_tables_are_remembered_than_was_said(disks: FakeDisks) -> 
 
 
 async def test_equal_questions_at_one_time_are_one(disks: FakeDisks) -> None:
-    partitions = disks.partitions()
     disks.gate = trio.Event()
-    found = []
-
-    async def ask() -> None:
-        found.append(await partitions.of("other"))
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(20):
-            nursery.start_soon(ask)
-        await trio.testing.wait_all_tasks_blocked()
+    async with asking(disks.partitions().of) as askers:
+        await askers.more(*["other"] * 20)
         disks.gate.set()
-    assert len(found) == 20
-    assert len(set(found)) == 1
+    [found] = set(askers.outcomes)
+    assert isinstance(found, tuple)
     assert (disks.opened, disks.open_now) == (1, 0)
 
 
 async def test_when_the_one_who_asked_is_cancelled_the_others_get_their_answer(disks: FakeDisks) -> None:
-    partitions = disks.partitions()
     disks.gate = trio.Event()
-    found = []
-    cancelled = trio.CancelScope()
-
-    async def ask_and_go() -> None:
-        with cancelled:
-            await partitions.of("other")
-
-    async def ask() -> None:
-        found.append(await partitions.of("other"))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask_and_go)
-        await trio.testing.wait_all_tasks_blocked()
-        for _ in range(3):
-            nursery.start_soon(ask)
-        await trio.testing.wait_all_tasks_blocked()
-        cancelled.cancel()
-        await trio.testing.wait_all_tasks_blocked()
+    async with asking(disks.partitions().of) as askers:
+        await askers.more(*["other"] * 4)
+        await askers.cancel(0)
         disks.gate.set()
-    assert [len(each) for each in found] == [1, 1, 1]
+    assert askers.outcomes[0] is None
+    assert [len(each) for each in askers.outcomes[1:] if isinstance(each, tuple)] == [1, 1, 1]
     assert (disks.opened, disks.open_now) == (2, 0)
 
 

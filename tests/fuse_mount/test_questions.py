@@ -5,64 +5,7 @@ import trio
 import trio.testing
 
 from fuse_mount.questions import Questions
-
-
-class Source:
-    """Answers each question when a test opens its gate; the answers are numbered."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.gates: list[trio.Event] = []
-        self.kept: list[tuple[str, str]] = []
-        self.failure: Exception | None = None
-        self.asked_now = 0
-
-    async def ask(self, name: str) -> str:
-        number = len(self.asked)
-        self.asked.append(name)
-        self.gates.append(trio.Event())
-        self.asked_now += 1
-        try:
-            await self.gates[number].wait()
-        finally:
-            self.asked_now -= 1
-        if self.failure is not None:
-            raise self.failure
-        return f"{name} {number}"
-
-    def keep(self, name: str, answer: str) -> None:
-        self.kept.append((name, answer))
-
-
-class Askers:
-    """Tasks that ask, each with its own cancel scope; all are ended after ten seconds."""
-
-    def __init__(self, nursery: trio.Nursery, questions: Questions[str]) -> None:
-        nursery.cancel_scope.deadline = trio.current_time() + 10
-        self._nursery = nursery
-        self._questions = questions
-        self.outcomes: list[str | Exception | None] = []
-        self.scopes: list[trio.CancelScope] = []
-
-    async def more(self, *names: str) -> None:
-        """Start a task for each name, and return when all of them wait."""
-        for name in names:
-            self._nursery.start_soon(self._answer, name, len(self.scopes))
-            self.scopes.append(trio.CancelScope())
-            self.outcomes.append(None)
-            await trio.testing.wait_all_tasks_blocked()
-
-    async def cancel(self, *numbers: int) -> None:
-        for number in numbers:
-            self.scopes[number].cancel()
-        await trio.testing.wait_all_tasks_blocked()
-
-    async def _answer(self, name: str, number: int) -> None:
-        with self.scopes[number]:
-            try:
-                self.outcomes[number] = await self._questions.answer(name)
-            except OSError as error:
-                self.outcomes[number] = error
+from tests.fuse_mount.askers import Source, asking
 
 
 @pytest.fixture
@@ -78,8 +21,7 @@ def questions(source: Source) -> Questions[str]:
 async def test_equal_questions_are_asked_once_and_others_by_themselves(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a", "b", "a", "b")
         assert source.asked == ["a", "b"]
         source.gates[1].set()
@@ -91,8 +33,7 @@ async def test_equal_questions_are_asked_once_and_others_by_themselves(
 
 
 async def test_an_answer_is_not_remembered(source: Source, questions: Questions[str]) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         for number in range(3):
             await askers.more("a")
             source.gates[number].set()
@@ -129,8 +70,7 @@ async def test_an_error_is_raised_for_all_and_the_next_asks_anew(
     source: Source, questions: Questions[str]
 ) -> None:
     source.failure = failure = OSError("refused")
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a", "a")
         source.gates[0].set()
         await trio.testing.wait_all_tasks_blocked()
@@ -147,8 +87,7 @@ async def test_an_error_is_raised_for_all_and_the_next_asks_anew(
 async def test_when_the_one_who_asks_is_cancelled_one_of_those_who_wait_asks(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a", "a", "a")
         await askers.cancel(0)
         assert source.asked == ["a", "a"]
@@ -161,8 +100,7 @@ async def test_when_the_one_who_asks_is_cancelled_one_of_those_who_wait_asks(
 async def test_as_long_as_somebody_waits_somebody_asks_whoever_is_cancelled(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more(*["a"] * 5)
         for number in range(5):
             assert source.asked_now == 1
@@ -178,8 +116,7 @@ async def test_as_long_as_somebody_waits_somebody_asks_whoever_is_cancelled(
 async def test_when_one_who_waits_is_cancelled_the_others_notice_nothing(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a", "a")
         await askers.cancel(1)
         assert askers.scopes[1].cancelled_caught
@@ -192,8 +129,7 @@ async def test_when_one_who_waits_is_cancelled_the_others_notice_nothing(
 async def test_when_all_are_cancelled_at_once_the_next_asks_anew(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a", "a")
         await askers.cancel(0, 1, 2)
         assert source.asked == ["a"]
@@ -205,8 +141,7 @@ async def test_when_all_are_cancelled_at_once_the_next_asks_anew(
 async def test_who_asks_after_the_name_was_forgotten_gets_another_answer_and_only_that_is_kept(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a")
         questions.forget("a")
         await askers.more("a", "a")
@@ -224,8 +159,7 @@ async def test_who_asks_after_the_name_was_forgotten_gets_another_answer_and_onl
 async def test_who_waits_for_a_forgotten_question_that_is_cancelled_waits_for_the_new_one(
     source: Source, questions: Questions[str]
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        askers = Askers(nursery, questions)
+    async with asking(questions.answer) as askers:
         await askers.more("a", "a")
         questions.forget("a")
         await askers.more("a")
@@ -237,12 +171,11 @@ async def test_who_waits_for_a_forgotten_question_that_is_cancelled_waits_for_th
 
 async def test_an_answer_is_kept_before_anybody_has_it(source: Source) -> None:
     seen: list[list[str | Exception | None]] = []
-    async with trio.open_nursery() as nursery:
 
-        def keep(name: str, answer: str) -> None:
-            seen.append(list(askers.outcomes))
+    def keep(name: str, answer: str) -> None:
+        seen.append(list(askers.outcomes))
 
-        askers = Askers(nursery, Questions(source.ask, keep))
+    async with asking(Questions(source.ask, keep).answer) as askers:
         await askers.more("a", "a")
         source.gates[0].set()
     assert seen == [[None, None]]
