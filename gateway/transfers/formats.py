@@ -51,6 +51,8 @@ _OTHERS: Final = (
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd"),
     (0, b"BZh", "compressed by bzip2"),
     (0, b"PK\x03\x04", "a ZIP archive"),
+    # What a server sends instead of a file: a list, a form to log in, an excuse.
+    *((0, begin, "a web page") for begin in (b"<!DOCTYPE ", b"<!doctype ", b"<html", b"<HTML")),
 )
 
 

@@ -47,3 +47,12 @@ def test_an_ova_is_no_raw_disk(tmp_path: Path, form: int) -> None:
 )
 def test_what_a_disk_begins_with_is_raw(begin: bytes) -> None:
     assert recognise(begin) is BodyFormat.RAW
+
+
+@pytest.mark.parametrize(
+    "page", [b"<!DOCTYPE html><title>Log in</title>", b"<html>\n<head>", b"<HTML><BODY>"]
+)
+def test_a_web_page_is_no_raw_disk(page: bytes) -> None:
+    with pytest.raises(XenAPIError) as refused:
+        recognise(page)
+    assert "a web page" in refused.value.params[1]
