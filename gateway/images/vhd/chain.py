@@ -29,6 +29,7 @@ from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
 from gateway.images.vhd.image import VhdFile
 from gateway.images.vhd.short_runs import FEW, clear, read_short_runs
+from gateway.images.vhd.turns import Turns
 from gateway.images.vhd.writer import LeafWriter
 
 _ZEROES: Final = bytes(1 << 20)
@@ -58,6 +59,7 @@ class VhdChain:
         self._files = files
         self._lock = threading.Lock()
         self._edge_lock = threading.Lock()
+        self._turns = Turns(self._lock)
         self._writer: LeafWriter | None = None
         if not read_only:
             self._writer = LeafWriter(leaf, self._lock, files=files, published=published)
@@ -251,29 +253,44 @@ class VhdChain:
 
     def _write(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
         """Write whole sectors inside one block."""
-        if writer.write(block, within, data):
+        if writer.is_full(block) and writer.write(block, within, data):
             return
-        with self._lock:
-            writer.set_written(block, within, len(data))
-            self._map.renew(block)
+        self._turns.enter()
+        try:
+            self._write_new(writer, block, within, data)
+        finally:
+            self._turns.leave()
         writer.relieve()
+
+    def _write_new(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
+        if not writer.write(block, within, data):
+            with self._lock:
+                writer.set_written(block, within, len(data))
+                self._map.renew(block)
 
     def _trim(self, writer: LeafWriter, start: int, stop: int) -> None:
         """Make whole sectors holes; what no file of the chain has is passed over."""
         for block, within, size in self._map.stored_blocks(start, stop):
             first = block * self._leaf.block_size + within
             hide = self._map.stored_below(first, first + size)
-            if writer.punch(block, within, size, allocate=hide):
-                with self._lock:
-                    if hide:
-                        writer.set_written(block, within, size)
-                    self._map.renew(block)
+            self._turns.enter()
+            try:
+                punched = writer.punch(block, within, size, allocate=hide)
+                if punched:
+                    with self._lock:
+                        if hide:
+                            writer.set_written(block, within, size)
+                        self._map.renew(block)
+            finally:
+                self._turns.leave()
+            if punched:
                 writer.relieve()
 
     def _write_edges(self, writer: LeafWriter, data: memoryview, offset: int) -> None:
-        """Write bytes that do not fill their first or last sector: read, change and write those sectors.
+        """Write bytes that do not fill their first or last sector.
 
-        One at a time: two requests for different bytes of one sector must not undo each other.
+        Such a sector is filled up from the parents unless the leaf has it. One request at a time does so, and
+        nobody else writes new sectors meanwhile: requests must not undo each other's bytes.
         """
         stop = offset + len(data)
         with self._edge_lock:
@@ -287,9 +304,19 @@ class VhdChain:
                         self._write(writer, block, within, data[at : at + size])
                 else:
                     end = min(start + SECTOR, stop)
-                    sector = bytearray(SECTOR)
-                    self.pread_into(sector, start)
-                    sector[position - start : end - start] = data[position - offset : end - offset]
-                    block_size = self._leaf.block_size
-                    self._write(writer, start // block_size, start % block_size, sector)
+                    self._write_within_sector(writer, position, data[position - offset : end - offset])
                 position = end
+
+    def _write_within_sector(self, writer: LeafWriter, offset: int, data: memoryview) -> None:
+        block, within = divmod(offset, self._leaf.block_size)
+        if writer.overwrite(block, within, data):
+            return
+        with self._turns.alone():
+            if writer.overwrite(block, within, data):
+                return  # somebody was there first
+            start = offset % SECTOR
+            sector = bytearray(SECTOR)
+            self.pread_into(sector, offset - start)
+            sector[start : start + len(data)] = data
+            self._write_new(writer, block, within - start, sector)
+        writer.relieve()
