@@ -205,7 +205,8 @@ class Nbd:
                 return
             if directory != self._directory:
                 self._directory, self._chain = directory, chain
-                self._link.send({"do": "renew", "tls": directory})
+                if self._link is not None:  # it may have died meanwhile; the next one begins with these
+                    self._link.send({"do": "renew", "tls": directory})
         await self._tell_door()
 
     def begin_stop(self) -> None:
@@ -330,7 +331,7 @@ class Nbd:
         except (OSError, ValueError) as error:
             log.warning("clients are not told where NBD is", why=str(error))
             service = None
-        if not self._stopping:
+        if self._link is not None and not self._stopping:
             self._door.serve(service)
 
     async def _follow_to_the_end(self, link: _Link) -> None:
