@@ -42,7 +42,7 @@ from nbd_plugin.export import Export, Parameters
 from nbd_plugin.export_name import ExportNameError
 from nbd_plugin.failures import nbd_errno
 from nbd_plugin.pinning import local as this_thread
-from nbd_plugin.stopping import stop_at_signals
+from nbd_plugin.stopping import PATIENCE_SECONDS, stop_at_signals
 
 API_VERSION: Final = 2
 
@@ -87,7 +87,7 @@ def after_fork() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
     heap.use_one_heap()
     pinning.prepare()
-    stop_at_signals(nbdkit.shutdown)
+    stop_at_signals(nbdkit.shutdown, None if parameters.leash else PATIENCE_SECONDS)
     handshakes.watch(parameters.handshake, math.ceil(parameters.clients * _SHARE_OF_SILENT))
     if parameters.leash:
         leash.follow(int(parameters.leash))
