@@ -111,6 +111,9 @@ def make_directory(directory: SRDirectory, files: FileCalls = FILES) -> None:
             raise OSError(
                 errno.ENOTEMPTY, "a new SR needs an empty or absent directory", directory.root
             ) from None
+        # Who made it, or was killed while doing so, may not have made its name durable.
+        with contextlib.suppress(PermissionError):
+            files.sync_directory(os.path.dirname(os.path.abspath(directory.root)))
     else:
         files.sync_directory(os.path.dirname(os.path.abspath(directory.root)))
 
@@ -123,8 +126,7 @@ def make_service_directory(directory: SRDirectory, files: FileCalls = FILES) -> 
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(path).st_mode):
                 raise
-        else:
-            files.sync_directory(os.path.dirname(path))
+        files.sync_directory(os.path.dirname(path))  # also if a killed predecessor made it
 
 
 def read_marker(directory: SRDirectory) -> str | None:

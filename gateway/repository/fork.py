@@ -255,6 +255,7 @@ def recover_forks(directory: SRDirectory, files: FileCalls) -> dict[str, str]:
         except ImageError as error:
             unresolved[name] = f"{os.path.basename(error.path)}: {error.problem}"
             continue
+        files.sync_directory(directory.root)  # a killed predecessor may have removed names without
         files.unlink(path)
         files.sync_directory(directory.service)
     return unresolved

@@ -142,7 +142,7 @@ class _Recovery:
         parent = found.images.get(child.parent or "")
         if parent is None or parent.format != "vhd":
             raise _StaysError(f"{child.name} has no VHD as its parent")
-        children = children_to_relink(found, uuid, parent.uuid)
+        children = children_to_relink(found, uuid, parent.uuid, self._files)
         with self._alone(child.path, *(found.images[standing].path for standing in children)):
             self._require_sound(parent)
             finish_inline_relink(

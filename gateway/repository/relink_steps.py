@@ -43,24 +43,30 @@ def inline_relink(
     Raises ImageError, OSError; then the journal stays, and what is left to do is done by a recovery.
     """
     if os.path.lexists(journal_path(directory, JournalKind.RELINK, child)):
-        children = children_to_relink(Scanner(directory).scan(), child, parent)
+        children = children_to_relink(Scanner(directory).scan(), child, parent, files)
     else:
         create_journal(directory, JournalKind.RELINK, child, files=files)
     remove_journal(directory, JournalKind.COALESCE, child, files=files)
     finish_inline_relink(directory, child=child, parent=parent, children=children, files=files)
 
 
-def children_to_relink(found: ScanResult, child: str, parent: str) -> list[str]:
+def children_to_relink(found: ScanResult, child: str, parent: str, files: FileCalls) -> list[str]:
     """The children of `child`, and those of `parent` that were being relinked when a crash came.
 
     Those have their new parent, and locators that may lead to the old one still, by which other programs go.
-    Raises CorruptImage if a file can't be read, for it may be one of them, ImageError, OSError.
+    The locators of all others are durable on return. Raises CorruptImage if a file can't be read, for it may
+    be one of them, ImageError, OSError.
     """
     for image in found.images.values():
         if image.error is not None:
             raise CorruptImage(image.path, image.error)
-    on_parent = [uuid for uuid in found.children(parent) if uuid != child]
-    interrupted = [uuid for uuid in on_parent if f"{child}.vhd" in parents_of(found.images[uuid].path)]
+    interrupted: list[str] = []
+    for uuid in found.children(parent):
+        path = found.images[uuid].path
+        if uuid != child and f"{child}.vhd" in parents_of(path):
+            interrupted.append(uuid)
+        elif uuid != child:
+            _make_durable(path, files)
     return [*found.children(child), *interrupted]
 
 
@@ -137,6 +143,14 @@ def ensure_hidden(path: str, hidden: bool, files: FileCalls) -> None:
     # A crash while the flag was changed leaves two footers that differ; the one at the end counts.
     if image.footer.hidden is not hidden or copy not in (None, image.footer.pack()):
         set_hidden(path, hidden, files=files)
+    else:
+        _make_durable(path, files)
+
+
+def _make_durable(path: str, files: FileCalls) -> None:
+    """What a killed predecessor wrote can be read, but it may not have come to syncing it."""
+    with opened(path) as image:
+        files.datasync(image.fd)
 
 
 def parents_of(path: str) -> list[str]:

@@ -96,7 +96,7 @@ def restore_header(path: str, keep: str, files: FileCalls = FILES) -> None:
             if not _is_header(kept):
                 raise CorruptImage(path, "its dynamic disk header is damaged, and so is the copy kept of it")
             files.pwrite(fd, kept, offset)
-            files.datasync(fd)
+        files.datasync(fd)  # a killed predecessor may not have come to that
     finally:
         files.close(fd)
     _remove(keep, files)
