@@ -10,10 +10,10 @@ content id at the next scan, as after a change from outside.
 
 import errno
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -22,6 +22,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
+from gateway.images.files import FileIdentity
 from gateway.repository.cbt_lifecycle import CbtLifecycle
 from gateway.repository.fork import Fork, Revert
 from gateway.repository.intended import forget_intended, write_intended
@@ -34,6 +35,9 @@ from gateway.repository.staging import Staging
 # What XenServer calls the hidden parent that a snapshot leaves behind.
 BASE_COPY_NAME: Final = "base copy"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+Publishing: TypeAlias = Callable[[str, FileIdentity], AbstractContextManager[None]]
+"""A block for a VDI (its reference) in which its file is another than this one; see vdi_revert."""
 
 
 @dataclass(slots=True)
@@ -104,12 +108,19 @@ class ChainOperations(CbtLifecycle):
         return (await self._fork(ref, Holder(who, "clone", ref, task), wait)).ref
 
     async def vdi_revert(
-        self, ref: str, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None
+        self,
+        ref: str,
+        *,
+        who: str = "XenAPI",
+        task: str | None = None,
+        wait: float | None = None,
+        publishing: Publishing = lambda _vdi, _replaced: nullcontext(),
     ) -> None:
         """Give the VDI of which `ref` is a snapshot the snapshot's bytes and size; the snapshot stays.
 
-        What was written to the VDI since is gone. Raises OPERATION_NOT_ALLOWED for what is no snapshot or has
-        no VDI any more, and what vdi_snapshot raises.
+        What was written to the VDI since is gone. `publishing` is entered while the VDI's name may lead to
+        another file than `replaced` and its content id doesn't say so yet. Raises OPERATION_NOT_ALLOWED for
+        what is no snapshot or has no VDI any more, and what vdi_snapshot raises.
         """
         repository = self._forkable(ref)
         snapshot = self.records.vdis.get(ref)
@@ -127,10 +138,15 @@ class ChainOperations(CbtLifecycle):
             ) as source:
                 snapshot = await self.vdi_under(ref, source)
                 revert = Revert(repository.directory, lease, source, repository.files)
-                await self._replace(repository, lease, revert, target.uuid)
-                with trio.CancelScope(shield=True):
-                    await self._same_content(target.ref, repository.images[target.uuid], snapshot.content_id)
-                    await self.refresh_sizes(target.sr)
+                with publishing(target.ref, lease.chain.nodes[0].identity):
+                    try:
+                        await self._replace(repository, lease, revert, target.uuid)
+                    finally:
+                        if revert.published:
+                            with trio.CancelScope(shield=True):
+                                image = repository.images[target.uuid]
+                                await self._same_content(target.ref, image, snapshot.content_id)
+                                await self.refresh_sizes(target.sr)
 
     async def _replace(self, repository: Repository, lease: Lease, revert: Revert, uuid: str) -> None:
         try:

@@ -185,6 +185,7 @@ class Revert:
         self._files = files
         leaf = os.path.basename(lease.leaf_path).rpartition(".")[0]
         self._staged = staging_path(directory, leaf)
+        self.published = False
 
     def prepare(self) -> FileIdentity:
         """Make the new image, and return which file it is.
@@ -205,6 +206,8 @@ class Revert:
         """Rename it over the old image, durably. Raises OSError, VDI_IN_USE."""
         require_same_leaf(self._lease)
         self._files.rename(self._staged, self._lease.leaf_path)
+        # From here on the snapshot's bytes are what everybody reads, even if the directory can't be synced.
+        self.published = True
         self._files.sync_directory(self._directory.root)
 
     def discard(self) -> None:

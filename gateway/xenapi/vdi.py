@@ -334,7 +334,9 @@ async def copy(call: Call, vdi: str, sr: str, base_vdi: str, into_vdi: str) -> s
     errors=_FORK_ERRORS,
 )
 async def revert(call: Call, vdi: str, _driver_params: dict[str, str]) -> None:
-    await call.estate.inventory.vdi_revert(vdi, who=call.who, task=call.task)
+    estate = call.estate
+    publishing = estate.publications.publishing
+    await estate.inventory.vdi_revert(vdi, who=call.who, task=call.task, publishing=publishing)
 
 
 @message(
