@@ -82,7 +82,7 @@ def _tell_who_waits(monkeypatch: pytest.MonkeyPatch, disk: Any, files: Meeting) 
 
     def told() -> None:
         # Who waits here goes on when the edge is written; others have nothing to wait for.
-        if threading.current_thread() is files.thread and turns._filling:
+        if threading.current_thread() is files.thread and turns._alone:
             files.come.set()
         enter()
 

@@ -59,7 +59,7 @@ class VhdChain:
         self._files = files
         self._lock = threading.Lock()
         self._edge_lock = threading.Lock()
-        self._turns = Turns(self._lock)
+        self._turns = Turns()
         self._writer: LeafWriter | None = None
         if not read_only:
             self._writer = LeafWriter(leaf, self._lock, files=files, published=published)
@@ -253,20 +253,22 @@ class VhdChain:
 
     def _write(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
         """Write whole sectors inside one block."""
-        if writer.is_full(block) and writer.write(block, within, data):
-            return
         self._turns.enter()
         try:
-            self._write_new(writer, block, within, data)
+            is_new = self._write_alone(writer, block, within, data)
         finally:
             self._turns.leave()
-        writer.relieve()
+        if is_new:
+            writer.relieve()
 
-    def _write_new(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
-        if not writer.write(block, within, data):
-            with self._lock:
-                writer.set_written(block, within, len(data))
-                self._map.renew(block)
+    def _write_alone(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> bool:
+        """The same for who can't be disturbed; True if metadata has changed."""
+        if writer.write(block, within, data):
+            return False
+        with self._lock:
+            writer.set_written(block, within, len(data))
+            self._map.renew(block)
+        return True
 
     def _trim(self, writer: LeafWriter, start: int, stop: int) -> None:
         """Make whole sectors holes; what no file of the chain has is passed over."""
@@ -289,8 +291,8 @@ class VhdChain:
     def _write_edges(self, writer: LeafWriter, data: memoryview, offset: int) -> None:
         """Write bytes that do not fill their first or last sector.
 
-        Such a sector is filled up from the parents unless the leaf has it. One request at a time does so, and
-        nobody else writes new sectors meanwhile: requests must not undo each other's bytes.
+        Those sectors are read, changed and written, by one request at a time and while nobody else writes:
+        requests must not undo each other's bytes.
         """
         stop = offset + len(data)
         with self._edge_lock:
@@ -304,19 +306,15 @@ class VhdChain:
                         self._write(writer, block, within, data[at : at + size])
                 else:
                     end = min(start + SECTOR, stop)
-                    self._write_within_sector(writer, position, data[position - offset : end - offset])
+                    self._write_in_sector(writer, position, data[position - offset : end - offset])
                 position = end
 
-    def _write_within_sector(self, writer: LeafWriter, offset: int, data: memoryview) -> None:
-        block, within = divmod(offset, self._leaf.block_size)
-        if writer.overwrite(block, within, data):
-            return
+    def _write_in_sector(self, writer: LeafWriter, offset: int, data: memoryview) -> None:
+        start = offset // SECTOR * SECTOR
+        sector = bytearray(SECTOR)
         with self._turns.alone():
-            if writer.overwrite(block, within, data):
-                return  # somebody was there first
-            start = offset % SECTOR
-            sector = bytearray(SECTOR)
-            self.pread_into(sector, offset - start)
-            sector[start : start + len(data)] = data
-            self._write_new(writer, block, within - start, sector)
-        writer.relieve()
+            self.pread_into(sector, start)
+            sector[offset - start : offset - start + len(data)] = data
+            is_new = self._write_alone(writer, *divmod(start, self._leaf.block_size), sector)
+        if is_new:
+            writer.relieve()

@@ -1,8 +1,7 @@
-"""Who writes sectors that are new to their block, and who fills such a sector up from what the parents have.
+"""Who writes whole sectors, and who writes a part of one.
 
-A write that begins or ends within a sector which the leaf doesn't have yet puts the parents' bytes beside its
-own. In between nobody else may write there, or what he has written would be undone. So whoever fills a sector
-up is alone; all others go side by side.
+A write that begins or ends within a sector reads it and writes it with its own bytes put in. If others wrote
+there in between, that would be undone. So who does it is alone; all others go side by side.
 The trap: who waits to be alone must not have entered himself.
 """
 
@@ -12,37 +11,38 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """Of one leaf. `lock` guards what changes here, too; it is not to be held by who calls."""
+    """Of one leaf. The lock is held for moments only; allocations may wait for a sync and have another."""
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self._changed = threading.Condition(lock)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._writing = 0
-        self._filling = False
+        self._alone = False
 
     def enter(self) -> None:
-        """Begin to write; waits while a sector is filled up. To be followed by `leave`."""
-        with self._changed:
-            while self._filling:
+        """Begin to write; waits while somebody is alone. To be followed by `leave`."""
+        with self._lock:
+            while self._alone:
                 self._changed.wait()
             self._writing += 1
 
     def leave(self) -> None:
         """What was written can be seen."""
-        with self._changed:
+        with self._lock:
             self._writing -= 1
-            if self._filling:
+            if self._alone:
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until all who write have left, and let nobody in meanwhile. One at a time may ask for it."""
         try:
-            with self._changed:
-                self._filling = True
+            with self._lock:
+                self._alone = True
                 while self._writing:
                     self._changed.wait()
             yield
         finally:
-            with self._changed:
-                self._filling = False
+            with self._lock:
+                self._alone = False
                 self._changed.notify_all()

@@ -21,7 +21,6 @@ from typing import Final
 
 from gateway.images.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from gateway.images.files import FILES, Buffer, FileCalls, pread_exactly
-from gateway.images.vhd.bits import has_bit, set_bits
 from gateway.images.vhd.format import (
     SECTOR,
     TAP_LITTLE_ENDIAN_BITMAPS,
@@ -142,17 +141,6 @@ class LeafWriter:
             offset, _ = self._allocated(block)
         self._files.pwrite(self._fd, data, offset + within)
         return False
-
-    def overwrite(self, block: int, within: int, data: Buffer) -> bool:
-        """Write bytes inside one sector if the leaf has it; False if not."""
-        with self._lock:
-            self._check()
-            if self._bat[block] == UNUSED or not has_bit(self.bitmap(block), within // SECTOR):
-                return False
-            offset, _ = self._allocated(block)
-        self._files.pwrite(self._fd, data, offset + within)
-        self._data_written = True
-        return True
 
     def punch(self, block: int, within: int, length: int, *, allocate: bool) -> bool:
         """Make whole sectors of a block's data a hole; False if there is no block and none is wanted."""
@@ -382,6 +370,22 @@ class LeafWriter:
             self._files.pwrite(self._fd, values.tobytes(), table + 4 * first)
         if sync:
             self._sync_all()
+
+
+def set_bits(bitmap: bytearray, first: int, last: int) -> None:
+    """Set the bits [first, last), MSB first."""
+    if first >= last:
+        return
+    begin, end = first >> 3, last >> 3
+    head = 0xFF >> (first & 7)
+    tail = ~(0xFF >> (last & 7)) & 0xFF
+    if begin == end:
+        bitmap[begin] |= head & tail
+        return
+    bitmap[begin] |= head
+    bitmap[begin + 1 : end] = b"\xff" * (end - begin - 1)
+    if tail:
+        bitmap[end] |= tail
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
