@@ -127,7 +127,7 @@ def open_files(directory: Path) -> list[str]:
 
 @asynccontextmanager
 async def opened_room(directory: Path) -> AsyncIterator[Room]:
-    limits = Limits(lease_wait=0.05, header_seconds=5)
+    limits = Limits(lease_wait=0.2, header_seconds=5)
     events = Events()
     database = await Database.open(str(directory / "gateway.sqlite3"))
     try:
