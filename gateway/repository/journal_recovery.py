@@ -61,7 +61,8 @@ def recover_journals(directory: SRDirectory, files: FileCalls, owned: Container[
     """Finish or undo everything that was interrupted; what is damaged or in use stays as it is.
 
     `owned` are the uuids of children that are being coalesced now: their journals are left alone. Doing so
-    again after a crash, or for nothing, is safe. Raises OSError only if the directory can't be listed.
+    again after a crash, or for nothing, is safe. Raises OSError only if the directory can't be listed or
+    synced.
     """
     return _Recovery(directory, files, owned).run()
 
@@ -80,6 +81,10 @@ class _Recovery:
         self._unresolved: dict[str, str] = {}
 
     def run(self) -> Recovery:
+        if self._unowned():
+            # A killed predecessor's journal, and what it renamed, may be in memory only: else a power failure
+            # could take that back and leave what is done from here on.
+            self._files.sync_directory(self._directory.root)
         for uuid in kept_headers(self._directory):
             self._attempt(os.path.basename(kept_header(self._directory, uuid)), self._header, uuid)
         recoveries = {

@@ -118,10 +118,17 @@ class Mortal(RecordingFileCalls):
         super().sync_directory(path)
 
 
+def states_after(
+    files: RecordingFileCalls, calls: int, into: Path, per_point: int = STATES
+) -> Iterator[CrashState]:
+    """The power fails once so many calls were made; the kernel wrote nothing back by itself before."""
+    states = files.power_states(into, random.Random(1), per_point)
+    return (state for state in states if state.calls >= calls)
+
+
 def at_the_end(files: RecordingFileCalls, into: Path) -> Iterator[CrashState]:
-    """The power fails after all that was recorded, and before the kernel wrote anything back by itself."""
-    states = files.power_states(into, random.Random(1), STATES)
-    return (state for state in states if state.calls >= len(files.calls))
+    """The power fails after all that was recorded."""
+    return states_after(files, len(files.calls), into)
 
 
 def recover(directory: SRDirectory, files: FileCalls) -> None:
@@ -274,6 +281,34 @@ async def test_what_was_recovered_from_outlasts_the_power_whenever_it_was_killed
     tmp_path: Path, leases: Leases, chains: Chains, place: Place, work: Work
 ) -> None:
     assert await Story(tmp_path, leases, chains, place, work).run(itertools.count(), twice=True) > 200
+
+
+async def test_a_journal_that_only_memory_has_is_durable_before_it_is_gone_by(
+    tmp_path: Path, leases: Leases, chains: Chains
+) -> None:
+    files, expected = killed_with_a_journal(tmp_path, chains)
+    calls = len(files.calls)
+    recover(SRDirectory(str(files.root)), files)
+    states = states_after(files, calls + 1, tmp_path / "states", 2)
+    while (state := await trio.to_thread.run_sync(next, states, None)) is not None:
+        found = await attach_and_scan(state.directory, leases)
+        assert_sound(state.directory, found, expected, state, libvhdi=False)
+        # All children are on the same one.
+        assert {found.images[uuid].parent for uuid in (K1, K2)} in ({C}, {P}), state
+
+
+def killed_with_a_journal(tmp_path: Path, chains: Chains) -> tuple[Mortal, Bytes]:
+    """The SR of a relink that was killed as soon as its journal had its name, before any sync of that."""
+    for number in itertools.count():
+        root = tmp_path / str(number)
+        expected = inline(chains, root)
+        files = Mortal(root, number)
+        with pytest.raises(Killed):
+            relink_inline(SRDirectory(str(root)), files)
+        if (root / f"relink_{C}").exists():
+            files.left = float("inf")
+            return files, expected
+    raise AssertionError
 
 
 def test_a_header_that_is_whole_in_memory_is_durable_before_its_copy_goes(tmp_path: Path) -> None:
