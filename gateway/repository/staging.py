@@ -127,7 +127,9 @@ class Staging:
                     with contextlib.suppress(FileNotFoundError):
                         self._files.unlink(self._filling.path)
             finally:
-                self._files.close(self._filling.fd)
+                # What was committed was synced; of the rest a network file system may say it has no room.
+                with contextlib.suppress(OSError):
+                    self._files.close(self._filling.fd)
 
     def _finish(self) -> None:
         self.disk.flush()
@@ -269,7 +271,8 @@ def _open_staged(nodes: list[OpenNode], files: FileCalls) -> Disk:
 
 def _abandon(path: str, opened: list[int], files: FileCalls) -> None:
     for descriptor in opened:
-        files.close(descriptor)
+        with contextlib.suppress(OSError):  # all are closed whatever one says: what stays open stays locked
+            files.close(descriptor)
     with contextlib.suppress(FileNotFoundError):
         files.unlink(path)
 
