@@ -259,6 +259,8 @@ class Inventory(ChainOperations):
                 # A VDI without an image is gone already, if the SR is there to say so.
                 if error.code != "VDI_MISSING" or not await repository.available():
                     raise
+                # Somebody may have failed, or been killed, between removing it and making that durable.
+                await repository.sync_names()
                 await forget_changes(None)
             with trio.CancelScope(shield=True):
                 await self._remove_vdi(ref)

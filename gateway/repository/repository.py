@@ -299,6 +299,11 @@ class Repository(Survey):
             with trio.CancelScope(shield=True):
                 await self._in_thread(unlink)
 
+    async def sync_names(self) -> None:
+        """Make durable which images there are, and which not any more. Raises OSError."""
+        with trio.CancelScope(shield=True):
+            await self._in_thread(self._files.sync_directory, self.directory.root)
+
     @asynccontextmanager
     async def staging(self, lease: Lease, *, whole: bool, size: int | None = None) -> AsyncIterator[Staging]:
         """A staging file for the VDI of `lease` (REPLACE or WRITE); without a commit it is removed.
