@@ -109,7 +109,8 @@ class Survey:
                     images.pop(uuid, None)
                 else:
                     images[uuid] = image
-            self._images = images
+            # What was seen stays as it is: a thread may be reading it while something new is noted here.
+            self._images = dict(images)
             owned = set(self.coalescing)
             journals = await self._in_thread(self._still_there, result.journals)
             # What was there at that look, and owned neither before it nor after, isn't a coalesce of ours.

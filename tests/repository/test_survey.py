@@ -79,6 +79,15 @@ async def test_a_scan_in_the_middle_of_a_relink_sees_what_is_there_before_or_aft
     await repository.detach()
 
 
+async def test_what_a_scan_has_seen_stays_as_it_was_when_an_image_comes_afterwards(
+    repository: Repository,
+) -> None:
+    seen = (await repository.scan()).images
+    await repository.create_image(NEW, 4 << 20, "vhd")
+    assert NEW in repository.images
+    assert NEW not in seen
+
+
 async def test_a_node_in_the_middle_of_a_chain_is_leased_with_its_parent_and_removed_only_if_it_is_a_leaf(
     tmp_path: Path, leases: Leases, chains: Chains
 ) -> None:
