@@ -71,11 +71,14 @@ def virtual_size(name: BodyFormat, fd: int, *, whole: bool) -> int:
 def end_unit(name: BodyFormat, fd: int) -> int | None:
     """The length of a whole file is a multiple of so many bytes, if only its tables tell how long it is.
 
-    None of an image that `virtual_size` has found whole by itself: all blocks of a VHDX lie in it, or it has
-    its mark at its end. Blocks.
+    None of an image that is found whole without that: all blocks of a VHDX lie in it, it has its mark at its
+    end, or nothing is stored in it. Blocks.
     """
     if name is BodyFormat.QCOW2:
-        return 1 << int(_QCOW2.unpack(pread_exactly(fd, _QCOW2.size, 0))[4])
+        _, _, _, _, bits, _, _, entries, table, *_ = _QCOW2.unpack(pread_exactly(fd, _QCOW2.size, 0))
+        first = pread_exactly(fd, 8 * entries, table)
+        # An image that stores nothing ends with the table that says so.
+        return 1 << int(bits) if any(first) or len(first) < 8 * entries else None
     if name is BodyFormat.VMDK and _VMDK.unpack(pread_exactly(fd, _VMDK.size, 0))[9] != _GD_AT_END:
         return 512
     return None

@@ -84,3 +84,13 @@ def test_a_compressed_image_needs_its_end_told(tmp_path: Path, image: Callable[.
         untold(body, "qcow2", tmp_path)
     assert refused.value.code == "IMPORT_ERROR_UNSUPPORTED_IMAGE"
     assert untold(body, "qcow2", tmp_path, told=True) == DATA
+
+
+def test_an_image_in_which_nothing_is_stored_ends_where_qemu_img_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "empty.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True)
+    body = path.read_bytes()
+    assert len(body) % 65536
+    assert untold(body, "qcow2", tmp_path) == bytes(SIZE)
+    with pytest.raises(BodyEnded):
+        untold(body[:-1], "qcow2", tmp_path)
