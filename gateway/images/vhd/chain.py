@@ -255,20 +255,17 @@ class VhdChain:
         """Write whole sectors inside one block."""
         self._turns.enter()
         try:
-            is_new = self._write_alone(writer, block, within, data)
+            if writer.write(block, within, data):
+                return
+            self._note_written(writer, block, within, len(data))
         finally:
             self._turns.leave()
-        if is_new:
-            writer.relieve()
+        writer.relieve()
 
-    def _write_alone(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> bool:
-        """The same for who can't be disturbed; True if metadata has changed."""
-        if writer.write(block, within, data):
-            return False
+    def _note_written(self, writer: LeafWriter, block: int, within: int, length: int) -> None:
         with self._lock:
-            writer.set_written(block, within, len(data))
+            writer.set_written(block, within, length)
             self._map.renew(block)
-        return True
 
     def _trim(self, writer: LeafWriter, start: int, stop: int) -> None:
         """Make whole sectors holes; what no file of the chain has is passed over."""
@@ -315,6 +312,8 @@ class VhdChain:
         with self._turns.alone():
             self.pread_into(sector, start)
             sector[offset - start : offset - start + len(data)] = data
-            is_new = self._write_alone(writer, *divmod(start, self._leaf.block_size), sector)
-        if is_new:
-            writer.relieve()
+            block, within = divmod(start, self._leaf.block_size)
+            if writer.write(block, within, sector):
+                return
+            self._note_written(writer, block, within, SECTOR)
+        writer.relieve()
