@@ -11,6 +11,7 @@ The trap: who reads may stop before the last byte, as at the end of an image; `f
 import hashlib
 import re
 import select
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Final
@@ -67,6 +68,7 @@ class Pull:
         self._digest = hashlib.sha256()
         self._answer: Answer | None = None
         self._validator: str | None = None
+        self._ends_with_answer = True
         self._failures = 0
         self._mark = 0
 
@@ -125,6 +127,8 @@ class Pull:
             self.received += count
             if self.received - self._mark >= LEAST_BYTES:
                 self._failures, self._mark = 0, self.received
+            if self.received == self.length:
+                self._require_no_more()
             if not count or self.received == self.length:
                 self._end()
             return count
@@ -140,9 +144,18 @@ class Pull:
                 pass
 
     def _require_all(self) -> None:
-        """An answer with a part of the rest is no more than that."""
-        if self.length is not None and self.received < self.length:
+        """An answer with a part of the rest is no more than that, nor one whose end may be a cut."""
+        if self.received != self.length and not (self.length is None and self._ends_with_answer):
             raise Broken(self._broken_off(f"only a part of what was asked for came from {self.url.host}"))
+
+    def _require_no_more(self) -> None:
+        """What comes again without a length may be a longer file than the one whose length is known."""
+        answer = self._answer
+        assert answer is not None
+        if answer.status == 200 and answer.length is None:
+            with suppress(Broken), memoryview(bytearray(1)) as view:
+                if answer.recv_into(view):
+                    raise self._changed()
 
     def _end(self) -> None:
         found = Checksum(self._algorithm, self._digest.hexdigest())
@@ -187,10 +200,14 @@ class Pull:
                 return
 
     def _begin(self) -> None:
+        is_first = self._answer is None
         answer = self._get({})
         if answer.status != 200:
             raise XenAPIError("PULL_ERROR_STATUS", str(answer.url), str(answer.status))
         self._require_plain(answer)
+        if not is_first and (answer.length, answer.end_is_told) != (self.length, self.end_is_told):
+            # Who reads goes by what the first answer said.
+            raise self._changed()
         self.length, self.end_is_told = answer.length, answer.end_is_told
         self._validator = _validator(answer)
         if self.length == 0:
@@ -227,11 +244,15 @@ class Pull:
         total = None if found[3] == "*" else int(found[3])
         if None not in (self.length, total) and total != self.length:
             raise self._changed()
-        known = self._validator or ""
-        if known.startswith('"') and answer.header("etag") not in (None, known):
+        # Some servers do as Range says and don't know If-Range.
+        known = self._validator
+        named_by = "last-modified" if known is None or not known.startswith('"') else "etag"
+        if known is not None and answer.header(named_by) not in (None, known):
             raise self._changed()
         if self.length is None:
             self.length = total
+        # Without a total there may be more behind this part: who asks for that learns it.
+        self._ends_with_answer = False
 
     def _require_end(self, answer: Answer) -> None:
         """There is nothing behind what has come: that is its end, unless more was promised."""
@@ -257,6 +278,7 @@ class Pull:
         if digest.digest() != self._digest.digest():
             raise self._changed()
         self._validator = _validator(answer)
+        self._ends_with_answer = answer.end_is_told or not self.end_is_told
 
     def _changed(self) -> XenAPIError:
         return XenAPIError("PULL_ERROR_CHANGED", str(self.url), str(self.received))

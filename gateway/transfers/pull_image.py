@@ -181,7 +181,8 @@ def _image(order: Order, pull: Pull, expected: Checksum | None) -> _Image:
     if not begin:
         raise XenAPIError("IMPORT_ERROR_PREMATURE_EOF", "1", "0")
     kind = compression_of(begin)
-    if kind is None and not file.end_is_told:
+    # What is compressed may be several members, and a cut between two of them isn't seen.
+    if not file.end_is_told:
         raise XenAPIError("PULL_ERROR_LENGTH_REQUIRED", str(order.url))
     given = file if kind is None else _Unpacked(pull, Decompressed(file, kind))
     return _Image(given.body, order.format, given.length, end_is_told=True, given=given, pull=pull)
@@ -205,10 +206,11 @@ def _expected(order: Order, client: Client) -> Checksum | None:
     if len(text) > _CHECKSUM_FILE_BYTES:
         raise XenAPIError("PULL_ERROR_CHECKSUM_FILE", str(wanted), name, "it is too long for such a file")
     found = checksums_in(text.decode("utf-8", "replace"), name)
-    if len(found) != 1:
+    if not found or len({each.algorithm for each in found}) < len(found):
         why = "there are several" if found else "none of its lines does"
         raise XenAPIError("PULL_ERROR_CHECKSUM_FILE", str(wanted), name, why)
-    return found.pop()
+    # Files with one of each kind are usual; the longer one says more.
+    return max(found, key=lambda each: len(each.digits))
 
 
 def checksums_in(text: str, name: str) -> set[Checksum]:

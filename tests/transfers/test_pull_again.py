@@ -48,7 +48,16 @@ async def test_a_checksum_comes_from_beside_the_image(house: House, files: Path)
         require_same(house, await house.pull(f"{server.url}/disk", beside), files)
         sums["/SUMS"] = sum_of(b"else").digits.encode()
         assert await house.refusal(f"{server.url}/disk", beside) == "PULL_ERROR_CHECKSUM"
-        sums["/SUMS"] += b" other"
+        # One line of each kind: the longer one counts. Two of a kind contradict each other.
+        short, long = sum_of(body).digits, hashlib.sha512(body).hexdigest()
+        sums["/SUMS"] = f"{short}  disk\n{long}  disk\n".encode()
+        vdi = await house.pull(f"{server.url}/disk", beside)
+        assert vdi.other_config["pulled-checksum"] == f"sha512:{long}"
+        sums["/SUMS"] = f"{short}  disk\n{'0' * 128}  disk\n".encode()
+        assert await house.refusal(f"{server.url}/disk", beside) == "PULL_ERROR_CHECKSUM"
+        sums["/SUMS"] = f"{short}  disk\n{'0' * 64}  disk\n{long}  disk\n".encode()
+        assert await house.refusal(f"{server.url}/disk", beside) == "PULL_ERROR_CHECKSUM_FILE"
+        sums["/SUMS"] = sum_of(b"else").digits.encode() + b" other"
         assert await house.refusal(f"{server.url}/disk", beside) == "PULL_ERROR_CHECKSUM_FILE"
         too_long = ImageURL.parse(f"{server.url}/long")
         assert await house.refusal(f"{server.url}/disk", too_long) == "PULL_ERROR_CHECKSUM_FILE"
