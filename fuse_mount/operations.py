@@ -12,7 +12,6 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -23,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, Operations
 from fuse_mount.attributes import Access, Attributes
 from fuse_mount.disks import Part, Window
 from fuse_mount.errnos import errno_of
+from fuse_mount.handles import Document, Handle, Listing
 from fuse_mount.tree import LARGEST_PARTITION, Found, Place, Tree, VdiNode
 from gateway.images.errors import ImageError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from fuse_mount.disk_file import OpenFile
     from fuse_mount.disks import Disks
     from fuse_mount.partitions import Partition, Partitions
-    from gateway.images.files import Buffer
 
 log = structlog.get_logger(__name__)
 
@@ -63,44 +62,6 @@ def answered(
     return answering
 
 
-class _Document:
-    """A record.json as it was when it was opened."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = memoryview(content)
-        self.size = len(content)
-
-    async def read(self, offset: int, length: int) -> memoryview:
-        return self._content[offset : offset + length]
-
-    async def write(self, offset: int, data: "Buffer") -> int:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-    async def flush(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-
-@dataclass(slots=True)
-class _Handle:
-    """An open file."""
-
-    file: "OpenFile"
-    node: VdiNode
-    write: bool
-
-
-@dataclass(slots=True)
-class _Listing:
-    """An open directory: what was in it when its reading began."""
-
-    inode: int
-    entries: list[tuple[bytes, int]]
-    begun: bool = False
-
-
 async def _never(*_: Any) -> Any:
     raise FUSEError(errno.EPERM)
 
@@ -124,9 +85,9 @@ class VdiOperations(Operations):
         self._partitions = partitions
         self._writable = access.writable
         self._attributes = Attributes(tree, descriptions, access)
-        self._files: dict[int, _Handle] = {}
+        self._files: dict[int, Handle] = {}
         self._reads: dict[int, Callable[[int, int], Awaitable[bytes | memoryview]]] = {}
-        self._listings: dict[int, _Listing] = {}
+        self._listings: dict[int, Listing] = {}
         self._last_handle = 0
         self._said: tuple[str, float] = ("", 0.0)
 
@@ -261,7 +222,7 @@ class VdiOperations(Operations):
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         self._last_handle += 1
         handle = self._last_handle
-        self._listings[handle] = _Listing(inode, await self._entries(inode))
+        self._listings[handle] = Listing(inode, await self._entries(inode))
         return handle
 
     @answered
@@ -333,12 +294,12 @@ class VdiOperations(Operations):
         file: OpenFile
         self._must_be_there(found)
         if place == Place.RECORD:
-            file = _Document(node.document)
+            file = Document(node.document)
         else:
             file = await self._disks.open(node.vdi.uuid, await self._part(found), write=write)
         self._last_handle += 1
         handle = self._last_handle
-        self._files[handle] = _Handle(file, node, write)
+        self._files[handle] = Handle(file, node, write, durable=write and bool(flags & os.O_DSYNC))
         self._reads[handle] = file.read
         # Each read is a request: no byte is older than the gateway's, and none is kept twice.
         return FileInfo(fh=handle, direct_io=True, keep_cache=False)
@@ -362,7 +323,11 @@ class VdiOperations(Operations):
 
     @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._files[fh].file.write(off, buf)
+        handle = self._files[fh]
+        written = await handle.file.write(off, buf)
+        if handle.durable:  # the kernel leaves this to the file system
+            await handle.file.flush()
+        return written
 
     @answered
     async def flush(self, fh: int) -> None:

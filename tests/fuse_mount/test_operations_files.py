@@ -68,6 +68,17 @@ async def test_a_disk_that_is_written_to_is_flushed_when_it_is_synced_and_closed
     assert writable.fake.file.calls == [("write", 512, b"abc"), ("flush",), ("flush",), ("close",)]
 
 
+@pytest.mark.parametrize("flags", [os.O_DSYNC, os.O_SYNC])
+async def test_a_write_by_who_wants_it_durable_is_flushed_before_it_is_answered(
+    writable: House, flags: int
+) -> None:
+    handle = await writable.open("disks/web/disk.raw", os.O_WRONLY | flags)
+    assert await writable.operations.write(handle, 512, b"abc") == 3
+    assert writable.fake.file.calls == [("write", 512, b"abc"), ("flush",)]
+    reader = await writable.open("disks/web/record.json", os.O_RDONLY | flags)
+    await writable.operations.release(reader)
+
+
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR])
 async def test_what_can_not_be_written_to_is_not_opened_for_it(
     house: House, writable: House, flags: int

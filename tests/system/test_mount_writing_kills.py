@@ -134,6 +134,24 @@ def test_a_close_makes_what_was_written_durable(site: Site, tmp_path: Path) -> N
     assert_whole(site, vdi)
 
 
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC])
+def test_a_write_of_a_file_that_is_open_with_o_sync_is_durable_when_it_returns(
+    site: Site, tmp_path: Path, flag: int
+) -> None:
+    vdi = site.create_vdi(2 * MIB)
+    content = random.Random(flag).randbytes(vdi.size)
+    with mounted(site.gateway, tmp_path / "mount", "--writable") as mount:
+        fd = os.open(mount.of(vdi, "disk.raw"), os.O_WRONLY | flag)
+        for offset in range(0, vdi.size, 256 << 10):
+            os.pwrite(fd, content[offset : offset + (256 << 10)], offset)
+        mount.kill()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+            os.close(fd)
+    wait_until_free(site.gateway, vdi)
+    assert stored_content(vdi) == content
+    assert_whole(site, vdi)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2])
