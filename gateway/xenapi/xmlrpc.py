@@ -52,10 +52,11 @@ _LARGE: Final = 64 << 10
 _PROLOGUE = '<?xml version="1.0"?><methodResponse><params><param>'
 _EPILOGUE = "</param></params></methodResponse>"
 
-_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,20})\s*\Z", re.ASCII)
-_DOUBLE = re.compile(
-    r"\s*([+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,4})?)\s*\Z", re.ASCII
-)
+# Of a number without the space around it: megabytes of that would be gone through once for each way to divide
+# the digits between two repetitions.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+_DOUBLE = re.compile(r"[+-]?(?:[0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,4})?")
+_SPACE: Final = " \t\n\r\f\v"
 _TO_ESCAPE = re.compile('[&<>"\r\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]')
 _TO_KEEP = bytes(number for number in range(128) if not _TO_ESCAPE.match(chr(number)))
 _ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\r": "&#13;"}
@@ -161,10 +162,10 @@ def _document(value: WireValue) -> bytes:
 
 
 def _read_integer(text: str) -> int:
-    match = _INTEGER.match(text)
-    if match is None:
+    digits = text.strip(_SPACE)
+    if not _INTEGER.fullmatch(digits):
         raise MalformedRequestError("an integer is not made of up to 20 decimal digits")
-    return int(match.group(1))
+    return int(digits)
 
 
 def _read_boolean(text: str) -> bool:
@@ -174,10 +175,10 @@ def _read_boolean(text: str) -> bool:
 
 
 def _read_double(text: str) -> float:
-    match = _DOUBLE.match(text)
-    if match is None:
+    digits = text.strip(_SPACE)
+    if not _DOUBLE.fullmatch(digits):
         raise MalformedRequestError("a double is not a decimal number")
-    return float(match.group(1))
+    return float(digits)
 
 
 def _read_moment(text: str) -> datetime:

@@ -1,3 +1,6 @@
+import resource
+import subprocess
+import sys
 import xmlrpc.client
 from datetime import UTC, datetime
 from typing import Any
@@ -286,6 +289,31 @@ def test_long_text_is_no_long_tag() -> None:
     assert parse_call(body) == ("m", [text])
     cdata = b"<methodCall><methodName><![CDATA[" + b"a" * 200_000 + b"]]></methodName></methodCall>"
     assert parse_call(cdata) == ("a" * 200_000, [])
+
+
+DOUBLE_IN_SPACE = """
+from gateway.xenapi.xmlrpc import MalformedRequestError, parse_call
+number = "1" * 400 + " " * 4_000_000
+for text, refused in ((number, False), (number + "x", True)):
+    value = f"<value><double>{text}</double></value>"
+    body = f"<methodCall><methodName>m</methodName><params><param>{value}</param></params></methodCall>"
+    try:
+        parse_call(body.encode())
+    except MalformedRequestError:
+        assert refused
+    else:
+        assert not refused
+"""
+
+
+def test_a_double_in_megabytes_of_space_is_read_in_the_time_of_any_other_body() -> None:
+    # The thread that reads it keeps the interpreter to itself. One look for each way to divide the digits
+    # would take half a minute, and the kernel ends that after eight seconds of a processor.
+    subprocess.run(
+        [sys.executable, "-c", DOUBLE_IN_SPACE],
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (8, 8)),
+    )
 
 
 async def test_a_call_is_answered_with_its_value() -> None:
