@@ -8,6 +8,7 @@ longer than MAX_MESSAGE.
 """
 
 import array
+import contextlib
 import json
 import os
 import socket
@@ -241,9 +242,10 @@ def unpack_descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]
 
 
 def close_descriptors(descriptors: Iterable[int]) -> None:
-    """Close what came and nobody takes."""
+    """Close what came and nobody takes. What a file system says at that is not meant for who closes here."""
     for descriptor in descriptors:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 class Decoder:

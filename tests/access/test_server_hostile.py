@@ -1,5 +1,6 @@
 """Bytes and descriptors from somebody hostile: a refusal or a close, and nothing stays open."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -93,3 +94,29 @@ async def test_bytes_that_are_no_message_end_a_lease(room: Room, tmp_path: Path)
     await room.until(lambda: not room.operations(vdi))
     talk.close()
     await room.until(lambda: not open_files(tmp_path))
+
+
+async def test_a_descriptor_that_can_not_be_closed_well_ends_its_connection_alone(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vdi = await room.vdi()
+    bad = tmp_path / "on a network file system that is full"
+    bad.touch()
+    close, failed = os.close, []
+
+    def closing(fd: int) -> None:
+        is_bad = os.fstat(fd).st_ino == bad.stat().st_ino
+        close(fd)
+        if is_bad:
+            failed.append(fd)
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    descriptor = os.open(bad, os.O_RDONLY)
+    monkeypatch.setattr(os, "close", closing)
+    hostile = room.connect()
+    await hostile.send(encode(Open(vdi.uuid, False, "test", None)), [descriptor] * 2)
+    assert refused(await hostile.receive()).code == "VALUE_NOT_SUPPORTED"
+    assert await hostile.receive() is None
+    await room.until(lambda: len(failed) == 2)
+    close(descriptor)
+    (await opened(room, vdi)).close()
