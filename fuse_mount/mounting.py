@@ -254,7 +254,7 @@ async def serve(mount: Mount, mounted: Callable[[], None]) -> int:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_follow, mount)
-                nursery.start_soon(_obey, mount, signals)
+                nursery.start_soon(_obey, mount, point, signals)
                 nursery.start_soon(_announce, mount.operations, mounted)
                 # A request whose handler is cancelled hangs its reader for ever.
                 with trio.CancelScope(shield=True):
@@ -262,8 +262,7 @@ async def serve(mount: Mount, mounted: Callable[[], None]) -> int:
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                if point is not None and mounted_at(mount.directory) == point:
-                    await _leave(mount)
+                await _leave(mount, point)
                 code = await _close(mount)
                 pyfuse3.close(unmount=False)
     return code
@@ -335,7 +334,7 @@ async def _follow(mount: Mount) -> None:
         pause = FIRST_RETRY_SECONDS
 
 
-async def _obey(mount: Mount, signals: AsyncIterator[int]) -> None:
+async def _obey(mount: Mount, point: Mounted | None, signals: AsyncIterator[int]) -> None:
     """The first signal unmounts, a second one ends the process at once."""
     async with trio.open_nursery() as nursery:
         ending = False
@@ -344,12 +343,12 @@ async def _obey(mount: Mount, signals: AsyncIterator[int]) -> None:
                 log.error("ended at once, by a second signal", signal=signal.Signals(number).name)
                 os._exit(128 + number)
             ending = True
-            nursery.start_soon(_end, mount)
+            nursery.start_soon(_end, mount, point)
 
 
-async def _end(mount: Mount) -> None:
+async def _end(mount: Mount, point: Mounted | None) -> None:
     with trio.CancelScope(shield=True):
-        await _leave(mount)
+        await _leave(mount, point)
     pyfuse3.terminate()
     # main() waits for the requests that have begun; it cancels this when they have ended.
     await trio.sleep(ENDING_SECONDS)
@@ -357,8 +356,13 @@ async def _end(mount: Mount) -> None:
     os._exit(1)
 
 
-async def _leave(mount: Mount) -> None:
-    """Unmount, also while files are open; whoever has them gets errors from now on."""
+async def _leave(mount: Mount, point: Mounted | None) -> None:
+    """Unmount, also while files are open; whoever has them gets errors from now on.
+
+    Where `umount --lazy` has been before, the directory may be another one's mount by now.
+    """
+    if point is None or mounted_at(mount.directory) != point:
+        return
     try:
         await trio.to_thread.run_sync(_unmount_now, mount)
     except OSError as error:

@@ -77,6 +77,19 @@ def test_a_signal_while_somebody_stands_in_the_mount_unmounts(mount: Mounted) ->
 
 
 @needs_fuse
+def test_a_signal_leaves_the_mount_of_another_alone_that_has_taken_the_directory(
+    site: Site, mount: Mounted, vdi: Vdi
+) -> None:
+    with reading(mount.of(vdi, "disk.raw")):
+        subprocess.run(["umount", "--lazy", mount.directory], check=True)
+        with mounted(site.gateway, mount.directory) as other, reading(other.of(vdi, "disk.raw")) as fd:
+            assert mount.stop() == 0
+            assert other.mounted
+            assert os.pread(fd, 4096, MIB) == vdi.file.read_bytes()[MIB : MIB + 4096]
+            os.close(os.open(other.of(vdi, "disk.raw"), os.O_RDONLY))
+
+
+@needs_fuse
 def test_after_kill_9_readers_get_errors_the_lease_ends_and_the_directory_can_be_mounted_on_again(
     site: Site, mount: Mounted, vdi: Vdi
 ) -> None:
@@ -100,7 +113,7 @@ async def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.Monk
     def exit_now(code: int) -> None:
         raise Ended(code)
 
-    async def for_ever(_: object) -> None:
+    async def for_ever(*_: object) -> None:
         await trio.sleep_forever()
 
     async def signals() -> AsyncIterator[int]:
@@ -110,5 +123,5 @@ async def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "_exit", exit_now)
     monkeypatch.setattr(mounting, "_end", for_ever)
     with pytest.raises(BaseExceptionGroup) as ended:
-        await mounting._obey(None, signals())  # type: ignore[arg-type]
+        await mounting._obey(None, None, signals())  # type: ignore[arg-type]
     assert [error.args for error in ended.value.exceptions if isinstance(error, Ended)] == [(130,)]
