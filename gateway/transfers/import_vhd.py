@@ -269,6 +269,8 @@ class SparseVhd:
 
     def _search_footer(self) -> Footer:
         reader = self.reader
+        # A disk without blocks ends with its table, which need not end with a sector.
+        reader.skip(-reader.position % SECTOR)
         stop = reader.position + _MOST_BEFORE_FOOTER
         while reader.position < stop:
             sector = reader.read(SECTOR)

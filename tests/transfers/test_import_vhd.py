@@ -102,6 +102,16 @@ def test_our_own_delta_is_the_patch_that_libvhdi_sees(tmp_path: Path) -> None:
     assert take(child.read_bytes(), old) == libvhdi_reads([child, base])
 
 
+@pytest.mark.parametrize("form", ["-f vpc -o subformat=dynamic,force_size=on", None])
+def test_an_empty_disk_needs_no_length(form: str | None, tmp_path: Path) -> None:
+    path, size = tmp_path / "x.vhd", 5 * MIB
+    if form is None:
+        create_dynamic(str(path), size)
+    else:
+        subprocess.run(["qemu-img", "create", "-q", *form.split(), path, str(size)], check=True)
+    assert take(path.read_bytes(), size, length=None) == bytes(size)
+
+
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
 def test_what_qemu_wrote(subformat: str, tmp_path: Path) -> None:
     raw, vhd = tmp_path / "x.raw", tmp_path / "x.vhd"
