@@ -9,8 +9,10 @@ import pytest
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.errors import CorruptImage
 from gateway.images.files import Buffer, FileCalls
+from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.format import UNUSED
-from tests.images.disks import entries, libvhdi_reads, open_leaf, pattern, read, read_all
+from tests.images.damaged import Vhd
+from tests.images.disks import entries, libvhdi_reads, open_leaf, pattern, put, read, read_all
 from tests.images.watched_calls import Watched
 
 MIB = 1 << 20
@@ -36,6 +38,55 @@ def test_overlapping_blocks_can_be_read_but_not_written(image: Path) -> None:
         disk.zero(0, 512, trim=True)
     disk.close()
     assert image.read_bytes() == before
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Vhd:
+    """Two blocks, and half of one, which other programs cut off where the disk ends."""
+    path = tmp_path / "odd.vhd"
+    create_dynamic(str(path), 5 * MIB)
+    put(path, (0, DATA), (2 * MIB, DATA), (4 * MIB, DATA[:MIB]))
+    return Vhd(path)
+
+
+def test_a_block_may_begin_where_the_disk_ends_in_the_last_one_but_not_before(odd: Vhd) -> None:
+    last = entries(odd.path)[2]
+    lengthen(odd)
+    odd.set_entry(0, last + CUT_OFF)
+    put(odd.path, (0, DATA[:512]), (4 * MIB, DATA[:MIB]))
+    odd.set_entry(0, last + CUT_OFF - 1)
+    assert_refuses_writes(odd, "block 2 and block 0 overlap")
+
+
+def test_a_block_in_the_metadata_is_found_behind_a_last_block_that_ends_before_it(odd: Vhd) -> None:
+    header = odd.header()
+    table = odd.get(header.table_offset, 512)
+    place = odd.length
+    lengthen(odd)
+    odd.put(place, table)
+    odd.set_header(table_offset=place)
+    odd.set_entry(2, place // 512 - CUT_OFF)
+    odd.set_entry(0, place // 512)
+    odd.set_entry(1, place // 512 + (512 + 2 * MIB) // 512)
+    assert_refuses_writes(odd, "block 0 is said to lie in the metadata")
+
+
+CUT_OFF = (512 + MIB) // 512
+
+
+def lengthen(vhd: Vhd) -> None:
+    footer = vhd.get(-512, 512)
+    vhd.truncate(vhd.length + 6 * MIB)
+    vhd.put(-512, footer)
+
+
+def assert_refuses_writes(vhd: Vhd, why: str) -> None:
+    before = vhd.path.read_bytes()
+    disk = open_leaf(vhd.path, writable=True)
+    with pytest.raises(CorruptImage, match=why):
+        disk.pwrite(b"x" * 512, 4 * MIB)
+    disk.close()
+    assert vhd.path.read_bytes() == before
 
 
 def test_an_image_without_its_last_footer_is_read_but_not_written(image: Path) -> None:

@@ -209,8 +209,9 @@ class LeafWriter:
         whole = (image.bitmap_size + image.block_size) // SECTOR
         in_use = sorted(entry for entry in self._bat if entry != UNUSED)
         last_block = self._bat[-1] if image.blocks else UNUSED  # may be cut off where the disk ends
+        cut_off = whole - (image.blocks * image.block_size - image.size) // SECTOR
         for entry, following in pairwise(in_use):
-            if following - entry < whole and (entry != last_block or following == entry):
+            if following - entry < (cut_off if entry == last_block else whole):
                 one, other = self._bat.index(entry), self._bat.index(following)
                 raise CorruptImage(image.path, f"block {one} and block {other} overlap")
         ends = [stop for _, stop in image.metadata]
@@ -218,9 +219,9 @@ class LeafWriter:
             image.block_offset(self._bat.index(in_use[-1]))  # raises when it is beyond the end
             ends.append((in_use[-1] + whole) * SECTOR)
         for first, last in image.metadata:
-            nearest = bisect_left(in_use, first // SECTOR - whole + 1)
-            if nearest < len(in_use) and in_use[nearest] * SECTOR < last:
-                image.block_offset(self._bat.index(in_use[nearest]))  # raises when it is in the metadata
+            near = bisect_left(in_use, first // SECTOR - whole + 1)
+            for entry in in_use[near : bisect_left(in_use, -(-last // SECTOR))]:
+                image.block_offset(self._bat.index(entry))  # raises when it is in the metadata
         self._end = round_up_to_sector(max(ends))
         self._unused = image.blocks - len(in_use)
         self._checked = True
