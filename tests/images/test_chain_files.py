@@ -195,7 +195,17 @@ def test_a_parent_is_looked_for_in_the_same_directory_only(tmp_path: Path, name:
         open_chain_files(str(here / "leaf.vhd"), writable=False)
 
 
-@pytest.mark.parametrize("name", ["passwd", ".hidden.vhd", "a\0.vhd", "x.vhd.tmp", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "passwd",
+        ".hidden.vhd",
+        "a\0.vhd",
+        "x.vhd.tmp",
+        "",
+        pytest.param("\u20ac" * 84 + ".vhd", id="256 bytes"),
+    ],
+)
 def test_a_name_that_no_repository_holds_is_no_parent(family: tuple[Path, Path, Path], name: str) -> None:
     rename_parent(family[2], name)
     with pytest.raises(CorruptImage, match="does not name its parent"):

@@ -53,6 +53,10 @@ def other_name_in_header(vhd: Vhd) -> None:
     vhd.set_header(parent_name="somebody.vhd".encode("utf-16-be").ljust(512, b"\0"))
 
 
+def longer_name_than_any_file(vhd: Vhd) -> None:
+    vhd.set_header(parent_name=("\u20ac" * 100 + ".vhd").encode("utf-16-be").ljust(512, b"\0"))
+
+
 def rename_parent(vhd: Vhd) -> None:
     (vhd.path.parent / "dynamic.vhd").rename(vhd.path.parent / "renamed.vhd")
 
@@ -66,6 +70,7 @@ def rename_parent(vhd: Vhd) -> None:
         (other_name_in_locator, {ProblemKind.LOCATOR_WRONG}),
         (locator_outside, {ProblemKind.LOCATOR_OUTSIDE}),
         (other_name_in_header, {ProblemKind.PARENT_NAME_WRONG}),
+        (longer_name_than_any_file, {ProblemKind.PARENT_NAME_WRONG}),
         (rename_parent, {ProblemKind.PARENT_MISSING}),
     ],
 )
@@ -103,6 +108,14 @@ def replace_parent(vhd: Vhd) -> None:
 
 def damage_parent(vhd: Vhd) -> None:
     damage_header(Vhd(vhd.path.parent / "dynamic.vhd"))
+
+
+def test_an_image_whose_names_no_file_can_have_is_checked_like_others(child: Vhd) -> None:
+    remove_locators(child)
+    remove_parent(child)
+    longer_name_than_any_file(child)
+    assert kinds(check_vhd(str(child.path))) == {ProblemKind.PARENT_UNNAMED}
+    assert kinds(check_directory(str(child.path.parent))[1]) == {ProblemKind.PARENT_UNNAMED}
 
 
 @pytest.mark.parametrize(

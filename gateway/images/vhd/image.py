@@ -40,6 +40,7 @@ from gateway.images.vhd.table import BlockTable
 MAX_BLOCKS: Final = 1 << 24  # 2040 GiB in blocks of 128 KiB: a BAT of 64 MiB
 MAX_DEPTH: Final = 64  # levels; XenServer stops at 30, and a leased chain must fit a limit of open files
 _TABLE_PIECE: Final = 64 << 10  # bytes
+_LONGEST_NAME: Final = 255  # bytes, of a file
 MAX_LOCATOR: Final = 4096  # bytes; no path is longer
 
 # Bitmaps are MSB first, but those of the first tapdisk.
@@ -295,4 +296,6 @@ def _locator_name(image: VhdFile, locator: ParentLocator) -> str | None:
 
 def _plain_name(path: str) -> str | None:
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
-    return name if _PARENT_NAME.fullmatch(name) and "\ufffd" not in name else None
+    if not _PARENT_NAME.fullmatch(name) or "\ufffd" in name or len(name.encode()) > _LONGEST_NAME:
+        return None
+    return name
