@@ -20,10 +20,9 @@ def beyond_the_limits(
         if task.status.is_final and task.ref not in running
     ]
     old = [ref for _, moment, ref in finished if moment < oldest]
-    excess = len(tasks) - len(old) - limits.task_keep
-    if excess > 0:
-        kept = sorted(entry for entry in finished if entry[1] >= oldest)
-        old += [ref for _, _, ref in kept[:excess]]
+    # Those that clients leave pending don't count: else the end of each operation would be forgotten at once.
+    kept = sorted(entry for entry in finished if entry[1] >= oldest)
+    old += [ref for _, _, ref in kept[: max(0, len(kept) - limits.task_keep)]]
     return old
 
 

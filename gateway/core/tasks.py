@@ -270,15 +270,17 @@ class Tasks:
             status = TaskStatus.CANCELLED if is_cancelled else TaskStatus.FAILURE
         with trio.CancelScope(shield=True):
             async with self._lock:
-                progress = 1.0 if status is TaskStatus.SUCCESS else operation.current_progress()
+                progress = operation.current_progress()
                 del self._operations[operation.task]
                 self._progress.ended(operation.task)
                 task = self._table.find(operation.task)
                 if task is not None:
                     other_config = {**task.other_config, **operation.current_details()}
-                    task = replace(
-                        task, progress=progress, result=operation.result, other_config=other_config
-                    )
+                    task = replace(task, progress=progress, other_config=other_config)
+                    # Until the end is durable, whoever asks must not see the task back at its beginning.
+                    self._table.put(task)
+                    progress = 1.0 if status is TaskStatus.SUCCESS else progress
+                    task = replace(task, progress=progress, result=operation.result)
                     await self._finish(task, status, operation.error)
 
     # What clients do to tasks that they made themselves

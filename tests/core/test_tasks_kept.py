@@ -111,15 +111,30 @@ async def test_beyond_the_limit_the_oldest_finished_go_and_clients_own_last(boar
         made.append(await board.task(client_made=False))
         async with board.tasks.operation(made[-1], nothing):
             pass
-    assert [task.ref for task in board.tasks.all()] == [own.ref, pending.ref, made[2].ref, made[3].ref]
-    for _ in range(2):
-        await board.task()
+    assert [task.ref for task in board.tasks.all()] == [
+        own.ref,
+        pending.ref,
+        *(task.ref for task in made[1:]),
+    ]
+    for _ in range(3):
+        await board.tasks.cancel((await board.task()).ref)
     assert {task.ref for task in board.tasks.all()} >= {own.ref, pending.ref}
-    await board.task()
+    await board.tasks.cancel((await board.task()).ref)
     assert own.ref not in {task.ref for task in board.tasks.all()}
     count = len(board.tasks.all())
     await board.restart()
-    assert len(board.tasks.all()) == count == 4
+    assert len(board.tasks.all()) == count == 5
+
+
+async def test_tasks_that_clients_leave_pending_push_no_end_of_an_operation_out(board: Board) -> None:
+    board.limits = replace(Limits(), task_keep=3)
+    await board.restart()
+    for _ in range(3):
+        await board.task()
+    task = await board.task(client_made=False)
+    async with board.tasks.operation(task, nothing):
+        pass
+    assert board.tasks.get(task.ref).status is TaskStatus.SUCCESS
 
 
 async def test_a_client_cannot_fill_the_memory_with_pending_tasks(board: Board) -> None:
@@ -155,4 +170,4 @@ async def test_old_tasks_that_cannot_be_removed_harm_no_other(
             nursery.cancel_scope.cancel()
     assert len(board.tasks) == 4
     await board.task()
-    assert len(board.tasks) == 2
+    assert len(board.tasks) == 2 + 1

@@ -1,11 +1,14 @@
 """What an operation tells while it runs: progress and details, asked for or as events."""
 
+from collections.abc import Callable
 from functools import partial
 
+import pytest
 import trio
+from sqlalchemy import Connection
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from gateway.core.tasks import TaskStatus
+from gateway.core.tasks import Task, TaskStatus
 from tests.core.task_board import Board, nothing, with_key
 
 
@@ -83,3 +86,23 @@ async def test_progress_is_an_event_once_a_second_at_most_and_only_if_it_moves(
                 await wait_all_tasks_blocked()
             assert board.events.counter - still <= 1
         nursery.cancel_scope.cancel()
+
+
+async def test_a_task_whose_end_is_being_written_down_is_as_far_as_it_was(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = await board.task()
+    write = board.database.run
+    seen: list[Task] = []
+
+    async def look_first(work: Callable[[Connection], object]) -> object:
+        seen.append(board.tasks.get(task.ref))
+        return await write(work)
+
+    async with board.tasks.operation(task, nothing) as operation:
+        operation.progress = 0.75
+        operation.details = lambda: {"moved": "3"}
+        monkeypatch.setattr(board.database, "run", look_first)
+    assert [(each.status, each.progress, each.other_config) for each in seen] == [
+        (TaskStatus.PENDING, 0.75, {"moved": "3"})
+    ]
