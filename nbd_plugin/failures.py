@@ -1,4 +1,4 @@
-"""What went wrong, as NBD can say it: the protocol carries eight numbers and no text."""
+"""What went wrong, as NBD can say it, which is one of eight numbers, and as the log does, for people."""
 
 import errno
 from typing import Final
@@ -23,6 +23,23 @@ _NEAREST: Final = {
     errno.EDQUOT: errno.ENOSPC,
     errno.EFBIG: errno.ENOSPC,
 }
+_REMEDIES: Final = {
+    errno.ENOSPC: "free space in its storage repository",
+    errno.EDQUOT: "free space in its storage repository, or raise the quota there",
+    errno.EIO: "its storage fails; the kernel's log says more",
+}
+
+
+class RequestFailed(OSError):  # noqa: N818  it says what happened
+    """What storage has failed a request, in one line: which VDI it was, and what to do."""
+
+    def __init__(self, vdi: str, error: OSError) -> None:
+        super().__init__(error.errno, f"the VDI {vdi}: {error.strerror}; {_REMEDIES[error.errno or 0]}")
+
+
+def has_remedy(error: OSError) -> bool:
+    """Whether people can be told what to do, for which where it was met in the code is of no use to them."""
+    return error.errno in _REMEDIES
 
 
 def nbd_errno(error: BaseException) -> int:

@@ -8,6 +8,7 @@ import datetime
 import json
 import re
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ _TRACEBACK: Final = "Traceback (most recent call last):"
 _LONGEST_TRACEBACK: Final = 200
 # What people do, not what is broken. A lease that was taken away is ESHUTDOWN, which is a BrokenPipeError.
 _EXPECTED: Final = ("ExportNameError", "AccessRefused", "ConnectionRefusedError", "BrokenPipeError")
+# What storage does, with the VDI and what to do about it.
+_EXPLAINED: Final = "RequestFailed"
 
 
 def masked(text: str) -> str:
@@ -27,27 +30,40 @@ def masked(text: str) -> str:
     return _SECRET.sub(r"\1***", text)
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What to tell in one line, how severe it is, and the traceback if it is that of a fault."""
+
+    line: str
+    level: str = "info"
+    traceback: str | None = None
+
+
 class Tracebacks:
     """Finds Python's tracebacks among the lines of a worker, and makes one line of each.
 
-    Whom nbdkit's plugin refuses gets a traceback, too, in nbdkit's log; of those the reason is enough.
+    Whom nbdkit's plugin refuses gets a traceback, too, in nbdkit's log; of those the reason is enough, and so
+    it is of what storage fails.
     """
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def feed(self, line: str) -> tuple[str, str | None] | None:
-        """The next line: what to tell in one line, and the traceback if it is that of a fault."""
+    def feed(self, line: str) -> Told | None:
+        """The next line: what to tell, once that is known."""
         if not self._lines and not line.endswith(_TRACEBACK):
-            return line, None
+            return Told(line)
         self._lines.append(line)
         inside = len(self._lines) == 1 or line.startswith("  ")
         if inside and len(self._lines) < _LONGEST_TRACEBACK:
             return None
         lines, self._lines = self._lines, []
         told = lines[0].removesuffix(_TRACEBACK) + lines[-1].strip()
-        expected = any(f"{name}:" in lines[-1] for name in _EXPECTED)
-        return told, None if expected else "\n".join(lines)
+        if any(f"{name}:" in lines[-1] for name in _EXPECTED):
+            return Told(told)
+        if f"{_EXPLAINED}:" in lines[-1]:
+            return Told(told, "error")
+        return Told(told, "error", "\n".join(lines))
 
 
 class Log:

@@ -12,8 +12,8 @@ PERIOD_SECONDS: Final = 60.0
 MOST_KINDS: Final = 100
 OTHERS: Final = "lines of further kinds"
 
-# nbdkit numbers its connections: `nbdkit: python[12]: error: ...`
-_CONNECTION: Final = re.compile(r"\[\d+\]")
+# nbdkit numbers its connections and their threads: `nbdkit: python[12]: error: ...`, `nbdkit: python.3: ...`
+_CONNECTION: Final = re.compile(r"(?:\[\d+\]|\.\d+(?=: ))")
 
 
 @dataclass(slots=True)

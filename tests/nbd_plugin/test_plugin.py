@@ -1,5 +1,7 @@
 """What nbdkit is told where it would take one failure for that of everything."""
 
+import errno
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,3 +35,23 @@ def test_of_more_disks_than_nbdkit_can_list_the_first_are_listed(
     monkeypatch.setattr(plugin, "list_vdis", lambda _control: disks)
     plugin.parameters = plugin.Parameters(control="/access.sock", private=True)
     assert plugin.list_exports(True, False) == disks[:10_000]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free space"), (errno.EDQUOT, "quota"), (errno.EIO, "kernel's log")]
+)
+def test_what_storage_fails_names_the_disk_and_the_remedy(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(plugin.nbdkit, "set_error", told.append)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, "it failed")
+
+    export = SimpleNamespace(vdi="1234", disk=SimpleNamespace(flush=fail, pwrite=fail))
+    for request, arguments in ((plugin.flush, (0,)), (plugin.pwrite, (b"x", 0, 0))):
+        with pytest.raises(OSError, match=f"the VDI 1234: it failed; .*{remedy}") as failed:
+            request(export, *arguments)
+        assert type(failed.value).__name__ == "RequestFailed"
+    assert told == [errno.EIO if number == errno.EIO else errno.ENOSPC] * 2

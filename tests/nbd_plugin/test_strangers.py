@@ -78,6 +78,12 @@ def test_what_comes_again_and_again_is_counted_and_told_once_a_minute() -> None:
     assert repeats.is_first(line.format(5), "info", 200.0)
 
 
+def test_what_the_threads_of_a_connection_say_is_the_same() -> None:
+    repeats = Repeats()
+    line = "nbdkit: python.{}: error: No space left on device"
+    assert [repeats.is_first(line.format(number), "error", 0.0) for number in (0, 3)] == [True, False]
+
+
 def test_lines_that_are_all_different_are_bounded_too() -> None:
     repeats = Repeats()
     told = sum(

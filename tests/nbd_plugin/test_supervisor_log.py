@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from nbd_plugin.supervisor_log import Log, Tracebacks, masked
+from nbd_plugin.failures import RequestFailed
+from nbd_plugin.supervisor_log import Log, Told, Tracebacks, masked
 
 REFUSED = """nbdkit: python[1]: error: plugin.py: open: error: Traceback (most recent call last):
    File "plugin.py", line 105, in open
@@ -14,7 +15,7 @@ REFUSED = """nbdkit: python[1]: error: plugin.py: open: error: Traceback (most r
 nbdkit: something else"""
 
 
-def told(text: str) -> list[tuple[str, str | None]]:
+def told(text: str) -> list[Told]:
     tracebacks = Tracebacks()
     return [found for line in text.splitlines() if (found := tracebacks.feed(line)) is not None]
 
@@ -22,17 +23,25 @@ def told(text: str) -> list[tuple[str, str | None]]:
 def test_of_a_refusal_its_reason_is_told_in_one_line() -> None:
     reason = "nbd_plugin.export_name.ExportNameError: the export name is too long"
     assert told(REFUSED) == [
-        (f"nbdkit: python[1]: error: plugin.py: open: error: {reason}", None),
-        ("nbdkit: something else", None),
+        Told(f"nbdkit: python[1]: error: plugin.py: open: error: {reason}"),
+        Told("nbdkit: something else"),
     ]
 
 
 def test_of_a_fault_the_whole_traceback_is_told() -> None:
     fault = REFUSED.replace("ExportNameError", "KeyError")
-    ((line, traceback), (_, nothing)) = told(fault)
-    assert line.endswith("KeyError: the export name is too long")
-    assert traceback == fault.rpartition("\n")[0]
-    assert nothing is None
+    found, after = told(fault)
+    assert found.line.endswith("KeyError: the export name is too long")
+    assert (found.level, found.traceback) == ("error", fault.rpartition("\n")[0])
+    assert after == Told("nbdkit: something else")
+
+
+def test_of_storage_that_is_full_the_disk_and_the_remedy_are_told_in_one_line() -> None:
+    failed = RequestFailed("1234", OSError(errno.ENOSPC, "No space left on device"))
+    reason = "nbd_plugin.export_name.ExportNameError: the export name is too long"
+    found, _ = told(REFUSED.replace(reason, f"nbd_plugin.failures.{type(failed).__name__}: {failed}"))
+    assert found.line.endswith("the VDI 1234: No space left on device; free space in its storage repository")
+    assert (found.level, found.traceback) == ("error", None)
 
 
 def test_a_lease_that_was_taken_away_is_no_fault() -> None:
@@ -43,7 +52,7 @@ def test_a_lease_that_was_taken_away_is_no_fault() -> None:
             "nbd_plugin.export_name.ExportNameError: the export name is too long", f"{name}: {ended}"
         )
     )
-    assert [traceback for _, traceback in found] == [None, None]
+    assert [(each.level, each.traceback) for each in found] == [("info", None)] * 2
 
 
 @pytest.mark.parametrize("sign", ["=", "%3D", "%3d"])
