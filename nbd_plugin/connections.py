@@ -4,8 +4,10 @@ The trap: of the process's sockets only those that nbdkit has accepted are clien
 local address of a socket that listens, or did before it was taken away.
 """
 
+import errno
 import math
 import os
+import resource
 import socket
 import stat
 import threading
@@ -16,12 +18,16 @@ from typing import Final
 Address = tuple[int, object]
 
 COUNT_PAUSE_SECONDS: Final = 0.1
+SPARE_DESCRIPTORS: Final = 32
 
 _listened: Final[set[Address]] = set()
 
 
 def client_sockets() -> Iterator[socket.socket]:
-    """The clients' sockets from the moment they were accepted: duplicates that are the caller's to close."""
+    """The clients' sockets from the moment they were accepted: duplicates that are the caller's to close.
+
+    Raises OSError where no descriptor is left to look for them, as do those who use it.
+    """
     for name in os.listdir("/proc/self/fd"):
         client = client_socket(int(name))
         if client is not None:
@@ -37,6 +43,19 @@ def client_socket(fd: int) -> socket.socket | None:
         return each
     each.close()
     return None
+
+
+def descriptors_run_short() -> bool:
+    """Whether fewer files may be opened than are needed to serve who is here, and to look who that is.
+
+    Without any left nbdkit turns in circles: it accepts nobody, and isn't told to end, either.
+    """
+    try:
+        lowest = os.dup(0)
+    except OSError:
+        return True
+    os.close(lowest)
+    return lowest >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
 
 
 def count_clients() -> int:
@@ -109,8 +128,10 @@ def _stream_socket(fd: int) -> socket.socket | None:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return None
         duplicate = os.dup(fd)
-    except OSError:  # closed by now
-        return None
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed by now
+            return None
+        raise
     try:
         each = socket.socket(fileno=duplicate)
     except OSError:  # something else by now

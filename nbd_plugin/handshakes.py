@@ -13,6 +13,7 @@ duplicated: what a thread waits for all along is its own, and no other client is
 
 import ctypes
 import enum
+import errno
 import math
 import socket
 import threading
@@ -29,6 +30,7 @@ _LONGEST_PAUSE: Final = 1.0  # while somebody is silent; a quarter of a limit th
 _BUSY_SECONDS: Final = 0.01  # until one that has just come waits for what its client says
 _TRIES: Final = 20
 _MANY: Final = 1024
+_NONE_LEFT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,10 @@ def _watch() -> None:
         time.sleep(pause)
         now = time.monotonic()
         with _changed:  # nobody opens a disk meanwhile
-            _forget_ended()
+            try:
+                _forget_ended()
+            except OSError:  # no descriptor is left to look with
+                continue
             late = [thread for thread, turn in _turns.items() if turn.until <= now]
             ended = [_disconnect(thread) for thread in late].count(_Found.DISCONNECTED)
             made_room = _disconnect_oldest(len(_turns) - _most) if _most else 0
@@ -138,8 +143,8 @@ def _disconnect(thread: int) -> _Found:
     """End the connection of one whose turn it is; that is forgotten then, and also if the client has gone."""
     try:
         found = _shut_down(thread, _turns[thread].began)
-    except OSError:
-        found = _Found.GONE
+    except OSError as error:
+        found = _Found.BUSY if error.errno in _NONE_LEFT else _Found.GONE
     if found is not _Found.BUSY:
         del _turns[thread]
     return found

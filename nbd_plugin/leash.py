@@ -9,8 +9,9 @@ it is told to (others with a new certificate take over) and when the supervisor 
 socket that an orphan keeps can't be bound by the next one.
 
 nbdkit can't stop listening without ending. So its listening sockets are replaced by descriptors on which
-nothing ever happens, and its main thread is woken from poll or accept by a signal. The trap: a handler of
+nothing ever happens, and its main thread is woken from poll or accept by a signal. The traps: a handler of
 Python's would be seen by whoever watches Python's signals, so this one is a C function that does nothing.
+And a worker that has no descriptor left has to obey as well, so what that takes is opened in advance.
 """
 
 import contextlib
@@ -31,6 +32,9 @@ _LOOK_AT_CLIENTS_SECONDS: Final = 1.0  # they may stay for days
 _WAKE: Final = signal.SIGUSR2
 _LONGEST: Final = 64
 
+_listening: Final[list[int]] = []
+_nothing: Final[list[int]] = []  # what takes their place
+
 
 def follow(leash: int) -> None:
     """Obey the supervisor at the other end of descriptor `leash`, in a thread. On nbdkit's main thread."""
@@ -40,18 +44,15 @@ def follow(leash: int) -> None:
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal(_WAKE, ctypes.cast(libc.abs, ctypes.c_void_p))
     remember_listening()
+    _listening[:] = listening_descriptors()
+    _nothing[:] = [os.eventfd(0, os.EFD_CLOEXEC)]
     threading.Thread(target=_obey, args=(link,), name="leash", daemon=True).start()
 
 
 def stop_listening() -> None:
     """Accept nobody any more; connections stay. The addresses are free once all workers have done so."""
-    remember_listening()
-    nothing = os.eventfd(0, os.EFD_CLOEXEC)
-    try:
-        for fd in listening_descriptors():
-            os.dup2(nothing, fd, inheritable=False)
-    finally:
-        os.close(nothing)
+    for fd in _listening:
+        os.dup2(_nothing[0], fd, inheritable=False)
     # It polls what was there before until it is woken, and may even be in accept.
     main = threading.main_thread().ident
     assert main is not None
@@ -71,7 +72,8 @@ def _obey(link: socket.socket) -> None:
         except OSError:
             order = b""
         if order == b"count":
-            _say(link, f"count {count_clients()}")
+            with contextlib.suppress(OSError):  # nobody can count without a descriptor; the last count holds
+                _say(link, f"count {count_clients()}")
         elif order == b"stop":
             stop_listening()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -84,12 +86,19 @@ def _obey(link: socket.socket) -> None:
         if idle_from is not None:
             now = time.monotonic()
             pause = _LOOK_SECONDS
-            if count_clients():
+            if _has_clients():
                 idle_from = max(idle_from, now + IDLE_SECONDS)
                 pause = _LOOK_AT_CLIENTS_SECONDS
             elif now >= idle_from:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+
+
+def _has_clients() -> bool:
+    try:
+        return count_clients() > 0
+    except OSError:  # no descriptor is left: somebody has them
+        return True
 
 
 def _say(link: socket.socket, text: str) -> None:

@@ -37,10 +37,10 @@ from gateway.images import heap
 from gateway.images.disk import ExtentKind
 from gateway.images.errors import ImageError
 from nbd_plugin import handshakes, leash, pinning, scheduling
-from nbd_plugin.connections import Room
+from nbd_plugin.connections import Room, descriptors_run_short
 from nbd_plugin.export import Export, Parameters
 from nbd_plugin.export_name import ExportNameError
-from nbd_plugin.failures import nbd_errno
+from nbd_plugin.failures import RequestFailed, has_remedy, nbd_errno
 from nbd_plugin.pinning import local as this_thread
 from nbd_plugin.stopping import PATIENCE_SECONDS, stop_at_signals
 
@@ -49,6 +49,7 @@ API_VERSION: Final = 2
 _PREFERRED_BLOCK: Final = 64 << 10
 _LARGEST_BLOCK: Final = 32 << 20
 _LONGEST_LIST: Final = 10_000  # exports; nbdkit refuses a longer one as a whole
+_TOO_MANY_FILES: Final = "too many files are open in this nbdkit: raise its limit (LimitNOFILE, ulimit -Hn)"
 _SHARE_OF_SILENT: Final = 0.5  # of all clients; the others have a disk open
 _PR_SET_PDEATHSIG: Final = 1
 _TYPES: Final = {
@@ -108,9 +109,16 @@ def cleanup() -> None:
 
 def preconnect(readonly: bool) -> None:
     most = parameters.clients
-    if most and not _room.is_there(most) and not handshakes.make_room():
-        raise ConnectionRefusedError("too many clients are connected")
-    handshakes.clients_turn()
+    try:
+        if most and not _room.is_there(most) and not handshakes.make_room():
+            raise ConnectionRefusedError("too many clients are connected")
+        if descriptors_run_short() and not handshakes.make_room():
+            raise ConnectionRefusedError(_TOO_MANY_FILES)
+        handshakes.clients_turn()
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise ConnectionRefusedError(_TOO_MANY_FILES) from None
+        raise
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -123,12 +131,20 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
 def open(readonly: bool) -> Export:  # noqa: A001 - nbdkit wants it so
     handshakes.our_turn()
     try:
-        export = Export(_asked_name(), parameters)
+        export = _opened()
     except BaseException:
         handshakes.clients_turn()
         raise
     _open.add(export)
     scheduling.opened(export.vdi, export)
+    return export
+
+
+def _opened() -> Export:
+    export = Export(_asked_name(), parameters)
+    if descriptors_run_short():
+        export.close()
+        raise ConnectionRefusedError(_TOO_MANY_FILES)
     return export
 
 
@@ -144,7 +160,7 @@ def close(export: Export) -> None:
     _open.discard(export)
     scheduling.closed(export)
     try:
-        with _told():
+        with _told(export):
             export.close()
     finally:
         heap.give_back_soon()
@@ -189,7 +205,7 @@ def pread(export: Export, buf: memoryview, offset: int, flags: int) -> None:
     try:
         export.read(buf, offset)
     except _FAILURES as error:
-        _fail(error)
+        _fail(export, error)
 
 
 def pwrite(export: Export, buf: memoryview, offset: int, flags: int) -> None:
@@ -200,11 +216,11 @@ def pwrite(export: Export, buf: memoryview, offset: int, flags: int) -> None:
     try:
         export.disk.pwrite(buf, offset)
     except _FAILURES as error:
-        _fail(error)
+        _fail(export, error)
 
 
 def flush(export: Export, flags: int) -> None:
-    with _told():
+    with _told(export):
         export.disk.flush()
 
 
@@ -214,35 +230,37 @@ def zero(export: Export, count: int, offset: int, flags: int) -> None:
         # Space that has to stay reserved is written to.
         nbdkit.set_error(errno.EOPNOTSUPP)
         return
-    with _told():
+    with _told(export):
         export.disk.zero(offset, count, trim=trim)
 
 
 def trim(export: Export, count: int, offset: int, flags: int) -> None:
-    with _told():
+    with _told(export):
         export.disk.zero(offset, count, trim=True)
 
 
 def cache(export: Export, count: int, offset: int, flags: int) -> None:
-    with _told():
+    with _told(export):
         export.prefetch(offset, count)
 
 
 def extents(export: Export, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    with _told():
+    with _told(export):
         found = export.extents(offset, count, first_only=bool(flags & nbdkit.FLAG_REQ_ONE))
         return [(start, length, _TYPES[kind]) for start, length, kind in found]
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _told(export: Export) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        _fail(error)
+        _fail(export, error)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(export: Export, error: Exception) -> NoReturn:
     """Let the client know; nbdkit logs the exception itself, and the supervisor wants one, not its causes."""
     nbdkit.set_error(nbd_errno(error))
+    if isinstance(error, OSError) and has_remedy(error):
+        raise RequestFailed(export.vdi, error) from None
     raise error from None

@@ -184,11 +184,11 @@ class Workers:
         lines = worker.lines()
         now = time.monotonic()
         for line in lines or ():
-            match worker.tracebacks.feed(line):
-                case (told, None) if self._repeats.is_first(told, "info", now):
-                    self._log.info("nbdkit says", process=worker.pid, line=told)
-                case (told, str() as traceback) if self._repeats.is_first(told, "error", now):
-                    self._log.error("nbdkit says", process=worker.pid, line=told, traceback=traceback)
+            told = worker.tracebacks.feed(line)
+            if told is not None and self._repeats.is_first(told.line, told.level, now):
+                write = self._log.error if told.level == "error" else self._log.info
+                more = {} if told.traceback is None else {"traceback": told.traceback}
+                write("nbdkit says", process=worker.pid, line=told.line, **more)
         if lines is None:
             assert worker.log is not None
             self._events.forget(worker.log)
