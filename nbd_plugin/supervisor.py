@@ -162,6 +162,7 @@ class Supervisor:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             self._workers.kill()
+        self._links.accept_again(now)
         self._workers.replace()
         self._workers.tell_repeats(now)
 
@@ -171,8 +172,7 @@ class Supervisor:
             times.append(self._start_until)
         if not self._leaving:
             times.append(self._needed_at + self._options.linger)
-        if self._kill_at is not None:
-            times.append(self._kill_at)
+        times += [each for each in (self._kill_at, self._links.again_at) if each is not None]
         return max(min(times) - now, 0.0)
 
     # Orders

@@ -9,6 +9,7 @@ socket doesn't take at once is dropped with the connection.
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -17,6 +18,7 @@ from nbd_plugin.supervisor_events import Events
 from nbd_plugin.supervisor_log import Log
 
 _LONGEST_ORDER: Final = 65536
+_AGAIN_SECONDS: Final = 1.0
 
 
 class _Link:
@@ -78,6 +80,8 @@ class Links:
         self._obey: Final = obey
         self._links: set[_Link] = set()
         self._told: dict[str, Any] = {}
+        self.again_at: float | None = None
+        """When `accept_again` is due: there was no descriptor left for who has connected."""
         events.watch(listening.fileno(), self._accept)
 
     def __len__(self) -> int:
@@ -95,9 +99,16 @@ class Links:
 
     def close(self) -> None:
         """Accept nobody any more; who is connected stays. Twice is allowed."""
+        self.again_at = None
         if self._listening.fileno() >= 0:
             self._events.forget(self._listening.fileno())
             self._listening.close()
+
+    def accept_again(self, now: float) -> None:
+        """Look again for who has connected, if that is due."""
+        if self.again_at is not None and now >= self.again_at:
+            self.again_at = None
+            self._events.watch(self._listening.fileno(), self._accept)
 
     def end(self) -> None:
         """Disconnect everybody."""
@@ -107,7 +118,12 @@ class Links:
     def _accept(self) -> None:
         try:
             connected, _ = self._listening.accept()
+        except BlockingIOError:
+            return
         except OSError:
+            # Who waits is told of without end, so that the supervisor would do nothing else.
+            self._events.forget(self._listening.fileno())
+            self.again_at = time.monotonic() + _AGAIN_SECONDS
             return
         link = _Link(connected)
         self._links.add(link)

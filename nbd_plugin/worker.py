@@ -174,7 +174,14 @@ def start_worker(options: WorkerOptions, sockets: Sequence[socket.socket]) -> Wo
             pid = os.fork()
             if pid == 0:
                 _become(command, given, len(sockets), writing, options.identity)
-            return Worker(pid, os.pidfd_open(pid), ours, reading)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                # Nobody could watch it, and it would take clients all the same.
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
+            return Worker(pid, pidfd, ours, reading)
         except BaseException:
             ours.close()
             os.close(reading)

@@ -1,6 +1,8 @@
 """Gateways that don't read, or write nonsense, at the supervisor's control socket."""
 
+import errno
 import json
+import math
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ class Control:
         self.events = Events()
         self.log = Log()
         self.orders: list[dict[str, Any]] = []
+        self.listening = listening
         self.links = Links(
             listening, self.events, self.log, status=lambda: {"pid": 1}, obey=self.orders.append
         )
@@ -78,3 +81,30 @@ def test_of_a_message_that_did_not_fit_nothing_follows(
     assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == ["much", "next"]
     control.events.wait(30)
     assert len(control.links) == 0
+
+
+def test_for_whom_no_descriptor_is_left_waits_and_is_let_in_later(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    def accept(_: socket.socket) -> Any:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.EMFILE, "too many open files")
+
+    address = control.listening.getsockname()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.connect(address)
+        with monkeypatch.context() as patched:
+            patched.setattr(socket.socket, "accept", accept)
+            control.events.wait(30)
+            control.events.wait(0)
+        assert tries == 1
+        assert control.links.again_at is not None
+        control.links.accept_again(0.0)
+        control.events.wait(0)
+        assert len(control.links) == 1
+        control.links.accept_again(math.inf)
+        control.events.wait(30)
+        assert len(control.links) == 2

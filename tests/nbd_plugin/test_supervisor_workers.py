@@ -1,8 +1,10 @@
 """Which processes the supervisor knows of when not all could be started."""
 
+import errno
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from nbd_plugin.pool import Pool
 from nbd_plugin.supervisor_events import Events
 from nbd_plugin.supervisor_log import Log
 from nbd_plugin.supervisor_workers import Workers
-from nbd_plugin.worker import Worker, WorkerOptions
+from nbd_plugin.worker import Worker, WorkerOptions, start_worker
 from tests.nbd_plugin.supervised import eventually
 from tests.nbd_plugin.test_pool import OPTIONS
 
@@ -61,3 +63,23 @@ def test_a_worker_that_started_before_another_could_not_is_known_and_its_end_not
             process.wait()
         ours.close()
         theirs.close()
+
+
+def test_a_worker_that_nobody_could_watch_does_not_live_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take clients from the socket, and never be told to stop."""
+
+    def fail(_: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    options = replace(OPTIONS, nbdkit="/bin/cat", root=str(tmp_path), access=str(tmp_path / "access.sock"))
+    before, descriptors = children(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="too many open files"):
+        start_worker(options, [])
+    assert children() == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
