@@ -30,7 +30,7 @@ from gateway.core.password_delay import PasswordDelay
 from gateway.core.passwords import Verdict
 from gateway.core.refs import new_ref, new_session_ref, new_uuid
 from gateway.core.roles import Permission, Role
-from gateway.core.users import User, Users
+from gateway.core.users import LONGEST_NAME, User, Users
 
 log: Final[structlog.typing.FilteringBoundLogger] = structlog.get_logger()
 
@@ -275,6 +275,8 @@ class Sessions:
 
     async def _verify(self, name: str, password: str, address: str, key: bytes | None = None) -> User:
         """The user, after one hash; `key` is where to remember Basic credentials."""
+        # Wrong names are remembered, and nobody has a longer one than this.
+        name = name[: LONGEST_NAME + 1]
         async with self._delay.attempt(name, address):
             # Several requests that began at once need one hash between them.
             known = None if key is None else self._believed.user(key)
@@ -289,7 +291,7 @@ class Sessions:
                     await self._users.renew_hash(user, password)
                 return user
             delay = self._delay.wrong(name, address)
-        log.warning("wrong password", user=name[:_LONGEST_TEXT], address=address)
+        log.warning("wrong password", user=name, address=address)
         await trio.sleep(delay)
         raise XenAPIError("SESSION_AUTHENTICATION_FAILED", name, "the user name or the password is wrong")
 

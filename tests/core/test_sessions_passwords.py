@@ -1,6 +1,7 @@
 """Passwords at the door: what a check costs, which are believed for a while, and how guessing is slowed."""
 
 import itertools
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,21 @@ async def test_an_unknown_user_costs_a_hash_as_a_known_one_does(
             "the user name or the password is wrong",
         ]
     assert gate.passwords.verified == 2
+
+
+async def test_a_stranger_cannot_fill_the_memory_with_long_names(
+    gate: Gate, autojump_clock: MockClock
+) -> None:
+    tracemalloc.start()
+    try:
+        for number in range(8):
+            with pytest.raises(XenAPIError) as refusal:
+                await gate.login(f"{number}{'x' * (1 << 20)}", "wrong")
+            assert len(str(refusal.value)) < 1000
+            del refusal
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 async def test_wrong_passwords_from_one_address_wait_twice_as_long_each_time(
