@@ -9,8 +9,10 @@ what one record says may move other VDIs, so a change names all whose place has 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+_MOMENTARY: Final = frozenset({"allowed_operations", "current_operations"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,24 @@ class Vdi:
     has_data: bool = True
     record: bytes = field(default=b"{}", repr=False)
 
+    def lasts_as(self, other: "Vdi") -> bool:
+        """Whether nothing is different but what is being done with the VDI."""
+        if replace(self, record=other.record) != other:
+            return False
+        return self.record == other.record or _lasting(self.record) == _lasting(other.record)
+
     def document(self) -> bytes:
-        """The content of record.json: the record and its reference, keys in order."""
-        content = {**json.loads(self.record), "ref": self.ref}
+        """The content of record.json: the lasting record and its reference, keys in order.
+
+        To read the disks beside it, as who copies the directory does, changes nothing in it.
+        """
+        content = {**_lasting(self.record), "ref": self.ref}
         return json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _lasting(record: bytes) -> dict[str, Any]:
+    """Without what changes whenever somebody begins or ends to use a VDI."""
+    return {name: value for name, value in json.loads(record).items() if name not in _MOMENTARY}
 
 
 @dataclass(frozen=True, slots=True)

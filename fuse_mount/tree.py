@@ -79,6 +79,9 @@ class SrNode:
 class VdiNode:
     """A VDI's directory and all that is in it. `changed_ns`: when its record was seen to change, in
     nanoseconds since 1970.
+
+    To read a disk is no change of it: backup programs compare the time with that of their last copy, and with
+    that before they began to read.
     """
 
     def __init__(self, number: int, vdi: Vdi, home: "SrNode | VdiNode") -> None:
@@ -155,7 +158,7 @@ class Tree:
         if home is not None:
             vdi = self._catalogue.vdis[ref]
             before, node.vdi = node.vdi, vdi
-            if vdi != before:
+            if not vdi.lasts_as(before):
                 node.changed_ns = time.time_ns()
             stays = self._ref_of(node.home) == home and not node.home.gone
             if stays and (vdi.label, vdi.uuid) == (before.label, before.uuid):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse_mount.mount_files import names
-from tests.system.mounted import Mounted, mounted, needs_fuse
+from tests.fuse_mount.mount_files import names, reading
+from tests.fuse_mount.served_site import operations
+from tests.system.mounted import Mounted, mounted, needs_fuse, run
 from tests.system.site import MIB, Site, Vdi, unplugged, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -139,6 +140,28 @@ def test_the_record_is_that_of_the_gateway(site: Site, lasting: Mounted, vdi: Vd
     assert {name: shown[name] for name in shown if "operations" not in name} == {
         name: record[name] for name in record if "operations" not in name
     }
+
+
+@needs_fuse
+def test_to_read_a_disk_is_no_change_of_its_files_and_to_write_to_it_is(
+    site: Site, tmp_path: Path, vdi: Vdi
+) -> None:
+    with mounted(site.gateway, tmp_path / "mnt", "--writable") as mount:
+        folder = mount.of(vdi)
+        began = (folder / "disk.raw").stat()
+        with reading(folder / "disk.raw"):
+            assert operations(site, vdi) == ["read"]
+            later = site.create_vdi(2 * MIB)
+            mount.of(later)  # so the mount has also heard of what came before
+            # The kernel has not seen these yet.
+            for name in ("disk.vhd", "partitions", "record.json"):
+                assert (folder / name).stat().st_ctime_ns == began.st_ctime_ns
+        archive = tmp_path / "archive.tar"
+        run("tar", "--create", "--file", archive, "--directory", folder, ".")
+        with open(folder / "disk.raw", "r+b", buffering=0) as file:
+            file.write(b"x")
+        wait_until(lambda: (folder / "disk.raw").stat().st_mtime_ns > began.st_mtime_ns, "another time")
+    site.gateway.call("VDI.destroy", later.ref)
 
 
 @needs_fuse

@@ -183,6 +183,13 @@ def test_the_time_of_a_record_is_when_it_was_seen_to_change(monkeypatch: pytest.
     assert node.changed_ns > first
     assert isinstance(node, VdiNode)
     assert node.document == b'{\n  "a": 1,\n  "ref": "disk"\n}\n'
+    changed, document = node.changed_ns, node.document
+    busy = b'{"a": 1, "current_operations": {"task": "read"}, "allowed_operations": []}'
+    tree.apply(Changes({"disk": replace(DISK, record=busy)}, {}, BOTH))
+    assert node.changed_ns == changed
+    assert node.document == document
+    tree.apply(Changes({"disk": replace(DISK, record=busy, stored=DISK.stored + 4096)}, {}, BOTH))
+    assert node.changed_ns > changed
 
 
 @pytest.mark.parametrize(
