@@ -230,7 +230,10 @@ def _check_vhdx_blocks(fd: int, offset: int, length: int, block: int) -> None:
     end = os.fstat(fd).st_size
     if not 1 << 20 <= offset < end or not 0 < length <= _MOST_TABLE_BYTES:
         raise corrupt_image(name, f"its block allocation table lies at {offset}")
-    for start in range(offset, min(offset + length, end), _TABLE_PIECE):
+    # Programs that enlarge a disk put a longer table at the end of the file.
+    if offset + length > end:
+        raise corrupt_image(name, f"it ends at {end}, within its block allocation table")
+    for start in range(offset, offset + length, _TABLE_PIECE):
         piece = pread_exactly(fd, min(_TABLE_PIECE, offset + length - start), start)
         entries = array("Q", piece[: len(piece) // 8 * 8])
         if sys.byteorder == "big":

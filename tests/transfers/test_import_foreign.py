@@ -242,6 +242,30 @@ def crc32c(data: bytes | bytearray) -> int:
     return crc ^ 0xFFFFFFFF
 
 
+def with_table_at_the_end(body: bytes) -> bytes:
+    """The same VHDX as after Hyper-V has enlarged it: its block allocation table is the last of the file."""
+    moved = bytearray(body.ljust(-(-len(body) // MIB) * MIB, b"\0"))
+    end = len(moved)
+    for place in (192 << 10, 256 << 10):
+        table = moved[place : place + (64 << 10)]
+        entry = table.index(UUID("2DC27766-F623-4200-9D64-115E9BFD4A08").bytes_le)
+        offset, length = struct.unpack_from("<QI", table, entry + 16)
+        struct.pack_into("<Q", table, entry + 16, end)
+        table[4:8] = bytes(4)
+        struct.pack_into("<I", table, 4, crc32c(table))
+        moved[place : place + (64 << 10)] = table
+    return bytes(moved) + body[offset : offset + length]
+
+
+def test_a_vhdx_that_ends_within_its_table_is_not_whole(take: Callable[..., bytes]) -> None:
+    body = with_table_at_the_end(sample("vhdx"))
+    assert take(body, "vhdx") == disk_data().ljust(6 * MIB, b"\0")
+    for left in (0, 8, 16, 512, MIB - 1):
+        with pytest.raises(XenAPIError) as caught:
+            take(body[: len(body) - MIB + left], "vhdx")
+        assert caught.value.code == CORRUPT
+
+
 def with_log(*, entry: bool) -> bytes:
     """A VHDX whose headers say that it has a log: with an entry in it that has to be replayed, or empty.
 
