@@ -22,7 +22,7 @@ from gateway.access.server import AccessServer
 from gateway.administrator import AdministratorPassword
 from gateway.certificates import ServerCertificate, ensure_server_certificate, own_names
 from gateway.core.current_operations import CurrentOperations
-from gateway.core.database import Database, DatabaseUnusable
+from gateway.core.database import Database, DatabaseFailed, DatabaseUnusable
 from gateway.core.events import Events
 from gateway.core.leases import Leases
 from gateway.core.limits import Limits
@@ -102,7 +102,10 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
             ready=ready,
             configuration=configuration,
         )
-        trio.run(gateway.run)
+        try:
+            trio.run(gateway.run)
+        except DatabaseFailed as error:
+            raise ServeRefused(f"{state.database}: {error}") from None
 
 
 def _nbd_files(configuration: Configuration, state: StateDirectory) -> NbdFiles | None:

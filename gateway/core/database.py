@@ -43,6 +43,17 @@ class DatabaseUnusable(Exception):  # noqa: N818 -- it says what the database is
         return f"{self.path}: {self.problem}"
 
 
+class DatabaseFailed(sqlalchemy.exc.SQLAlchemyError):
+    """A transaction was not made, and not by a fault of its own; the text says why and what to do."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the gateway's database cannot be used {self.problem}"
+
+
 class Database:
     """An open metadata database. Made by `Database.open`."""
 
@@ -66,13 +77,22 @@ class Database:
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in the database's thread in one transaction: durable when this returns, undone if it
-        raises.
+        raises. Raises DatabaseFailed: a full disk, a lock, a damaged file.
         """
         return await trio.to_thread.run_sync(self._in_transaction, work, limiter=self._limiter)
 
     def _in_transaction(self, work: Callable[[Connection], T]) -> T:
-        with self._engine.begin() as connection:
-            return work(connection)
+        try:
+            with self._engine.begin() as connection:
+                return work(connection)
+        except sqlalchemy.exc.DatabaseError as error:
+            # Not those that tell what is wrong with a row or a statement.
+            if (
+                isinstance(error, sqlalchemy.exc.OperationalError)
+                or type(error) is sqlalchemy.exc.DatabaseError
+            ):
+                raise DatabaseFailed(_problem(error)) from error
+            raise
 
     async def aclose(self) -> None:
         """Close the file; the write-ahead log is folded into it. Waits for a running transaction."""
@@ -89,13 +109,25 @@ def _opened(path: str, revisions: tuple[str, ...], migrations: Path) -> Engine:
         _bring_up_to_date(engine, path, revisions, migrations)
     except sqlalchemy.exc.DatabaseError as error:
         engine.dispose()
-        raise DatabaseUnusable(
-            path, f"it cannot be used as a database ({error.orig}); move it away, or restore it from a copy"
-        ) from error
+        raise DatabaseUnusable(path, f"it cannot be used as a database {_problem(error)}") from error
     except BaseException:
         engine.dispose()
         raise
     return engine
+
+
+def _problem(error: sqlalchemy.exc.DBAPIError) -> str:
+    """Why and what to do. Nobody may lose a database by advice for another trouble than theirs."""
+    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+    if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        remedy = "another program uses it: wait until that has finished, or end it"
+    elif code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+        remedy = "look whether there is space on the disk that it lies on, and whether that works"
+    elif code in {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}:
+        remedy = "make it and its directory readable and writable for this user"
+    else:
+        remedy = "move it away, or restore it from a copy"
+    return f"({error.orig}); {remedy}"
 
 
 def _engine(path: str) -> Engine:
@@ -104,6 +136,8 @@ def _engine(path: str) -> Engine:
         # One connection serves whichever worker thread holds the limiter.
         poolclass=StaticPool,
         connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT / 1000},
+        # Errors are logged and told, and rows hold the hashes of passwords.
+        hide_parameters=True,
     )
 
     @event.listens_for(engine, "connect")

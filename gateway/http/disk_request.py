@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import Host
@@ -239,11 +240,15 @@ class DiskRequest:
             ) from failure
 
     async def new_task(self, identity: "Identity", label: str, description: str) -> "Task":
-        """A task of the gateway's own for a request that brought none."""
+        """A task of the gateway's own for a request that brought none. A later refusal fails it, too."""
         session_uuid = identity.session.uuid if identity.session is not None else ""
-        return await self._services.tasks.create(
-            label, description, user=identity.user, session_uuid=session_uuid, client_made=False
-        )
+        try:
+            self._task = await self._services.tasks.create(
+                label, description, user=identity.user, session_uuid=session_uuid, client_made=False
+            )
+        except DatabaseFailed as failure:
+            raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(failure)) from failure
+        return self._task
 
     async def refuse(self, connection: "Connection", refusal: Refusal) -> None:
         """Answer a refusal; the given task fails with it."""

@@ -114,7 +114,10 @@ class ImportRawVDI:
         """Answer the head, receive the body, and return the last line."""
         connection = upload.connection
         uuid = target.vdi.uuid if isinstance(target, IntoVDI) else target.uuid
-        body = connection.take_body()
+        try:
+            body = connection.take_body()
+        except OSError as failure:  # no descriptor is left
+            raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, as_xenapi_error(failure)) from failure
         try:
             await self._begin(connection, task)
             await self._receive(upload, target, body, task)

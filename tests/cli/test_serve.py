@@ -2,6 +2,7 @@ import http.client
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import trio
 
 from gateway.certificates import ensure_server_certificate
+from gateway.core.database import Database
 from tests.conftest import RunningGateway, clean_environment, program
 
 
@@ -143,6 +146,24 @@ def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert str(tmp_path / "gateway.sqlite3") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_database_that_is_found_damaged_as_it_is_read_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sqlite3"
+    database = trio.run(Database.open, str(path))
+    trio.run(database.aclose)
+    connection = sqlite3.connect(path)
+    (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'settings'").fetchone()
+    (size,) = connection.execute("PRAGMA page_size").fetchone()
+    connection.close()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(bytes(size))
+    refused = serve("--state-dir", str(tmp_path), "--http", "127.0.0.1:0", "--nbd", "off")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert str(path) in refused.stderr
+    assert refused.stderr.endswith("malformed); move it away, or restore it from a copy\n")
 
 
 def test_a_certificate_with_the_wrong_key_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import sqlite3
 import stat
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select, text
 
 from gateway.core import schema
-from gateway.core.database import MIGRATIONS, Database, DatabaseUnusable
+from gateway.core.database import MIGRATIONS, Database, DatabaseFailed, DatabaseUnusable
 
 SECOND_SCHEMA = """
 import sqlalchemy as sa
@@ -161,6 +162,54 @@ async def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> 
     ):
         await Database.open(str(path))
     assert path.read_bytes().startswith(b"a letter")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.core.database.BUSY_TIMEOUT", 10)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_nobody_is_told_to_move_a_database_away_that_another_program_holds(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.sqlite3"
+    database = await Database.open(str(path))
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    told = r"cannot be used .*database is locked.*; another program uses it: wait"
+    with pytest.raises(DatabaseFailed, match=told):
+        await database.run(lambda connection: connection.execute(put("colour", "red")))
+    await database.aclose()
+    with pytest.raises(DatabaseUnusable, match=told):
+        await Database.open(str(path))
+    other.close()
+    database = await Database.open(str(path))
+    await database.run(lambda connection: connection.execute(put("colour", "red")))
+    await database.aclose()
+
+
+async def test_a_full_disk_is_told_as_one_and_over_once_there_is_space(tmp_path: Path) -> None:
+    database = await Database.open(str(tmp_path / "gateway.sqlite3"))
+
+    def limit(connection: Connection, pages: int) -> None:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+
+    await database.run(partial(limit, pages=1))  # none more than there are
+    large = put("colour", "red" * 100_000)
+    with pytest.raises(DatabaseFailed, match=r"database or disk is full\); look whether there is space"):
+        await database.run(lambda connection: connection.execute(large))
+    await database.run(partial(limit, pages=1_000_000))
+    await database.run(lambda connection: connection.execute(large))
+    await database.aclose()
+
+
+async def test_no_error_shows_what_was_to_be_written(tmp_path: Path) -> None:
+    database = await Database.open(str(tmp_path / "gateway.sqlite3"))
+    await database.run(lambda connection: connection.execute(put("colour", "a secret")))
+    with pytest.raises(sqlalchemy.exc.IntegrityError) as refused:
+        await database.run(lambda connection: connection.execute(put("colour", "a secret")))
+    assert "UNIQUE" in str(refused.value)
+    assert "a secret" not in str(refused.value)
+    await database.aclose()
 
 
 async def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:

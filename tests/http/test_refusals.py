@@ -1,6 +1,10 @@
 """What is refused before the body: status, line and task, and that a client that streams on hears it."""
 
 import base64
+import contextlib
+import errno
+import os
+import sqlite3
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +261,36 @@ async def test_too_many_transfers_are_503_with_retry_after(tmp_path: Path) -> No
             await client.send(bytes(4 * MIB))
             await client.rest()
         assert (await gate.ask("PUT", gate.target(second), body=bytes(4 * MIB))).whole
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+async def test_a_database_that_cannot_be_written_is_named_and_everything_goes_on_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("gateway.core.database.BUSY_TIMEOUT", 10)
+    async with open_gate(tmp_path) as gate:
+        vdi, body = await gate.vdi(), bytes(4 * MIB)
+        target = gate.target(vdi, "import_raw_vdi" if method == "PUT" else "export_raw_vdi")
+        with contextlib.closing(sqlite3.connect(tmp_path / "gateway.sqlite3", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            answer = await gate.ask(method, target, body=body if method == "PUT" else b"")
+        assert answer.status == 500
+        assert answer.text.startswith("INTERNAL_ERROR: ") and "database is locked" in answer.text
+        assert (await gate.ask(method, target, body=body if method == "PUT" else b"")).whole
+    assert (vdi.virtual_size, len(gate.staged())) == (4 * MIB, 0)
+
+
+async def test_an_upload_without_a_descriptor_for_it_ends_its_task(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_arguments: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    vdi = await gate.vdi()
+    monkeypatch.setattr("gateway.http.wire.os.eventfd", none_left)
+    await refused(gate, 500, "VDI_IO_ERROR", gate.target(vdi))
+    (task,) = gate.tasks.all()
+    assert (task.status, task.error_info[0]) == (TaskStatus.FAILURE, "VDI_IO_ERROR")
 
 
 @pytest.mark.parametrize(
