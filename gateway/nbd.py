@@ -111,6 +111,8 @@ class Nbd:
         self._shutdown_seconds: Final = shutdown_seconds
         self._directory: str | None = None
         self._chain: str | None = None
+        self._served_directory: str | None = None
+        """The supervisor's: it keeps an old one if workers can't be started with the new one."""
         self._link: _Link | None = None
         self._addresses: list[tuple[str, int]] = []
         self._stays = False
@@ -203,10 +205,10 @@ class Nbd:
             except OSError as error:
                 log.warning("NBD keeps the old certificate", why=str(error))
                 return
-            if directory != self._directory:
-                self._directory, self._chain = directory, chain
-                if self._link is not None:  # it may have died meanwhile; the next one begins with these
-                    self._link.send({"do": "renew", "tls": directory})
+            self._directory, self._chain = directory, chain
+            # It may have died meanwhile; the next one begins with these.
+            if self._link is not None and directory != self._served_directory:
+                self._link.send({"do": "renew", "tls": directory})
         await self._tell_door()
 
     def begin_stop(self) -> None:
@@ -320,6 +322,7 @@ class Nbd:
         self._link = link
         self._addresses = [(host, port) for host, port in status["addresses"]]
         self._stays = bool(status["stay"])
+        self._served_directory = status["tls"]
         if self._stopping and not self._stays:
             link.send({"do": "stop"})
 
@@ -340,6 +343,8 @@ class Nbd:
 
     async def _follow(self, link: _Link) -> None:
         while (message := await link.receive()) is not None:
+            if "status" in message:
+                self._served_directory = message["status"]["tls"]
             _log(message)
 
 

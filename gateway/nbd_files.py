@@ -25,7 +25,7 @@ from nbd_plugin.listening import is_loopback
 
 SUPERVISOR: Final = str(Path(nbd_plugin.__file__).with_name("supervisor.py"))
 
-_KEEP_TLS: Final = 2  # the present one, and the one that workers may just be starting with
+_KEEP_TLS_BEFORE: Final = 1  # beside the present one: workers may just be starting with it
 
 
 class NbdRefused(Exception):  # noqa: N818  it says what happened
@@ -112,7 +112,7 @@ class NbdFiles:
                 os.chmod(unfinished, 0o710)  # noqa: S103
             os.rename(unfinished, directory)
         os.utime(directory)
-        self._remove_old()
+        self._remove_old(Path(directory))
         return directory
 
     def command(self, certificates: str | None, version: str, *arguments: str) -> list[str]:
@@ -146,9 +146,10 @@ class NbdFiles:
             "version": version,
         }
 
-    def _remove_old(self) -> None:
-        found = sorted(Path(self.directory).glob("tls-*"), key=_changed, reverse=True)
-        for each in found[_KEEP_TLS:]:
+    def _remove_old(self, present: Path) -> None:
+        # Where the clock was put back the present one isn't the latest.
+        found = sorted(set(Path(self.directory).glob("tls-*")) - {present}, key=_changed, reverse=True)
+        for each in found[_KEEP_TLS_BEFORE:]:
             shutil.rmtree(each, ignore_errors=True)
 
 

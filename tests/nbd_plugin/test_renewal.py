@@ -93,3 +93,57 @@ async def test_a_certificate_is_renewed_while_the_supervisor_dies(tmp_path: Path
         nursery.cancel_scope.cancel()
     supervisor.join()
     assert door.told == [service, None]
+
+
+async def test_a_certificate_that_workers_could_not_be_started_with_is_tried_again(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("gateway.nbd.nbd_service", lambda *_: SimpleNamespace())
+    control = tmp_path / "control.sock"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(control))
+    listening.listen()
+    listening.settimeout(30)
+    certificates = iter(("old", "new", "new", "new"))
+    door: Any = Door()
+    files: Any = Files(control)
+    nbd = Nbd(
+        files,
+        door,
+        version="1",
+        certificates=lambda: (next(certificates), "chain"),
+        shutdown_seconds=lambda: 1.0,
+    )
+    orders: list[dict[str, Any]] = []
+
+    def supervise() -> None:
+        """It keeps the old certificate the first time."""
+        connected, _ = listening.accept()
+        connected.settimeout(30)
+        with connected, listening, connected.makefile("rb") as stream:
+            connected.sendall(json.dumps({"status": STATUS}).encode() + b"\n")
+            for tls in ("old", "new"):
+                orders.append(json.loads(stream.readline()))
+                connected.sendall(json.dumps({"status": {**STATUS, "tls": tls}}).encode() + b"\n")
+            orders.extend(map(json.loads, stream))
+
+    async def forever() -> None:
+        await trio.sleep_forever()
+
+    supervisor = threading.Thread(target=supervise)
+    supervisor.start()
+    assert await nbd.start(unless=forever)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(nbd.run)
+        await nbd.renew()
+        await nbd.renew()
+        with trio.fail_after(30):
+            while nbd._served_directory != "new":
+                await trio.lowlevel.checkpoint()
+        await nbd.renew()
+        nbd.begin_stop()
+        assert nbd._link is not None
+        nbd._link.close()
+        nursery.cancel_scope.cancel()
+    supervisor.join()
+    assert orders == [{"do": "renew", "tls": "new"}] * 2 + [{"do": "stop"}]
