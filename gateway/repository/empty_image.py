@@ -29,16 +29,18 @@ def create_empty_image(
         else:
             _create_raw(path, virtual_size, files)
         require_no_image(target)
-        files.rename(path, target)
     except BaseException:
         with suppress(FileNotFoundError):
             files.unlink(path)
         raise
     try:
+        files.rename(path, target)
         files.sync_directory(directory.root)
     except BaseException:
-        with suppress(OSError):
-            files.unlink(target)
+        # A rename over the network may be said to have failed and be done all the same.
+        for left in (path, target):
+            with suppress(OSError):
+                files.unlink(left)
         raise
     return target
 

@@ -3,8 +3,9 @@
 Until the commit nobody sees it and the old image is untouched; readers keep the old one even after. The
 order of the commit is what makes it safe: sync the file, rename it over the image, sync the directory.
 
-The trap: once the rename has begun there is no way back, so nothing may be cancelled from there on, and the
-lease has to hold the new file before anybody can find it under the VDI's name.
+The traps: once the rename has begun there is no way back, so nothing may be cancelled from there on, and the
+lease has to hold the new file before anybody can find it under the VDI's name. And a rename over the network
+may be said to have failed and be done all the same, so from there on the file isn't emptied any more.
 """
 
 import contextlib
@@ -89,6 +90,7 @@ class Staging:
         self.disk: Disk = filling.disk
         self.committed: FileStamp | None = None
         self._disk_closed = False
+        self._may_have_its_name = False
         self._limiter = limiter
         self._filling = filling
         self._lease = lease
@@ -115,7 +117,7 @@ class Staging:
     def discard(self) -> None:
         """Close everything and, unless it was committed, remove the file. Blocks."""
         try:
-            if self.committed is None:
+            if self.committed is None and not self._may_have_its_name:
                 # Closing a disk flushes it, and what is thrown away need not be written out first.
                 with contextlib.suppress(OSError):
                     self._files.truncate(self._filling.fd, 0)
@@ -147,8 +149,9 @@ class Staging:
         stamp = FileStamp.of(os.fstat(self._filling.fd))
         if self._lease is None:
             require_no_image(target)
-            self._files.rename(self._filling.path, target)
+            self._may_have_its_name = True
             try:
+                self._files.rename(self._filling.path, target)
                 self._files.sync_directory(os.path.dirname(target))
             except BaseException:
                 # Nobody has been told of it.
@@ -158,10 +161,22 @@ class Staging:
             self.committed = stamp
             return
         self._require_same_files(self._lease)
-        self._files.rename(self._filling.path, target)
+        self._may_have_its_name = True
+        try:
+            self._files.rename(self._filling.path, target)
+        except OSError:
+            if self._has_its_name(target):
+                self.committed = stamp
+            raise
         # From here on the new content is what everybody reads, even if its directory cannot be synced.
         self.committed = stamp
         self._files.sync_directory(os.path.dirname(target))
+
+    def _has_its_name(self, target: str) -> bool:
+        with contextlib.suppress(OSError):
+            status = os.stat(target, follow_symlinks=False)
+            return FileIdentity(status.st_dev, status.st_ino) == identity_of(self._filling.fd)
+        return False
 
     @staticmethod
     def _require_same_files(lease: Lease) -> None:
