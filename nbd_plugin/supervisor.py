@@ -282,9 +282,17 @@ def main(arguments: list[str]) -> int:
         _write(options.ready_fd, json.dumps({"ready": line}) if options.ready_fd is not None else line)
 
     try:
-        return Supervisor(options).run(announce)
+        return _begun(options).run(announce)
     except Refused as refused:
         return _say(options.ready_fd, refused)
+
+
+def _begun(options: Options) -> Supervisor:
+    try:
+        return Supervisor(options)
+    except OSError as error:
+        parts = (options.state_dir, error.filename) if error.filename else (options.state_dir,)
+        raise Refused(f"{os.path.join(*parts)}: {error.strerror or error}") from error
 
 
 def _say(ready_fd: int | None, refused: Refused) -> int:

@@ -201,6 +201,16 @@ def test_a_taken_port_is_refused_by_its_name(tmp_path: Path) -> None:
             assert f"can't listen on 127.0.0.1:{port}: Address already in use" in supervisor.log()
 
 
+@pytest.mark.parametrize("name", ["nbd.sock", "nbd-control.sock", "nbd.lock"])
+def test_what_stands_in_its_way_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    """As a directory that a container's mount has made."""
+    in_the_way = tmp_path / "state" / name
+    in_the_way.mkdir(parents=True)
+    with Supervised(tmp_path) as supervisor:
+        assert supervisor.process.wait(30) == 1
+        assert supervisor.log() == f"vdi-gateway nbd: {in_the_way}: Is a directory\n"
+
+
 def test_a_plugin_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('no such luck')\n")
