@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
-from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.connection import Connection, GatewayChoice, check_speakable
 from gateway.cli.output import print_json, print_note, size_text
 from gateway.cli.sr import find_sr
 from gateway.cli.vdi import Disk, find_vdi, print_made
@@ -47,6 +47,7 @@ def vdi_clone(disk: Disk, *, new: NewDisk | None = None, gateway: GatewayChoice 
 
 
 def _fork(method: str, disk: str, new: NewDisk, gateway: GatewayChoice | None) -> int:
+    check_speakable(new.name)  # it is told only when the disk is made
     with (gateway or GatewayChoice()).connect() as connection:
         made = connection.call(method, find_vdi(connection, disk)[0], {})
         return print_made(connection, made, new.name, json=new.json)

@@ -8,6 +8,7 @@ for on the terminal.
 import contextlib
 import getpass
 import http.client
+import re
 import ssl
 import sys
 import xml.parsers.expat
@@ -27,6 +28,8 @@ from gateway.state import ADMINISTRATOR, STATE_DIR_VARIABLE, StateDirectory, Sta
 
 CALL_SECONDS: Final = 120.0
 DEFAULT_STATE_DIR: Final = "./state"
+# What XML has no way to say; bytes of an argument that are no UTF-8 are among it.
+_NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ class Connection:
         )
 
     def _answer(self, method: str, *parameters: Any) -> Any:
+        check_speakable(parameters)
         try:
             answer: Any = getattr(self._proxy, method)(*parameters)
             status = answer.get("Status")
@@ -203,6 +207,22 @@ def error_text(method: str, code: str, details: list[str]) -> str:
     from gateway.core.errors import XenAPIError  # noqa: PLC0415  only needed when something fails
 
     return f"{XenAPIError(code, *details).message} ({code} from {method})"
+
+
+def speakable(text: str) -> str:
+    """A text as a gateway can be told it, such as the name of a file, which may hold any byte."""
+    return _NOT_IN_XML.sub("\ufffd", text)
+
+
+def check_speakable(value: Any) -> None:
+    """UsageError for a text somewhere in a parameter that a gateway can't be told."""
+    if isinstance(value, str) and _NOT_IN_XML.search(value):
+        raise UsageError(
+            f"{value[:60]!a} has a control character, or is no UTF-8; give it without that character"
+        )
+    parts = list(value.values()) if isinstance(value, dict) else value
+    for each in parts if isinstance(parts, (list, tuple)) else ():
+        check_speakable(each)
 
 
 class _HTTPConnection(http.client.HTTPConnection):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
-from gateway.cli.connection import GatewayChoice
+from gateway.cli.connection import GatewayChoice, check_speakable
 from gateway.cli.following import Followed, made_by
 from gateway.cli.output import UsageError
 from gateway.cli.progress import Display, Transfer, figures_text
@@ -56,6 +56,7 @@ def vdi_copy(
     """
     if into is not None and name is not None:
         raise UsageError("--name-label: a disk that is copied into keeps its name; leave one of the two out")
+    check_speakable(name)  # it is told only when the copy is made
     with (gateway or GatewayChoice()).connect() as connection:
         reference, record = find_vdi(connection, disk)
         target = NULL_REF if into is None else find_vdi(connection, into)[0]

@@ -137,8 +137,12 @@ def _connect_unix(path: str, timeout: float | None) -> socket.socket:
 def block(connected: socket.socket, seconds: int = STALL_SECONDS) -> None:
     """Let the kernel keep the time: the socket blocks, and after `seconds` without a byte a call fails.
 
-    Python's own time-outs ask poll() before each call, and sendfile() knows nothing of them.
+    Python's own time-outs ask poll() before each call, and sendfile() knows nothing of them. Through TLS
+    Python keeps it nevertheless: what the kernel gives up there, ssl tries again for ever.
     """
+    if isinstance(connected, ssl.SSLSocket):
+        connected.settimeout(seconds)
+        return
     connected.settimeout(None)
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connected.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, 0))

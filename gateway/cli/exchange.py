@@ -5,12 +5,13 @@ one large buffer, or from a file to the socket within the kernel. The trap: the 
 before the body is sent, and its last line may come at any time; `spoke` asks for it without waiting.
 """
 
+import errno
 import http.client
 import io
 import os
 import select
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -20,6 +21,7 @@ from gateway.cli.output import CommandError
 
 _HEAD_BYTES: Final = 64 << 10
 PIECE_BYTES: Final = 1 << 20
+_STALLS: Final = (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 SENDFILE_BYTES: Final = 4 << 20
 
 
@@ -42,10 +44,14 @@ class Head:
 
 
 class Exchange:
-    """A request and its answer. Every failure of the connection is ConnectionLostError."""
+    """A request and its answer. Every failure of the connection is ConnectionLostError.
 
-    def __init__(self, door: Door) -> None:
+    When nothing has moved for two minutes that is one, unless `waits` knows that the other side is at work.
+    """
+
+    def __init__(self, door: Door, waits: Callable[[], bool] = lambda: False) -> None:
         self._door = door
+        self._waits = waits
         self._socket = door.open()
         self._ahead = bytearray()
         block(self._socket)
@@ -92,7 +98,7 @@ class Exchange:
             del self._ahead[:count]
             return count
         try:
-            return self._socket.recv_into(view)
+            return self._moved(self._socket.recv_into, view)
         except (OSError, ssl.SSLError) as error:
             raise self._lost(error) from None
 
@@ -107,8 +113,10 @@ class Exchange:
 
     def send(self, data: bytes | memoryview) -> None:
         """Send all of it."""
+        left = memoryview(data)
         try:
-            self._socket.sendall(data)
+            while left:
+                left = left[self._moved(self._socket.send, left) :]
         except (OSError, ssl.SSLError) as error:
             raise self._lost(error) from None
 
@@ -123,7 +131,7 @@ class Exchange:
         OSError when the file can't be read (so).
         """
         try:
-            return os.sendfile(self._socket.fileno(), fd, offset, count)
+            return self._moved(os.sendfile, self._socket.fileno(), fd, offset, count)
         except (ConnectionError, BlockingIOError, TimeoutError) as error:
             raise self._lost(error) from None
 
@@ -137,13 +145,27 @@ class Exchange:
 
     def _fill(self) -> bool:
         try:
-            data = self._socket.recv(_HEAD_BYTES)
+            data = bytearray(_HEAD_BYTES)
+            count = self._moved(self._socket.recv_into, data)
         except (OSError, ssl.SSLError) as error:
             raise self._lost(error) from None
-        self._ahead += data
-        return bool(data)
+        self._ahead += data[:count]
+        return bool(count)
+
+    def _moved(self, call: Callable[..., int], *arguments: object) -> int:
+        """What a call on the socket has moved. Raises what it raises."""
+        while True:
+            try:
+                return call(*arguments)
+            except _STALLS as stall:
+                if not _is_stall(stall) or not self._waits():
+                    raise
 
     def _lost(self, error: OSError) -> ConnectionLostError:
-        stalled = isinstance(error, (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError))
-        text = "nothing moved for two minutes" if stalled else error.strerror or str(error)
+        text = "nothing moved for two minutes" if _is_stall(error) else error.strerror or str(error)
         return ConnectionLostError(f"the connection to {self._door.url} broke: {text}")
+
+
+def _is_stall(error: OSError) -> bool:
+    """Whether nothing came in time, over a connection that may be sound."""
+    return isinstance(error, _STALLS) and error.errno != errno.ETIMEDOUT

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Final
 
-from gateway.cli.output import CommandError
+from gateway.cli.output import CommandError, UsageError
 from gateway.images.files import FILES
 
 STDOUT: Final = "-"
@@ -168,7 +168,9 @@ class FileTarget(ExportTarget):
         self._size = 0
         self._noted = time.monotonic()
         self._written_back = 0
-        self._keep_note = False
+        # A name that is too long for the note is told before anything is fetched.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(f"{self._note}.new")
         self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             self._lock()
@@ -178,10 +180,11 @@ class FileTarget(ExportTarget):
             raise
 
     def begin(self, vdi: str, etag: str, size: int) -> None:
-        # Cut to nothing first: what is not written must be a hole.
+        # Without its note first: of what is cut away, none may speak any more. Then cut to nothing: what is
+        # not written must be a hole.
+        self._remove_note()
         os.ftruncate(self._fd, 0)
         os.ftruncate(self._fd, size)
-        self._remove_note()
         self.offset = self._written_back = self.physical = 0
         self.etag = etag
         self._size = size
@@ -278,8 +281,11 @@ class FileTarget(ExportTarget):
 def open_target(name: str, vdi: str, *, force: bool, image_format: str = "raw") -> ExportTarget:
     """Open where the disk `vdi` (uuid) goes in a format. OSError.
 
-    CommandError for a file that exists, unless `force`, and for a device that is to hold an image file.
+    CommandError for a file that exists, unless `force`, and for a device that is to hold an image file;
+    UsageError for no name.
     """
+    if not name:
+        raise UsageError("the file's name is empty; give a file, a block device, or - for stdout")
     if name == STDOUT:
         if os.isatty(1):
             raise CommandError("stdout is a terminal; give a file, or send the disk into a pipe")

@@ -9,6 +9,8 @@ from typing import Any
 
 # Names are other people's choice: a cell is one line, and gives the terminal no commands.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LONGEST_NUMBER = 40  # digits; Python reads no number of thousands
+_TOO_MANY_BYTES = 1 << 63
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
@@ -28,7 +30,12 @@ def parse_size(text: str, argument: str) -> int:
         raise UsageError(
             f"{argument}: {text!r} is no size; give bytes or a number with KiB, MiB, GiB or TiB, as in 10GiB"
         )
-    return int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+    size = -1
+    if len(found[1]) <= _LONGEST_NUMBER:
+        size = int(float(found[1]) * unit) if "." in found[1] else int(found[1]) * unit
+    if not 0 <= size < _TOO_MANY_BYTES:
+        raise UsageError(f"{argument}: {text[:_LONGEST_NUMBER]} is more than a disk can have; give less")
+    return size
 
 
 def size_text(size: int) -> str:

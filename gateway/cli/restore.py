@@ -15,7 +15,7 @@ from gateway.cli.arguments import FileName, Flag
 from gateway.cli.backup import Directory
 from gateway.cli.backup_directory import Generation, Manifest, read_manifest
 from gateway.cli.backup_image import BackedUpChain, DamagedError, ImageFile, check_tables
-from gateway.cli.connection import GatewayChoice
+from gateway.cli.connection import GatewayChoice, speakable
 from gateway.cli.output import CommandError, UsageError, print_json, print_table, size_text
 from gateway.cli.progress import Display, Transfer
 from gateway.cli.restore_targets import Place, restore_to_file, restore_to_gateway
@@ -102,7 +102,7 @@ def vdi_restore(
         with (gateway or GatewayChoice()).connect() as connection:
             if disk is None:
                 label = manifest.vdi.name_label if name is None else name
-                query = f"sr_id={find_sr(connection, sr)}&name_label={quote(label, safe='')}"
+                query = f"sr_id={find_sr(connection, sr)}&name_label={quote(speakable(label), safe='')}"
                 place = Place(query, "a new disk", is_new=True)
             else:
                 uuid = _replaceable(find_vdi(connection, disk)[1], chain[-1])

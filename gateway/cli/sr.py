@@ -252,7 +252,9 @@ def this_host(connection: Connection) -> str:
 
 
 def find_sr(connection: Connection, wanted: str | None) -> str:
-    """Reference of the SR with this uuid or name; of the only one when `wanted` is None."""
+    """Reference of the SR with this uuid or name (an empty one is refused); of the only one without."""
+    if wanted == "":
+        raise UsageError("the uuid or name of the SR is empty; sr-list shows the SRs")
     records: dict[str, dict[str, Any]] = connection.call("SR.get_all_records")
     if wanted is None:
         found = list(records)

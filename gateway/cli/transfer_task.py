@@ -1,13 +1,16 @@
 """The task under which a command sends or fetches a disk, and how the gateway's last word is read."""
 
 import contextlib
+import time
 from typing import Any, Final
 
-from gateway.cli.connection import Connection, error_text
+from gateway.cli.connection import Connection, error_text, speakable
 from gateway.cli.exchange import Exchange, Head
 from gateway.cli.output import CommandError
 
 _CANCEL_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 0.2
+_UNDECIDED: Final = ("pending", "cancelling")
 
 
 class RefusedError(CommandError):
@@ -24,7 +27,7 @@ class TransferTask:
 
     def __init__(self, connection: Connection, label: str, description: str) -> None:
         self._connection = connection
-        self.ref: Final[str] = connection.call("task.create", label, description)
+        self.ref: Final[str] = connection.call("task.create", label, speakable(description))
 
     def record(self) -> dict[str, Any]:
         """The task as it is now."""
@@ -39,6 +42,19 @@ class TransferTask:
         except CommandError:
             return False
         return True
+
+    def goes_on(self) -> bool:
+        """Whether the gateway is at work on it still; False, too, when it can't be asked."""
+        try:
+            return self.record()["status"] in _UNDECIDED
+        except CommandError:
+            return False
+
+    def ended(self) -> dict[str, Any]:
+        """Wait for its end; the task as it is then. CommandError when the gateway can't be asked."""
+        while (record := self.record())["status"] in _UNDECIDED:
+            time.sleep(_LOOK_SECONDS)
+        return record
 
     def drop(self) -> None:
         """End and remove a task under which nothing came to run; as far as that is possible."""

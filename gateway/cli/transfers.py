@@ -8,7 +8,7 @@ from urllib.parse import quote
 from cyclopts import Parameter
 
 from gateway.cli.arguments import FileName, Flag
-from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.connection import Connection, GatewayChoice, speakable
 from gateway.cli.download import Wanted, download
 from gateway.cli.export_target import open_target
 from gateway.cli.output import CommandError, UsageError, parse_size
@@ -117,7 +117,7 @@ def _into_disk(connection: Connection, disk: str, source: Source, image: str) ->
 def _into_sr(connection: Connection, sr: str | None, source: Source, image: str, label: str) -> Upload:
     if source.size is None and image in ("raw", "chunked"):
         raise UsageError("--size: a new disk needs it from a pipe; give the bytes that will come")
-    query = f"sr_id={find_sr(connection, sr)}&name_label={quote(label, safe='')}"
+    query = f"sr_id={find_sr(connection, sr)}&name_label={quote(speakable(label), safe='')}"
     return Upload(source, source.size, image, query, "a new disk", is_new=True)
 
 
@@ -180,10 +180,11 @@ def _export_format(file: str, image_format: str | None, base: str | None) -> str
     if base is not None and chosen == "raw":
         raise UsageError("base: a raw disk can't stand on another; give format=vhd or format=qcow2, too")
     named = os.path.splitext(file)[1].lower().removeprefix(".")
-    if named in ("vhd", "qcow2") and chosen != named and image_format != "raw":
+    if named in ("vhd", "qcow2", "vmdk", "vhdx") and chosen != named and image_format != "raw":
+        advice = f"give format={named}, or another name" if named in ("vhd", "qcow2") else "give another name"
         raise UsageError(
             f"{file} is named like a {named} image, but {chosen} is what it would be;"
-            f" give format={named}, or another name, or format=raw for a raw disk of that name"
+            f" {advice}, or format=raw for a raw disk of that name"
         )
     return chosen
 

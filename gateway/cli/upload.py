@@ -21,7 +21,7 @@ from gateway.cli.output import CommandError, UsageError
 from gateway.cli.progress import Display, Transfer
 from gateway.cli.transfer_task import TransferTask, refusal
 from gateway.core.errors import XenAPIError
-from gateway.images.files import next_data, next_hole
+from gateway.images.files import length_of, next_data, next_hole
 from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise
 
 STDIN: Final = "-"
@@ -46,6 +46,11 @@ class Source:
     offset: int
     seekable: bool
     pieces: Callable[[], Iterable[bytes | memoryview]] | None = None
+    modified_ns: int = 0
+
+    def was_written_to(self) -> bool:
+        """Whether somebody wrote to the file since it was opened. A block device doesn't tell."""
+        return self.seekable and os.fstat(self.fd).st_mtime_ns != self.modified_ns
 
 
 @contextlib.contextmanager
@@ -54,6 +59,8 @@ def open_source(name: str, size: int | None) -> Iterator[Source]:
     if name == STDIN:
         yield _source(0, "stdin", size)
         return
+    if not name:
+        raise UsageError("the file's name is empty; give a file, a block device, or - for stdin")
     try:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -65,7 +72,8 @@ def open_source(name: str, size: int | None) -> Iterator[Source]:
 
 
 def _source(fd: int, name: str, size: int | None) -> Source:
-    mode = os.fstat(fd).st_mode
+    status = os.fstat(fd)
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise CommandError(f"{name} is a directory; give the file of a disk")
     if os.isatty(fd):
@@ -78,7 +86,8 @@ def _source(fd: int, name: str, size: int | None) -> Source:
     length = os.lseek(fd, 0, os.SEEK_END) - offset
     if size is not None and size > length:
         raise UsageError(f"--size: {name} has {length} bytes, fewer than {size}")
-    return Source(fd, name, length if size is None else size, offset, seekable=True)
+    wanted = length if size is None else size
+    return Source(fd, name, wanted, offset, seekable=True, modified_ns=status.st_mtime_ns)
 
 
 def format_of(source: Source) -> str:
@@ -131,7 +140,8 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
     transfer.begin(0, size or 0)
     begun = False
     try:
-        with Exchange(connection.door) as exchange:
+        # A gateway that copies the disk first, or makes gigabytes durable, takes nothing and says nothing.
+        with Exchange(connection.door, task.goes_on) as exchange:
             try:
                 exchange.request(
                     "PUT",
@@ -155,16 +165,17 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
                 raise
     except ConnectionLostError as lost:
         # Perhaps only the last line was lost.
-        _judge_by_task(connection, task, lost)
+        _judge_by_task(connection, task, lost, display)
         return task.made() if sent.is_new else None
     except OSError as error:
         raise CommandError(f"{source.name}: {error.strerror or error}; nothing was changed") from None
     finally:
         if not begun:
             task.drop()
+    if line.startswith(b"failure "):
+        raise CommandError(line.decode("utf-8", "replace").strip().removeprefix("failure "))
     if len(line) != head.length or not line.startswith(b"success"):
-        said = line.decode("utf-8", "replace").strip().removeprefix("failure ")
-        raise CommandError(f"{said or task.failure() or 'the gateway ended the connection'}")
+        _judge_by_task(connection, task, ConnectionLostError("the gateway ended the connection"), display)
     return task.made() if sent.is_new else None
 
 
@@ -172,11 +183,20 @@ def _length(size: int | None) -> dict[str, str]:
     return {"Transfer-Encoding": "chunked"} if size is None else {"Content-Length": str(size)}
 
 
-def _judge_by_task(connection: Connection, task: TransferTask, lost: ConnectionLostError) -> None:
+def _judge_by_task(
+    connection: Connection, task: TransferTask, lost: ConnectionLostError, display: Display
+) -> None:
+    """What became of an upload whose connection is lost: the gateway may have all of it, and go on."""
     connection.restart(10.0)
     try:
-        record = task.record()
+        if task.goes_on():
+            display.note(f"{lost}; waiting for what the gateway makes of it")
+        record = task.ended()
         failure = task.failure()
+    except KeyboardInterrupt:
+        if not task.cancel():
+            display.note(f"the task {task.ref} could not be cancelled; look with task-watch")
+        raise
     except CommandError:
         raise CommandError(
             f"{lost}, and the gateway can't be asked what became of it;"
@@ -215,13 +235,16 @@ class _Sender:
         while position < stop:
             data = next_data(fd, position, stop)
             if data > position:
-                self._send_zeroes(data - position)
+                self._send_hole(data - position, stop)
             position = next_hole(fd, data, stop) if data < stop else stop
             if data < position:
                 self._send_data(fd, data, position)
 
-    def _send_zeroes(self, count: int) -> None:
+    def _send_hole(self, count: int, stop: int) -> None:
         while count:
+            # What was cut off a file looks like a hole at its end.
+            if length_of(self._source.fd) < stop:
+                raise self._shrunk()
             piece = min(count, PIECE_BYTES)
             self._send(_ZEROES[:piece])
             count -= piece
@@ -230,11 +253,12 @@ class _Sender:
         while position < stop:
             count = self._send_some(fd, position, stop - position)
             if not count:
-                raise CommandError(
-                    f"{self._source.name} became shorter while it was read; nothing was changed"
-                )
+                raise self._shrunk()
             position += count
             self._transfer.physical += count
+
+    def _shrunk(self) -> CommandError:
+        return CommandError(f"{self._source.name} became shorter while it was read; nothing was changed")
 
     def _send_some(self, fd: int, position: int, count: int) -> int:
         if self._sendfile:
@@ -299,6 +323,8 @@ class _Sender:
         return filled
 
     def _too_short(self, count: int) -> str:
+        if not count:
+            return f"{self._source.name} is empty; nothing was changed"
         if self._source.size is not None:
             return (
                 f"--size: {self._source.name} ended after {count} of {self._size} bytes; nothing was changed"

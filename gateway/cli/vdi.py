@@ -308,8 +308,11 @@ def pairs(entries: list[str], argument: str) -> dict[str, str]:
 def find_vdi(connection: Connection, wanted: str, *, snapshots: bool = True) -> tuple[str, dict[str, Any]]:
     """Reference and record of the disk with this uuid or name. CommandError if there is none, or several.
 
-    Without `snapshots` a name is never that of a snapshot, which is called like its disk at first.
+    Without `snapshots` a name is never that of a snapshot, which is called like its disk at first. An empty
+    name is refused: it is what a variable holds that was never set, and a disk without a name must not be it.
     """
+    if not wanted:
+        raise UsageError("the uuid or name of the disk is empty; vdi-list shows the disks")
     records: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
     found = [ref for ref, record in records.items() if wanted in (record["uuid"], ref)]
     found = found or [
