@@ -1,9 +1,9 @@
 """After a crash: what SM or a gateway had begun in an SR and left a journal of is finished or undone.
 
-A relink is finished, a leaf on its way into its parent is put back (as SM does, unless the parent has the
-name already and was written to), a copy is forgotten, for it can begin anew, a snapshot of FileSR is undone.
-Each step may crash in its turn: the journal goes last, and the next recovery begins with what the files say
-then. All calls here block; nobody else names files in the SR meanwhile.
+A relink is finished, a leaf on its way into its parent is put back as SM does (unless the parent has the name
+already, and the leaf was hidden or the parent written to since), a copy is forgotten, for it can begin anew,
+a snapshot of FileSR is undone. Each step may crash in its turn: the journal goes last, and the next recovery
+begins with what the files say then. All calls here block; nobody else names files in the SR meanwhile.
 
 The trap: a journal tells what was meant, not what is there. Every step first looks whether the files are
 those that it means, and touches nothing that anybody has open; in doubt all stays as it is, with the reason.
@@ -219,11 +219,11 @@ class _Recovery:
             child_path = old_path if at_old else leaf_path
             below_path = next(path for path in there if path != child_path)
             self._require_child(child_path, below_path)
-            if below_path == leaf_path and _written_since(leaf_path, old_path):
-                # The parent has all that the leaf had, and by now more than that.
+            if below_path == leaf_path and (_is_hidden(old_path) or _written_since(leaf_path, old_path)):
+                # The parent has all that the leaf had, and perhaps more by now.
                 ensure_hidden(leaf_path, False, self._files)
                 finish_leaf_relink(directory, leaf=leaf, files=self._files)
-                return f"finished: {leaf}.vhd was written to since {parent}.vhd took its name"
+                return f"finished: {parent}.vhd has the name {leaf}.vhd"
             undo_leaf_relink(directory, leaf=leaf, parent=parent, files=self._files)
         return f"undone: {leaf}.vhd stands on {parent}.vhd again"
 
@@ -305,10 +305,16 @@ class _Recovery:
                 os.close(fd)
 
 
+def _is_hidden(path: str) -> bool:
+    with opened(path) as image:
+        return image.footer.hidden
+
+
 def _written_since(leaf_path: str, old_path: str) -> bool:
     """Whether the file that took a leaf's name was written to after the leaf had been moved aside.
 
     A coalesce doesn't: its last write to the parent comes before both renames, and a rename counts as a
-    change of the file that is renamed.
+    change of the file that is renamed. A clock that was put back hides it; but who has moved a leaf aside
+    hides that before anybody can write, and so only what was written between the two depends on the clock.
     """
     return os.lstat(leaf_path).st_mtime_ns > os.lstat(old_path).st_ctime_ns

@@ -91,14 +91,18 @@ def leaf_relink(directory: SRDirectory, *, leaf: str, parent: str, files: FileCa
     names durably, nothing is raised any more.
     """
     leaf_path, parent_path = directory.image(leaf, "vhd"), directory.image(parent, "vhd")
+    old_path = old_leaf_path(directory, leaf)
     try:
         create_journal(directory, JournalKind.LEAF, leaf, parent=parent, files=files)
         ensure_hidden(parent_path, False, files)
         # The second rename alone loses the leaf's old file: it is not needed any more. Neither loses the
         # parent's.
-        files.rename(leaf_path, old_leaf_path(directory, leaf))
+        files.rename(leaf_path, old_path)
         files.rename(parent_path, leaf_path)
         files.sync_directory(directory.root)
+        # People may write to the leaf before the journal has gone for good, if what is below fails or is
+        # lost. As SM does it, this says that there is no way back: no time stamp is needed to know.
+        set_hidden(old_path, True, files=files)
     except BaseException:
         with suppress(OSError, ImageError):
             undo_leaf_relink(directory, leaf=leaf, parent=parent, files=files)

@@ -1,5 +1,6 @@
 """SRs as a crashed SM leaves them, at each of its steps: they are finished or undone."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.images.errors import CorruptImage
 from gateway.images.file_locks import FileUse, lock_file
-from gateway.images.files import FILES
+from gateway.images.files import FILES, FileCalls
 from gateway.repository.directory import SRDirectory
 from gateway.repository.journal_recovery import recover_journals
 from gateway.repository.journals import JournalKind, create_journal, unfinished_journals
-from gateway.repository.relink_steps import inline_relink
+from gateway.repository.relink_steps import inline_relink, leaf_relink
 from gateway.repository.repository import Repository
 from tests.images.disks import inspect, noise, put
+from tests.images.merges import merge
 from tests.repository.chains import (
     BLOCK,
     GRAIN,
@@ -181,6 +183,30 @@ async def test_a_leaf_whose_parent_took_its_name_and_was_written_to_keeps_what_w
     found = await attach_and_scan(root, leases)
     assert_sound(root, found, expected, "", libvhdi=True)
     assert set(found.images) == {H, L}
+    assert found.images[L].parent == H
+
+
+class KeepsJournals(FileCalls):
+    """No name can be removed, or nothing makes that durable and the power fails."""
+
+    def unlink(self, path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+
+async def test_what_was_written_to_a_merged_leaf_stays_whatever_the_clock_says(
+    tmp_path: Path, leases: Leases, chains: Chains
+) -> None:
+    root = tmp_path / "sr"
+    expected = chains.place(root, H, Q, L)
+    expected[L] = expected[L][: 7 * BLOCK] + b"n" * GRAIN + expected[L][7 * BLOCK + GRAIN :]
+    merge(image(root, L), image(root, Q))
+    leaf_relink(SRDirectory(str(root)), leaf=L, parent=Q, files=KeepsJournals())
+    assert names(root) == {f"{H}.vhd", f"{L}.vhd", f"OLD_{L}.vhd", f"leaf_{L}"}
+    written_to(root)
+    # The clock was put back, or the new time stamp was not on the disk yet.
+    os.utime(image(root, L), (0, 0))
+    found = await attach_and_scan(root, leases)
+    assert_sound(root, found, expected, "", libvhdi=True)
     assert found.images[L].parent == H
 
 
