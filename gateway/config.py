@@ -163,7 +163,7 @@ def _of_file(file: str) -> dict[str, Setting]:
     try:
         with open(file, "rb") as opened:
             document = tomllib.load(opened)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also what is no text, and numbers of thousands of digits
         raise ConfigError(f"{file}: this is not TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give a file that this user may read") from error

@@ -24,8 +24,8 @@ def listen_all(addresses: Sequence[tuple[str, int]], name: str, opened: ExitStac
     for host, port in addresses:
         try:
             bound = listen(host, port)
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # UnicodeError: what can be no name
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise ServeRefused(
                 f"{name}: can't listen on {host_port(host, port)}: {reason};"
                 " give a free port and an address of this machine"

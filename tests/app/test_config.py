@@ -114,6 +114,7 @@ def test_an_argument_comes_before_the_file_and_the_file_before_the_default(tmp_p
         ("[limits]\nconnections = \n", ["this is not TOML", "line 2"]),
         (f"[limits]\nconnections = {'[' * 5000}", ["this is not TOML"]),
         ("[limits]\nconnections = 1\nconnections = 2", ["this is not TOML"]),
+        (f"[limits]\nconnections = {'1' * 5000}", ["this is not TOML"]),
     ],
 )
 def test_a_mistake_is_named_with_the_file_and_its_path(text: str, words: list[str], tmp_path: Path) -> None:

@@ -140,6 +140,16 @@ def test_a_port_in_use_is_refused_with_the_address(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--http", "--https", "--nbd"])
+def test_a_host_that_can_be_no_name_is_refused_in_one_line(tmp_path: Path, option: str) -> None:
+    addresses = ("--http", "127.0.0.1:0", option, "gateway..example:8443")
+    refused = serve("--state-dir", str(tmp_path), "--insecure", *addresses)
+    assert refused.returncode in {1, 2}
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert option in refused.stderr
+    assert "gateway..example" in refused.stderr
+
+
 def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "gateway.sqlite3").write_text("this is no database, and long enough to look at " * 100)
     done = serve("--state-dir", str(tmp_path), "--http", "127.0.0.1:0")
