@@ -9,6 +9,7 @@ one VDI; when the evidence says nothing, the database wins.
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -86,11 +87,19 @@ def read_records(directory: SRDirectory) -> RecordsCopy | None:
 def newer(database: VDI, copy: VDI, stamp: FileStamp) -> VDI:
     """Which of two records of one VDI to believe, given its file as it is now.
 
-    The copy wins only when it knows this very file and the database knows another one.
+    The copy wins only when it knows this very file and the database an older one. If what the database knows
+    is later than the file seems to be, a power failure has taken the time stamp of a write back, not its
+    bytes: then the copy's content id is that of others.
     """
     copy_knows = copy.sm_config.get(STAMP_KEY) == str(stamp)
-    database_knows = database.sm_config.get(STAMP_KEY) == str(stamp)
-    return copy if copy_knows and not database_knows else database
+    return copy if copy_knows and _modified_ns(database) < stamp.modified_ns else database
+
+
+def _modified_ns(vdi: VDI) -> int:
+    """When the file had been written to that a record knows; 0 if it knows none."""
+    with suppress(ValueError):
+        return int(vdi.sm_config.get(STAMP_KEY, "").rpartition(":")[2])
+    return 0
 
 
 class _Version(msgspec.Struct):

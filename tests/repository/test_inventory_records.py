@@ -1,6 +1,7 @@
 """The copy of an SR's records beside its images follows the database, and stands in for a lost one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from gateway.core.records import VDI
 from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
 from tests.repository.conftest import OpenInventory
-from tests.repository.vdis import MIB, replace
+from tests.repository.vdis import MIB, content, replace, write
 
 
 async def test_losing_the_database_loses_nothing(open_inventory: OpenInventory, tmp_path: Path) -> None:
@@ -64,3 +65,24 @@ async def test_an_older_database_gives_way_to_a_copy_that_knows_the_file(
     async with open_inventory() as inventory:
         record = inventory.records.vdis.get(ref)
         assert (record.name_label, record.content_id) == ("new name", content_id)
+
+
+async def test_a_write_whose_time_stamp_the_power_took_keeps_its_own_content_id(
+    open_inventory: OpenInventory, tmp_path: Path
+) -> None:
+    async with open_inventory() as inventory:
+        sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+        ref = await inventory.vdi_create(sr=sr, virtual_size=MIB)
+        await write(inventory, ref, b"old" * 1000)
+        old = inventory.records.vdis.get(ref)
+    copy = tmp_path / "sr" / ".vdi-gateway" / "records.json"
+    path = tmp_path / "sr" / f"{old.uuid}.vhd"
+    kept, stamp = copy.read_bytes(), path.stat().st_mtime_ns
+    async with open_inventory() as inventory:
+        await write(inventory, ref, b"new" * 1000)
+    # The power fails before the copy of the records is written; a flush has not made the time stamp durable.
+    copy.write_bytes(kept)
+    os.utime(path, ns=(stamp, stamp))
+    async with open_inventory() as inventory:
+        assert content(inventory, ref).startswith(b"new")
+        assert inventory.records.vdis.get(ref).content_id != old.content_id
