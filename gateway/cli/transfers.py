@@ -94,6 +94,11 @@ def vdi_import(
                 if sent.note and not quiet:
                     display.note(sent.note)
                 made = upload(connection, sent, display, transfer)
+                if source.was_written_to():
+                    display.note(
+                        f"{source.name} was written to while it was read: the disk may hold some of what was"
+                        " there before, and some of what is there now; import it again"
+                    )
             if made is not None:
                 return print_made(connection, made, None, json=json)
     return 0
