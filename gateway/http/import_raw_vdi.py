@@ -19,7 +19,7 @@ from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
 from gateway.http.chunked_body import ChunkedBody
 from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
-from gateway.http.import_request import format_of, require_encoding, size_of
+from gateway.http.import_request import format_of, require_encoding, require_plain, size_of
 from gateway.http.wire import WireBroken
 from gateway.images.errors import ImageError
 from gateway.transfers.formats import BodyFormat
@@ -64,6 +64,7 @@ class ImportRawVDI:
         form = format_of(request)
         # Of the Xen proposal is a raw disk into a VDI that exists.
         require_encoding(request, as_proposed=form is BodyFormat.RAW and vdi is not None)
+        require_plain(request)
         if sr is not None:
             self._require_writable(asked, sr)
         else:

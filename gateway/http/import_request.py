@@ -54,6 +54,23 @@ def require_encoding(request: "Request", *, as_proposed: bool) -> None:
     raise Refusal(HTTPStatus.FORBIDDEN, XenAPIError("IMPORT_ERROR_CANNOT_HANDLE_CHUNKED"))
 
 
+def require_plain(request: "Request") -> None:
+    """Refuse a part of a body, as of an upload that is gone on with (400), and a compressed one (415).
+
+    As the beginning of the disk, or as its bytes, either would spoil it (RFC 9110, sections 14.5 and 8.4).
+    """
+    part = request.headers.get("content-range")
+    if part is not None:
+        reason = "an upload can't be resumed, send all of it"
+        error = XenAPIError("VALUE_NOT_SUPPORTED", "content-range", part[:100], reason)
+        raise Refusal(HTTPStatus.BAD_REQUEST, error)
+    coding = request.headers.get("content-encoding", "identity").strip()
+    if coding.lower() not in ("", "identity"):
+        reason = "unpack what you send"
+        error = XenAPIError("VALUE_NOT_SUPPORTED", "content-encoding", coding[:50], reason)
+        raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, error)
+
+
 def _unsupported(request: "Request", name: str, reason: str) -> Refusal:
     value = (request.parameter(name) or "")[:50]
     return Refusal(HTTPStatus.NOT_FOUND, XenAPIError("VALUE_NOT_SUPPORTED", name, value, reason))

@@ -156,6 +156,22 @@ async def test_a_task_that_has_ended_or_is_worked_on_is_409(gate: Gate) -> None:
     assert gate.tasks.get(task.ref).status is TaskStatus.SUCCESS
 
 
+@pytest.mark.parametrize("form", ["raw", "auto", "vhd", "chunked"])
+async def test_a_part_of_a_disk_or_a_packed_one_is_not_taken_for_its_beginning(gate: Gate, form: str) -> None:
+    vdi = await gate.vdi()
+    for status, headers in (
+        (400, {"content-range": "bytes 1048576-4194303/4194304"}),
+        (415, {"content-encoding": "gzip"}),
+    ):
+        task = await gate.task()
+        target = gate.target(vdi, format=form, task_id=task.ref)
+        await refused(gate, status, "VALUE_NOT_SUPPORTED", target, headers)
+        assert gate.tasks.get(task.ref).error_info[:2] == ("VALUE_NOT_SUPPORTED", next(iter(headers)))
+        assert gate.content(vdi) == bytes(vdi.virtual_size)
+    answer = await gate.ask("PUT", gate.target(vdi), {"content-encoding": "identity"}, b"\x55" * 512)
+    assert answer.whole
+
+
 @pytest.mark.parametrize("coding", ["chunked", "gzip, chunked", "identity", "gzip", "x"])
 async def test_any_transfer_encoding_is_403(gate: Gate, coding: str) -> None:
     vdi, task = await gate.vdi(), await gate.task()
