@@ -152,9 +152,6 @@ class _Download:
                 raise CommandError("the gateway sends another range than it was asked for; report this")
             self._transfer.begin(target.offset, int(whole))
             return int(whole)
-        if head.status == 416 and target.offset:
-            # The disk ends where we are: the whole of it is there, if it is the same one still.
-            return self._nothing_left(head)
         if head.status != 200 or head.length is None:
             raise refusal(exchange, head, self._vdi)
         if target.offset:
@@ -162,15 +159,6 @@ class _Download:
         target.begin(self._vdi, etag, head.length)
         self._transfer.begin(0, head.length)
         return head.length
-
-    def _nothing_left(self, head: Head) -> int:
-        whole = head.headers.get("content-range", "").rpartition("/")[2]
-        if whole != str(self._target.offset):
-            raise CommandError(
-                f"the disk has {whole} bytes, {self._target.name} more; remove its .part file and try again"
-            )
-        self._transfer.begin(self._target.offset, self._target.offset)
-        return self._target.offset
 
     def _receive(self, exchange: Exchange, stop: int) -> None:
         target, transfer = self._target, self._transfer

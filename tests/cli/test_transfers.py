@@ -247,6 +247,24 @@ def test_the_same_command_goes_on_with_an_interrupted_export(
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
 
 
+def test_an_export_that_has_all_bytes_already_ends_well_and_its_task_too(
+    house: RunningGateway, disk: str, tmp_path: Path
+) -> None:
+    source = os.urandom(32 * MIB)
+    (tmp_path / "source").write_bytes(source)
+    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    broken_export(house, disk, tmp_path / "out")
+    (tmp_path / "out.part").write_bytes(source)
+    note = tmp_path / "out.part.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "offset": len(source)}))
+    done = house.command("vdi-export", disk, str(tmp_path / "out"))
+    assert done.returncode == 0, done
+    assert (tmp_path / "out").read_bytes() == source
+    tasks = json.loads(house.command("task-list", "--json").stdout)
+    newest = next(task for task in tasks if disk in task["name_description"])
+    assert (newest["name_label"], newest["status"]) == ("vdi-export", "success"), newest
+
+
 def test_an_export_of_a_disk_that_has_changed_begins_anew(
     house: RunningGateway, disk: str, tmp_path: Path
 ) -> None:
