@@ -8,10 +8,11 @@ The trap: a snapshot's log is there before its image. Until the VDI's own log na
 by it, and what a crash leaves of that, `recover_logs` finishes or undoes.
 """
 
+import errno
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -24,6 +25,19 @@ from gateway.repository.scan import UUID_PATTERN
 from gateway.repository.staging import staging_path
 
 _LOG: Final = re.compile(rf"({UUID_PATTERN})\.cbtlog")
+# Of a file that is damaged, or no file at all; what else fails may succeed a moment later.
+_UNUSABLE: Final = frozenset(
+    {
+        errno.EIO,
+        errno.EUCLEAN,
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENXIO,
+        errno.ESPIPE,
+        errno.ENOENT,
+    }
+)
 
 
 class CbtLogs:
@@ -43,13 +57,13 @@ class CbtLogs:
         for name in os.listdir(self._directory.root):
             match = _LOG.fullmatch(name)
             if match is not None:
-                with suppress(ImageError, FileNotFoundError):
+                with _unless_unusable():
                     found[match[1]] = read_header(os.path.join(self._directory.root, name))
         return found
 
     def read(self, uuid: str) -> CbtLog | None:
         """The log of a VDI; None if there is none that can be read. Raises OSError."""
-        with suppress(ImageError, FileNotFoundError):
+        with _unless_unusable():
             return read_log(self.path(uuid))
         return None
 
@@ -159,8 +173,20 @@ def recover_logs(directory: SRDirectory, files: FileCalls) -> None:
                 logs.write(uuid, replace(log, header=replace(log.header, consistent=False)))
 
 
+@contextmanager
+def _unless_unusable() -> Iterator[None]:
+    """Go on behind the block if one file in it is damaged or missing: it keeps nobody from the others."""
+    try:
+        yield
+    except ImageError:
+        return
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
+
+
 def _is_visible(path: str) -> bool:
-    with suppress(FileNotFoundError, ImageError):
+    with _unless_unusable():
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             return not open_vhd(fd, path).footer.hidden

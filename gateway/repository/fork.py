@@ -247,20 +247,22 @@ def unfinished_forks(directory: SRDirectory) -> list[str]:
 def recover_forks(directory: SRDirectory, files: FileCalls) -> dict[str, str]:
     """Undo or finish every fork that was interrupted. Doing so again after a crash is safe.
 
-    Where an image can't be used, all stays as it is: which journals are there still, by name, and why.
-    Raises DirectoryUnavailable for a journal that cannot be understood, OSError.
+    Where an image or a journal can't be used, all stays as it is: which journals are there still, by name,
+    and why. Raises DirectoryUnavailable for a journal that cannot be understood.
     """
     unresolved: dict[str, str] = {}
     for name in unfinished_forks(directory):
         path = os.path.join(directory.service, name)
         try:
             _recover(directory, _read_journal(path), files)
+            files.sync_directory(directory.root)  # a killed predecessor may have removed names without
+            files.unlink(path)
+            files.sync_directory(directory.service)
         except ImageError as error:
             unresolved[name] = f"{os.path.basename(error.path)}: {error.problem}"
-            continue
-        files.sync_directory(directory.root)  # a killed predecessor may have removed names without
-        files.unlink(path)
-        files.sync_directory(directory.service)
+        except OSError as error:
+            file = os.path.basename(error.filename) + ": " if isinstance(error.filename, str) else ""
+            unresolved[name] = f"{file}{error.strerror or error}"
     return unresolved
 
 

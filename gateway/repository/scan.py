@@ -145,13 +145,18 @@ class Scanner:
                 elif not _KNOWN.fullmatch(entry.name):
                     strange.append(entry.name)
                 continue
+            uuid = match[1]
+            image_format: ImageFormat = "vhd" if match[2] == "vhd" else "raw"
+            status: os.stat_result | None = None
             try:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue  # destroyed or renamed a moment ago
-            uuid = match[1]
-            image_format: ImageFormat = "vhd" if match[2] == "vhd" else "raw"
-            structure = self._structure(entry.path, image_format, status)
+            except OSError as error:
+                # A damaged inode: the other images are none the worse for it.
+                structure = _Structure(error=error.strerror or str(error))
+            else:
+                structure = self._structure(entry.path, image_format, status)
             if uuid in images:
                 problem = f"there is {images[uuid].name} too, which of the two is the VDI is not known"
                 structure = replace(structure, error=problem)
@@ -203,15 +208,15 @@ class Scanner:
 
 
 def _scanned(
-    uuid: str, path: str, image_format: ImageFormat, status: os.stat_result, structure: _Structure
+    uuid: str, path: str, image_format: ImageFormat, status: os.stat_result | None, structure: _Structure
 ) -> ScannedImage:
     return ScannedImage(
         uuid=uuid,
         path=path,
         format=image_format,
-        stamp=FileStamp.of(status),
+        stamp=FileStamp(0, 0, 0) if status is None else FileStamp.of(status),
         virtual_size=structure.virtual_size,
-        physical_utilisation=status.st_blocks * 512,
+        physical_utilisation=0 if status is None else status.st_blocks * 512,
         hidden=structure.hidden,
         error=structure.error,
     )

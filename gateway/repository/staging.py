@@ -23,7 +23,7 @@ from gateway.core.leases import Lease, LeaseMode
 from gateway.core.records import ImageFormat
 from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
 from gateway.images.disk import Disk
-from gateway.images.file_locks import FileInUse, FileUse, lock_file
+from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
 from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.image import open_vhd
@@ -41,19 +41,22 @@ def staging_path(directory: SRDirectory, uuid: str) -> str:
 
 
 def sweep_staging(directory: SRDirectory, files: FileCalls = FILES) -> list[str]:
-    """Remove the staging files that no process has locked; the names of those removed. Blocks."""
+    """Remove the staging files that no process has locked; the names of those removed. Blocks.
+
+    What can't be opened or removed stays: it is no part of any disk. Raises OSError if the directory can't be
+    listed or synced.
+    """
     removed: list[str] = []
     for name in sorted(os.listdir(directory.staging)):
         path = os.path.join(directory.staging, name)
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            lock_file(fd, FileUse.WRITE, path)
-            files.unlink(path)
-            removed.append(name)
-        except FileInUse:
-            continue
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):  # FileInUse is one of them
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                lock_file(fd, FileUse.WRITE, path)
+                files.unlink(path)
+                removed.append(name)
+            finally:
+                os.close(fd)
     if removed:
         files.sync_directory(directory.staging)
     return removed
