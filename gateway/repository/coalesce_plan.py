@@ -230,8 +230,9 @@ def _problems(found: ScanResult) -> Iterator[str]:
             yield f"{image.name}: it is among its own parents"
     for name, sentence in zip(found.journals, found.unfinished(), strict=True):
         journal = parse_journal(name)
-        # What is left to relink is work for a plan, unless the node is gone.
-        if journal is None or journal[0] is not JournalKind.RELINK or journal[1] not in found.images:
+        # What is left to relink is work for a plan, unless the node is gone or a VDI: those never go so.
+        node = None if journal is None else found.images.get(journal[1])
+        if journal is None or journal[0] is not JournalKind.RELINK or node is None or not node.hidden:
             yield sentence
 
 

@@ -144,6 +144,8 @@ class _Recovery:
             return "was finished already"
         if child.error is not None:
             raise _StaysError(f"{child.name}: {child.error}")
+        if not child.hidden:
+            raise _StaysError(f"{child.name} is a VDI, and no node that may go")
         parent = found.images.get(child.parent or "")
         if parent is None or parent.format != "vhd":
             raise _StaysError(f"{child.name} has no VHD as its parent")

@@ -205,6 +205,12 @@ def test_a_relink_whose_node_is_gone_keeps_everything_from_being_planned() -> No
     assert plan(sr(node("A"), node("k", "A"), journals=(name,))).problems == (f"{name}: an operation of SM",)
 
 
+def test_a_relink_of_a_vdi_keeps_everything_from_being_planned() -> None:
+    name = f"relink_{uuid('k')}"
+    found = replace(sr(node("A"), node("k", "A"), journals=(name,)), unresolved={name: "k is a VDI"})
+    assert plan(found) == Plan(problems=(f"{name}: k is a VDI",))
+
+
 def test_nodes_that_stand_on_themselves_or_on_a_file_of_a_strange_name() -> None:
     made = plan(sr(node("A", "B"), node("B", "A"), node("k", "B")))
     assert [problem.partition(":")[0] for problem in made.problems] == [f"{uuid(name)}.vhd" for name in "ABk"]

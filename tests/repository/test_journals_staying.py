@@ -41,6 +41,7 @@ STAYING = {
     "a parent that is missing": ((*RELINK, removed(f"{P}.vhd")), f"relink_{C}", f"{P}.vhd is missing"),
     "a child of a node that is gone": ((*RELINK, relinked(K1), removed(f"{C}.vhd")), f"relink_{C}", K2),
     "a relink into a damaged parent": ((*RELINK, lost_its_end), f"relink_{C}", f"{P}.vhd"),
+    "a relink of a VDI": ((journal("relink", L),), f"relink_{L}", f"{L}.vhd is a VDI"),
     "a copy into a lost parent": ((journal("coalesce", C), unreadable(P)), f"coalesce_{C}", f"{P}.vhd"),
     "a copy of a damaged node": ((journal("coalesce", C), unreadable(C)), f"coalesce_{C}", f"{C}.vhd"),
     "a journal without its content": ((journal("leaf", L, ""),), f"leaf_{L}", "no uuid"),
