@@ -15,12 +15,14 @@ from typing import Final, NamedTuple, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+ZEROES: Final = memoryview(bytes(1 << 20))
+"""To write, or to copy from; a part of it is no copy."""
+
 _FALLOC_FL_KEEP_SIZE: Final = 0x01
 _FALLOC_FL_PUNCH_HOLE: Final = 0x02
 _SYNC_FILE_RANGE_WRITE: Final = 0x02
 _FICLONE: Final = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _COPY_PIECE: Final = 1 << 20
-_ZEROES: Final = bytes(_COPY_PIECE)
 _NOT_OFFERED: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV})
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -128,8 +130,8 @@ class FileCalls:
     def write_zeroes(self, fd: int, offset: int, length: int) -> None:
         """Make the range read as zeroes and take its space."""
         stop = offset + length
-        for position in range(offset, stop, _COPY_PIECE):
-            self.pwrite(fd, memoryview(_ZEROES)[: stop - position], position)
+        for position in range(offset, stop, len(ZEROES)):
+            self.pwrite(fd, ZEROES[: stop - position], position)
 
     def truncate(self, fd: int, size: int) -> None:
         """Make the file `size` bytes long."""

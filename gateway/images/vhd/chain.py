@@ -23,7 +23,7 @@ from gateway.images.disk import (
     check_writable,
     merge_extents,
 )
-from gateway.images.files import FILES, Buffer, FileCalls, close_all
+from gateway.images.files import FILES, ZEROES, Buffer, FileCalls, close_all
 from gateway.images.raw import DataRun, file_extents, not_at_hand, read_range
 from gateway.images.vhd.block_map import LEVEL, OFFSET, BlockMap
 from gateway.images.vhd.format import SECTOR
@@ -32,7 +32,6 @@ from gateway.images.vhd.short_runs import FEW, clear, read_short_runs
 from gateway.images.vhd.turns import Turns
 from gateway.images.vhd.writer import LeafWriter
 
-_ZEROES: Final = bytes(1 << 20)
 _MOST_AT_HAND: Final = 64  # pieces; to read more of them takes so long that it is waiting
 
 
@@ -133,14 +132,13 @@ class VhdChain:
         last = max(stop // SECTOR * SECTOR, first)
         for edge, size in ((offset, first - offset), (last, stop - last)):
             if size:
-                self._write_edges(writer, memoryview(_ZEROES)[:size], edge)
+                self._write_edges(writer, ZEROES[:size], edge)
         if trim:
             self._trim(writer, first, last)
             return
         for block, within, _, size in self._blocks(first, last - first):
-            for start in range(0, size, len(_ZEROES)):
-                piece = memoryview(_ZEROES)[: min(len(_ZEROES), size - start)]
-                self._write(writer, block, within + start, piece)
+            for start in range(0, size, len(ZEROES)):
+                self._write(writer, block, within + start, ZEROES[: size - start])
 
     def flush(self) -> None:
         """Make every completed write durable."""

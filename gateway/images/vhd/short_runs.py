@@ -10,13 +10,13 @@ from os import preadv
 from typing import Final
 
 from gateway.images.at_hand import AtHand, held_reader
+from gateway.images.files import ZEROES
 
 FEW: Final = 2
 """So many runs are as well read one by one."""
 
 # A run that takes longer (bytes) leaves the lock to others meanwhile.
 _SHORT: Final = 64 << 10
-_ZEROES: Final = bytes(1 << 20)
 
 
 def read_short_runs(
@@ -66,6 +66,6 @@ def _read_span(view: memoryview, runs: Sequence[tuple[int, int, int]], most: int
 
 def clear(view: memoryview) -> None:
     """Fill it with zeroes."""
-    for start in range(0, len(view), len(_ZEROES)):
-        piece = min(len(_ZEROES), len(view) - start)
-        view[start : start + piece] = _ZEROES[:piece]
+    for start in range(0, len(view), len(ZEROES)):
+        piece = min(len(ZEROES), len(view) - start)
+        view[start : start + piece] = ZEROES[:piece]
