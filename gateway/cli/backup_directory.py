@@ -73,7 +73,8 @@ class BackedUpDisk:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that is known of the backups. `discarded` are uuids of snapshots that go, with their files."""
+    """All that is known of the backups. `discarded` are uuids of snapshots that go, with their files; of one
+    whose uuid nobody knows, its mark."""
 
     vdi: BackedUpDisk
     generations: tuple[Generation, ...] = ()
@@ -156,6 +157,8 @@ def _contradiction(document: _Document) -> str | None:
     for uuid in (*document.discarded, *([] if attempted is None else [attempted])):
         if not _UUID.fullmatch(uuid):
             return f"{uuid!r} is no uuid"
+        if uuid in {one.snapshot for one in document.generations}:
+            return f"{uuid} is that of a generation, and is to go"
     sizes: dict[int, int] = {}
     last = 0
     for one in document.generations:
@@ -207,6 +210,8 @@ class BackupDirectory:
             os.rename(new, os.path.join(self.path, MANIFEST))
             FILES.sync_directory(self.path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
             raise CommandError(
                 f"{os.path.join(self.path, MANIFEST)} can't be written: {error.strerror};"
                 " the backups that were there are unharmed"

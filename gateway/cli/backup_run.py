@@ -11,11 +11,9 @@ right only over what was backed up last: what the gateway says of changed blocks
 
 import base64
 import contextlib
-import errno
 import os
 import uuid
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.cli.backup_directory import Attempt, BackupDirectory, Generation, image_name
@@ -23,7 +21,7 @@ from gateway.cli.backup_image import DamagedError, ImageFile, check_tables, is_u
 from gateway.cli.changed_blocks import changed_ranges
 from gateway.cli.connection import CallRefusedError, Connection
 from gateway.cli.download import Wanted, download
-from gateway.cli.export_target import FileTarget
+from gateway.cli.export_target import HashedFile
 from gateway.cli.output import CommandError, size_text
 from gateway.cli.progress import Display, Transfer
 from gateway.cli.transfer_task import RefusedError
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from array import array
 
 MARK_KEY: Final = "vdi-gateway-backup"
-_PIECE_BYTES: Final = 1 << 20
 
 
 class BrokenChainError(CommandError):
@@ -135,17 +132,30 @@ class BackupRun:
         """Nothing comes of an attempt: what there is of it is to be discarded."""
         manifest = self._directory.manifest
         gone = [each for each in dict.fromkeys((attempt.snapshot, snapshot)) if each is not None]
-        self._directory.write(replace(manifest, attempt=None, discarded=(*manifest.discarded, *gone)))
+        for each in gone:
+            # At once: it may be what leaves no room for the manifest.
+            self._directory.remove_files(each)
+        # A snapshot that nobody knows may still be made, when those who write to the disk let it.
+        discarded = (*manifest.discarded, *(gone or [attempt.mark]))
+        self._directory.write(replace(manifest, attempt=None, discarded=discarded))
 
-    def _discard_all(self) -> None:
-        """Remove what is to go, here and at the gateway; what can't be goes the next time."""
+    def _discard_all(self, *, last: bool = False) -> None:
+        """Remove what is to go, here and at the gateway; what can't be goes the next time.
+
+        What the gateway doesn't know (yet) is looked for once more behind our own snapshot, which is made
+        after all that were asked for before: that is the `last` time.
+        """
         manifest = self._directory.manifest
         if not manifest.discarded:
             return
         ours, left = self._ours(), []
-        for snapshot in manifest.discarded:
+        marked = {record["other_config"][MARK_KEY]: uuid_ for uuid_, (_, record) in ours.items()}
+        for each in manifest.discarded:
+            snapshot = marked.get(each, each)
             self._directory.remove_files(snapshot)
-            if snapshot in ours:
+            if snapshot not in ours:
+                left += [] if last else [each]
+            else:
                 try:
                     self._connection.call("VDI.destroy", ours[snapshot][0])
                 except CallRefusedError as refused:
@@ -232,7 +242,7 @@ class BackupRun:
         path = self._directory.image_path(uuid_)
         wanted = Wanted(uuid_, "qcow2", None if base is None else base.snapshot)
         try:
-            with contextlib.closing(_HashedFile(path, uuid_)) as target:
+            with contextlib.closing(HashedFile(path, uuid_)) as target:
                 download(self._connection, wanted, target, self._display, self._transfer)
                 digest, etag = target.digest, target.etag or ""
         except RefusedError as refused:
@@ -297,7 +307,7 @@ class BackupRun:
         try:
             self._release_snapshots()
             self._drop_chains(wish)
-            self._discard_all()
+            self._discard_all(last=True)
         except CommandError as error:
             self._note(f"the backup is made, but what is no longer needed stays for now: {error}")
 
@@ -349,35 +359,6 @@ class BackupRun:
         """What people may want to know."""
         if not self._quiet:
             self._display.note(text)
-
-
-class _HashedFile(FileTarget):
-    """A file whose checksum is that of the bytes that came from the gateway."""
-
-    def __init__(self, path: str, vdi: str) -> None:
-        self._sum = sha256()
-        super().__init__(path, vdi)
-        position = 0
-        while position < self.offset:
-            data = os.pread(self._fd, min(_PIECE_BYTES, self.offset - position), position)
-            if not data:
-                raise OSError(errno.EIO, f"it ends at byte {position}")
-            self._sum.update(data)
-            position += len(data)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what was written, in hex."""
-        return self._sum.hexdigest()
-
-    def begin(self, vdi: str, etag: str, size: int) -> None:
-        super().begin(vdi, etag, size)
-        self._sum = sha256()
-
-    def write(self, buffer: bytearray, count: int) -> None:
-        with memoryview(buffer) as view:
-            self._sum.update(view[:count])
-        super().write(buffer, count)
 
 
 def _time_of(snapshot: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any, Final
 
 from gateway.cli.output import CommandError, UsageError
@@ -23,6 +24,7 @@ from gateway.images.files import FILES
 STDOUT: Final = "-"
 PIECE_BYTES: Final = 64 << 10
 _WRITEBACK_BYTES: Final = 8 << 20
+_READ_BYTES: Final = 1 << 20
 _NOTE_SECONDS: Final = 10.0
 _ZEROES: Final = bytes(PIECE_BYTES)
 _SECTOR_BYTES: Final = 4096
@@ -278,6 +280,35 @@ class FileTarget(ExportTarget):
     def _remove_note(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._note)
+
+
+class HashedFile(FileTarget):
+    """A file whose checksum is that of the bytes that came from the gateway."""
+
+    def __init__(self, path: str, vdi: str) -> None:
+        self._sum = sha256()
+        super().__init__(path, vdi)
+        position = 0
+        while position < self.offset:
+            data = os.pread(self._fd, min(_READ_BYTES, self.offset - position), position)
+            if not data:
+                raise OSError(errno.EIO, f"it ends at byte {position}")
+            self._sum.update(data)
+            position += len(data)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was written, in hex."""
+        return self._sum.hexdigest()
+
+    def begin(self, vdi: str, etag: str, size: int) -> None:
+        super().begin(vdi, etag, size)
+        self._sum = sha256()
+
+    def write(self, buffer: bytearray, count: int) -> None:
+        with memoryview(buffer) as view:
+            self._sum.update(view[:count])
+        super().write(buffer, count)
 
 
 def open_target(name: str, vdi: str, *, force: bool, image_format: str = "raw") -> ExportTarget:

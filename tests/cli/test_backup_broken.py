@@ -236,6 +236,9 @@ def manglings(document: dict[str, Any]) -> dict[str, bytes]:
         "no checksum": with_generation(sha256="x"),
         "a text": with_generation(file_size="many"),
         "a path to remove": json.dumps({**document, "discarded": ["../x"]}).encode(),
+        "a generation to remove": json.dumps(
+            {**document, "discarded": [document["generations"][0]["snapshot"]]}
+        ).encode(),
     }
 
 

@@ -1,16 +1,21 @@
 """vdi-backup ended at any moment: what was backed up before stays good, and the next one tidies up."""
 
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.cli.backup_run import MARK_KEY
+from gateway.cli.connection import Connection
 from tests.cli import killed_backup
 from tests.cli.backups import MIB, BackedUpDisk
 from tests.cli.slow_proxy import Proxy
@@ -162,6 +167,58 @@ def test_a_full_disk_ends_a_backup_with_one_sentence_and_is_not_full_afterwards(
         assert disk.restored(1) == disk.plain
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_image_that_leaves_no_room_for_the_manifest_goes_with_the_next_backup(
+    disk: BackedUpDisk, tmp_path: Path
+) -> None:
+    image = disk.file(disk.backed_up("--full")).stat().st_blocks * 512
+    small = tmp_path / "small"
+    small.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(small)]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        disk.directory = small / "backups"
+        disk.directory.mkdir()
+        free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+        # One page is for the manifest; the one for a new manifest is the image's last.
+        (small / "others").write_bytes(bytes(free - image - 4096))
+        said = error(disk.backup())
+        assert "manifest.json can't be written: No space left on device" in said
+        assert len(list(disk.directory.glob("*.qcow2"))) == 1
+        with (small / "others").open("ab") as others:
+            others.truncate(others.tell() - (1 << 20))
+        disk.kept = {}
+        disk.backed_up()
+        assert disk.restored(1) == disk.plain
+        assert len(list(disk.directory.iterdir())) == 3
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_snapshot_that_comes_after_its_backup_was_killed_goes_with_the_next_one(
+    small_change: BackedUpDisk,
+) -> None:
+    disk = small_change
+    late = disk.directory / "manifest.json"
+    document = disk.manifest
+    mark = str(uuid.uuid4())
+    late.write_text(json.dumps({**document, "attempt": {"mark": mark, "base": 1}}))
+    vdi = disk.house.call("VDI.get_by_uuid", disk.uuid)
+
+    # The gateway lets the snapshot be made just before that of the next backup.
+    def snapshot_comes(self: Connection, method: str, *parameters: Any) -> Any:
+        if method == "VDI.snapshot":
+            disk.house.call("VDI.snapshot", vdi, {MARK_KEY: mark})
+        return call(self, method, *parameters)
+
+    call = Connection.call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "call", snapshot_comes)
+        disk.backed_up()
+    disk.assert_right()
+    assert disk.manifest["discarded"] == []
 
 
 def killed_at(step: int, disk: BackedUpDisk, *arguments: str) -> bool:
