@@ -51,7 +51,7 @@ _PIPE_BYTES: Final = 64 << 10
 _MAPPED: Final = frozenset({BodyFormat.QCOW2, BodyFormat.VMDK})
 # What `qemu-img check` ends with when there are no errors, and when clusters are lost to nobody.
 _CHECKED, _LEAKS = 0, 3
-_NO_SPACE: Final = "No space left on device"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # What it says of a VHDX that was open when its machine crashed: its metadata is whole only with its log.
 _LOG: Final = "contains a log that needs to be replayed"
 
@@ -312,8 +312,9 @@ class ForeignImage:
             raise self._failed(code, said, seconds)
 
     def _failed(self, code: int, said: str, seconds: int) -> Exception:
-        if _NO_SPACE in said:
-            return OSError(errno.ENOSPC, _NO_SPACE)
+        for number in _FULL:
+            if os.strerror(number) in said:
+                return OSError(number, os.strerror(number))
         if code < 0 or "Cannot allocate memory" in said:
             return XenAPIError("IMPORT_ERROR_CONVERTER_LIMIT", self.name, str(seconds))
         if _LOG in said:

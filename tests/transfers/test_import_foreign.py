@@ -1,5 +1,6 @@
 """Images that qemu-img reads: what a hostile one gets to do, and what is left of it."""
 
+import errno
 import os
 import random
 import struct
@@ -318,6 +319,21 @@ def test_an_abort_kills_the_program_that_reads(tmp_path: Path) -> None:
         spool.run(["sleep", "1000"])
     with pytest.raises(TransferAborted):
         spool.run(["true"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_an_image_for_which_there_is_no_room_is_not_called_damaged(
+    take: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def converts_nothing(spool: Spool, command: list[str], tell: object = None) -> tuple[int, str]:
+        return (
+            (1, f"qemu-img: error while writing: {os.strerror(number)}") if "convert" in command else (0, "")
+        )
+
+    monkeypatch.setattr(Spool, "run", converts_nothing)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        take(sample("vhdx"), "vhdx")
+    assert caught.value.errno == number
 
 
 def test_a_program_that_takes_too_much_is_ended(tmp_path: Path) -> None:
