@@ -2,6 +2,7 @@ import errno
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from gateway.images.chain import open_chain_files
 from gateway.images.errors import ImageTooLarge, UnsupportedImage
 from gateway.images.files import Buffer, FileCalls
 from gateway.images.vhd.create import create_differencing, create_dynamic, create_fixed
-from gateway.images.vhd.format import EPOCH, MAX_VIRTUAL_SIZE, BatmapHeader, Platform
+from gateway.images.vhd.format import EPOCH, MAX_VIRTUAL_SIZE, NO_ID, BatmapHeader, Platform
 from tests.images.disks import inspect, make_child
 
 MIB = 1 << 20
@@ -123,3 +124,15 @@ def test_a_parents_name_that_no_chain_accepts_is_refused(tmp_path: Path, name: s
     parent.rename(tmp_path / name)
     with pytest.raises(UnsupportedImage):
         create_differencing(str(tmp_path / "c.vhd"), str(tmp_path / name), inspect(tmp_path / name))
+
+
+@pytest.mark.parametrize("create", [create_dynamic, create_fixed])
+def test_nothing_is_made_to_stand_on_an_image_that_its_id_does_not_tell_from_a_raw_one(
+    tmp_path: Path, create: Callable[..., None]
+) -> None:
+    """Some programs write footers without an id; a child with that as its parent's means a raw parent."""
+    parent, child = tmp_path / "a.vhd", tmp_path / "b.vhd"
+    create(str(parent), MIB, unique_id=NO_ID)
+    with pytest.raises(UnsupportedImage, match="all zeroes"):
+        make_child(child, parent)
+    assert not child.exists()

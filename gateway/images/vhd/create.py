@@ -83,12 +83,15 @@ def create_differencing(
 
     `parent` is the opened VHD, or None for a raw parent. `parent_name` is the name that the parent will have,
     if it has another one now. The size is the parent's unless given. Raises as create_dynamic does, and
-    UnsupportedImage for a parent's name that no chain would accept.
+    UnsupportedImage for a parent whose name or id no chain would accept.
     """
     status = os.stat(parent_path)
     name = parent_name or os.path.basename(parent_path)
     if not name.endswith(".raw" if parent is None else ".vhd") or name.startswith("."):
         raise UnsupportedImage(parent_path, "a parent's name ends in .vhd, that of a raw one in .raw")
+    if parent is not None and parent.unique_id == NO_ID:
+        problem = "its id is all zeroes, so nothing can stand on it; copy the disk: the copy has an id"
+        raise UnsupportedImage(parent_path, problem)
     if virtual_size is None:
         virtual_size = round_up_to_sector(status.st_size) if parent is None else parent.size
     _check_size(virtual_size, path)
