@@ -2,25 +2,22 @@
 
 Exit codes: 0 done, 1 refused or failed, 2 the arguments are wrong, 130 interrupted by Ctrl-C. The trap: each
 sub-command is loaded only when it runs, because a command that asks a running gateway must not load
-the gateway itself.
+the gateway itself. And cyclopts takes its time: it is loaded where a Ctrl-C is expected already.
 """
 
 import io
 import os
-import pkgutil
 import select
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from cyclopts import App, CycloptsError, MissingArgumentError
-from cyclopts.help import DefaultFormatter
-
-from gateway.cli.help import ManualFormatter
 from gateway.cli.output import CommandError, UsageError
-from gateway.cli.words import translated
+
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
 
 PROGRAM = "vdi-gateway"
 
@@ -71,8 +68,16 @@ COMMANDS = {
 }
 
 
-def application(*, loaded: bool = False) -> App:
+def application(*, loaded: bool = False) -> "App":
     """The command tree; below it nothing is imported yet, unless `loaded`: the list of commands needs it."""
+    import pkgutil  # noqa: PLC0415
+    from importlib.metadata import version  # noqa: PLC0415
+
+    from cyclopts import App  # noqa: PLC0415
+    from cyclopts.help import DefaultFormatter  # noqa: PLC0415
+
+    from gateway.cli.help import ManualFormatter  # noqa: PLC0415
+
     app = App(
         name=PROGRAM,
         version=lambda: f"{PROGRAM} {version(PROGRAM)}",
@@ -95,6 +100,10 @@ def application(*, loaded: bool = False) -> App:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code."""
+    from cyclopts import CycloptsError  # noqa: PLC0415
+
+    from gateway.cli.words import translated  # noqa: PLC0415
+
     name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
     try:
         app = application(loaded=list(arguments) in ([], ["--help"], ["-h"]))
@@ -120,7 +129,9 @@ def _is_open(descriptor: int) -> bool:
     return not asked.poll(0)
 
 
-def _one_line(error: CycloptsError) -> str:
+def _one_line(error: "CycloptsError") -> str:
+    from cyclopts import MissingArgumentError  # noqa: PLC0415
+
     text = " ".join(str(error).split())
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         # "Command "x" parameter --y requires an argument." reads as if --y had been given.
@@ -210,4 +221,6 @@ def main() -> None:
     except OutputError as error:
         _drop(sys.stdout)
         code = _complain(PROGRAM, _unwritten(error), 1)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that a Ctrl-C could interrupt in words
     sys.exit(_written(code))

@@ -1,5 +1,6 @@
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,19 @@ def test_attaching_an_sr_warns_of_other_hosts_in_its_help() -> None:
 
 def test_the_version_is_told() -> None:
     assert run("--version").stdout == "vdi-gateway 0.1.0\n"
+
+
+def test_ctrl_c_while_the_command_is_being_loaded_is_one_word() -> None:
+    loading = """
+import sys
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "cyclopts":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Slow())
+sys.argv = ["vdi-gateway", "vdi-list"]
+from gateway.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", loading], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
