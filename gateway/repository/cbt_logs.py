@@ -117,16 +117,21 @@ class CbtLogs:
 
     def settle_snapshot(self, source: str, snapshot: str) -> None:
         """After that, if the image of the snapshot is there, its source's log begins anew; else all is as
-        before. Doing so again does no harm. Raises OSError.
+        before. Doing so again does no harm. Raises OSError, but not for what only XenServer goes by.
         """
         made, log = self.read(snapshot), self.read(source)
-        if made is None or log is None or log.header.parent == snapshot:
+        if made is None or log is None:
             return
         if not os.path.lexists(self._directory.image(snapshot, "vhd")):
+            if log.header.parent == snapshot:
+                self.write(source, replace(made, header=replace(log.header, parent=made.header.parent)))
             self.remove(snapshot)
             return
+        if log.header.parent == snapshot:
+            return
         self.write(source, CbtLog.empty(made.header.size, parent=snapshot))
-        self.name_child(made.header.parent, snapshot)
+        with suppress(OSError):  # the next attach looks for it
+            self.name_child(made.header.parent, snapshot)
 
 
 def child_of_log(headers: Mapping[str, CbtHeader], uuid: str) -> str | None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
+import structlog
 import trio
 
 from gateway.core.clock import utc_now
@@ -22,6 +23,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
+from gateway.images.errors import ImageError
 from gateway.images.files import FileIdentity
 from gateway.repository.cbt_lifecycle import CbtLifecycle
 from gateway.repository.fork import Fork, Revert
@@ -31,6 +33,8 @@ from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
 from gateway.repository.scan import FileStamp, ScannedImage
 from gateway.repository.staging import Staging
+
+log = structlog.get_logger("gateway.repository")
 
 # What XenServer calls the hidden parent that a snapshot leaves behind.
 BASE_COPY_NAME: Final = "base copy"
@@ -189,26 +193,47 @@ class ChainOperations(CbtLifecycle):
                     records=(made, base_copy) if child else (),
                     files=repository.files,
                 )
-                if tracked:
-                    await self.begin_snapshot_log(repository, source, uuid)
                 try:
-                    await self._run(repository, lease, fork, (source.uuid, uuid, base))
-                finally:
-                    if tracked:
-                        await self.settle_snapshot_log(repository, source, uuid)
+                    try:
+                        if tracked:
+                            await self.begin_snapshot_log(repository, source, uuid)
+                        await self._run(repository, lease, fork, (source.uuid, uuid, base))
+                    finally:
+                        if tracked:
+                            await self.settle_snapshot_log(repository, source, uuid)
+                    with trio.CancelScope(shield=True):
+                        new = [made] if child else []
+                        if fork.has_base:
+                            new.append(base_copy)
+                        images = repository.images
+                        new = [_with_content(vdi, images[vdi.uuid], source.content_id) for vdi in new]
+                        await self.records.vdis.add_all(new)
+                except BaseException:
+                    await self._withdraw(repository, fork, source, uuid if child else None, tracked)
+                    raise
                 with trio.CancelScope(shield=True):
-                    new = [made] if child else []
-                    if fork.has_base:
-                        new.append(base_copy)
-                    images = repository.images
-                    new = [_with_content(vdi, images[vdi.uuid], source.content_id) for vdi in new]
-                    await self.records.vdis.add_all(new)
                     await trio.to_thread.run_sync(fork.settle)
                     await self._same_content(source.ref, repository.images[source.uuid], source.content_id)
                     await self.refresh_sizes(source.sr)
         finally:
             self._being_created.difference_update((uuid, base))
         return made
+
+    async def _withdraw(
+        self, repository: Repository, fork: Fork, source: VDI, child: str | None, tracked: bool
+    ) -> None:
+        """Remove a child of which nobody is told: a scan would find it, as a VDI without a name."""
+        if child is None:
+            return
+        with trio.CancelScope(shield=True):
+            try:
+                await repository.restructure(fork.withdraw, (child,))
+                if tracked:
+                    await self.settle_snapshot_log(repository, source, child)
+            except (XenAPIError, ImageError, OSError) as error:
+                log.warning(
+                    "what a failed snapshot or clone has left was not removed", vdi=child, why=str(error)
+                )
 
     def _forkable(self, ref: str) -> Repository:
         vdi = self.records.vdis.get(ref)

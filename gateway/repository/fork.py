@@ -144,6 +144,11 @@ class Fork:
         """The records are durable, or there is no child: the journal may go."""
         forget_intended(self._directory, self._journal.child, self._files)
 
+    def withdraw(self) -> None:
+        """Take the child's name back, since there will be no record of it. Raises OSError."""
+        if self._journal.child:
+            self._take_back(self._directory.image(self._journal.child, "vhd"))
+
     def _take_back(self, child: str) -> None:
         with suppress(FileNotFoundError):
             self._files.unlink(child)

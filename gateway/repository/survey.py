@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.images.errors import ImageError
 from gateway.images.files import FileCalls, FileIdentity
 from gateway.repository.directory import (
     DirectoryUnavailable,
@@ -135,18 +136,19 @@ class Survey:
     async def restructure(self, change: Callable[[], object], uuids: Sequence[str]) -> None:
         """Run `change`, which gives files names in the SR or takes them, and note what `uuids` are then.
 
-        It runs in a worker thread, alone and never cancelled. Raises what it raises, DirectoryUnavailable.
+        It runs in a worker thread, alone and never cancelled. Raises what it raises, DirectoryUnavailable;
+        ImageError, OSError if one of `uuids` can't be looked at afterwards.
         """
 
         def run() -> None:
             self._require_writable()
             try:
                 change()
-            finally:
-                for uuid in uuids:
-                    path = self.directory.image(uuid, "vhd")
-                    image = self._scanner.scan_one(path) if os.path.lexists(path) else None
-                    trio.from_thread.run_sync(self._note, uuid, image)
+            except BaseException:
+                with suppress(ImageError, OSError):
+                    self._look_at(uuids)
+                raise
+            self._look_at(uuids)
 
         async with self.structure_lock:
             self._restructuring = True
@@ -181,6 +183,20 @@ class Survey:
         image = self._scanner.scan_one(path)
         trio.from_thread.run_sync(self._note, image.uuid, image)
         return image
+
+    def _look_at(self, uuids: Sequence[str]) -> None:
+        """Note what these VHDs are now, or that they are gone. Raises the failure of one only at the end."""
+        failure: ImageError | OSError | None = None
+        for uuid in uuids:
+            path = self.directory.image(uuid, "vhd")
+            try:
+                image = self._scanner.scan_one(path) if os.path.lexists(path) else None
+            except (ImageError, OSError) as error:
+                failure = failure or error
+            else:
+                trio.from_thread.run_sync(self._note, uuid, image)
+        if failure is not None:
+            raise failure
 
     def _scan(self) -> ScanResult:
         self._require_available()

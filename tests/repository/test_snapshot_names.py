@@ -134,6 +134,7 @@ async def test_a_gateway_that_dies_before_the_record_finds_the_snapshot_with_its
         async def killed(_records: Iterable[VDI]) -> None:
             # What comes at the end of a process that ends in order doesn't come now.
             monkeypatch.setattr(inventory._copies, "write", nothing)
+            monkeypatch.setattr(inventory, "_withdraw", nothing)
             raise Killed
 
         monkeypatch.setattr(inventory.records.vdis, "add_all", killed)
@@ -153,5 +154,5 @@ async def test_a_gateway_that_dies_before_the_record_finds_the_snapshot_with_its
         assert made_journals(str(root_of(inventory, sr) / ".vdi-gateway")) == []
 
 
-async def nothing(_sr: str) -> None:
+async def nothing(*_: object) -> None:
     pass

@@ -1,0 +1,117 @@
+"""A snapshot or clone that fails at any of its steps leaves no VDI behind, and no disk reads otherwise."""
+
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.core.errors import XenAPIError
+from gateway.core.leases import Leases
+from gateway.images.files import Buffer, FileCalls
+from gateway.repository.repository import Repository
+from gateway.repository.scan import ScannedImage, Scanner
+from tests.repository.chains import Chains, H, L, Q, image
+from tests.repository.conftest import SR_UUID, OpenInventory
+from tests.repository.vdis import MIB, content, root_of, write
+
+
+class FailingOnce(FileCalls):
+    """Once armed, the call of this number fails, as on a full disk; all others are done."""
+
+    def __init__(self) -> None:
+        self.left: float = float("inf")
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
+        self._count()
+        return super().open(path, flags, mode)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        self._count()
+        super().pwrite(fd, data, offset)
+
+    def sync(self, fd: int) -> None:
+        self._count()
+        super().sync(fd)
+
+    def datasync(self, fd: int) -> None:
+        self._count()
+        super().datasync(fd)
+
+    def link(self, source: str, target: str) -> None:
+        self._count()
+        super().link(source, target)
+
+    def rename(self, source: str, target: str) -> None:
+        self._count()
+        super().rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        self._count()
+        super().unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        self._count()
+        super().sync_directory(path)
+
+
+@pytest.mark.parametrize("what", ["clone", "tracked snapshot"])
+async def test_what_fails_anywhere_leaves_no_vdi(
+    open_inventory: OpenInventory, tmp_path: Path, what: str
+) -> None:
+    files = FailingOnce()
+    failures = 0
+    async with open_inventory(files=files) as inventory:
+        for number in itertools.count():
+            sr = await inventory.sr_create("sr", str(tmp_path / f"sr{number}"))
+            ref = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk")
+            await write(inventory, ref, b"\x11" * 4096)
+            if what == "tracked snapshot":
+                await inventory.vdi_enable_cbt(ref)
+            expected = content(inventory, ref)
+            files.left = number
+            try:
+                await (inventory.vdi_clone if what == "clone" else inventory.vdi_snapshot)(ref)
+                failed = False
+            except (XenAPIError, OSError):
+                failed = True
+            done, files.left = files.left >= 0, float("inf")
+            await inventory.sr_scan(sr)
+            made = [vdi for vdi in inventory.records.vdis_of_sr(sr) if vdi.managed and vdi.ref != ref]
+            assert [vdi.name_label for vdi in made] == ([] if failed else ["disk"]), number
+            for vdi in (inventory.records.vdis.get(ref), *made):
+                assert content(inventory, vdi.ref) == expected, number
+            assert len([*root_of(inventory, sr).glob("*.cbtlog")]) == (
+                1 + len(made) if what == "tracked snapshot" else 0
+            )
+            failures += failed
+            if done:
+                break
+    assert failures > 20
+
+
+async def test_what_could_be_looked_at_after_a_change_is_noted_although_one_file_cannot(
+    tmp_path: Path, leases: Leases, chains: Chains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "sr"
+    chains.place(root, H, Q, L)
+    repository = await Repository.attach(str(root), leases, writable=True, who="me", uuid=SR_UUID)
+    await repository.scan()
+    look = Scanner.scan_one
+
+    def failing(scanner: Scanner, path: str) -> ScannedImage:
+        if path == str(image(root, Q)):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return look(scanner, path)
+
+    monkeypatch.setattr(Scanner, "scan_one", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        await repository.restructure(image(root, L).unlink, (Q, L))
+    assert set(repository.images) == {H, Q}
+    await repository.detach()
