@@ -1,7 +1,8 @@
 """Lines that come again and again: the first is told at once, the others are counted and told once a minute.
 
 Whoever can connect can have nbdkit write a line for each connection. The trap: some of them hold numbers that
-the client chooses, so the kinds that are known at a time are bounded as well; what is beyond is one kind.
+the client chooses, so the kinds that are known at a time are bounded as well; what is beyond is one kind. That
+is so for each level, since no stranger has errors written and none is to hide one.
 """
 
 import re
@@ -30,7 +31,7 @@ class Repeats:
     """`now` is any clock's seconds."""
 
     def __init__(self) -> None:
-        self._periods: dict[str, _Period] = {}
+        self._periods: dict[tuple[str, str], _Period] = {}  # by level and kind
 
     @property
     def due(self) -> float | None:
@@ -39,15 +40,18 @@ class Repeats:
 
     def is_first(self, line: str, level: str, now: float) -> bool:
         """Whether this line is to be told; else it is counted."""
-        kind = _CONNECTION.sub("", line, count=1)
-        if kind not in self._periods and len(self._periods) >= MOST_KINDS:
-            kind, line = OTHERS, OTHERS
+        kind = (level, _CONNECTION.sub("", line, count=1))
+        if kind not in self._periods and self._kinds(level) >= MOST_KINDS:
+            kind, line = (level, OTHERS), OTHERS
         period = self._periods.get(kind)
         if period is not None:
             period.again += 1
             return False
         self._periods[kind] = _Period(line, level, now + PERIOD_SECONDS)
         return True
+
+    def _kinds(self, level: str) -> int:
+        return sum(each.level == level for each in self._periods.values())
 
     def counted(self, now: float) -> list[tuple[str, str, int]]:
         """Of each period that is over: its line, its level, and how often it came again if it did."""

@@ -90,7 +90,9 @@ def test_lines_that_are_all_different_are_bounded_too() -> None:
         repeats.is_first(f"unknown option version {number:x}", "info", 0.0) for number in range(10_000)
     )
     assert told == MOST_KINDS + 1
-    assert repeats.counted(60.0) == [(OTHERS, "info", 10_000 - told)]
+    errors = ("no space left", "input/output error", "no space left")
+    assert [repeats.is_first(line, "error", 0.0) for line in errors] == [True, True, False]
+    assert repeats.counted(60.0) == [(OTHERS, "info", 10_000 - told), ("no space left", "error", 1)]
 
 
 class Counted:
