@@ -1,8 +1,8 @@
 """Lines that come again and again: the first is told at once, the others are counted and told once a minute.
 
 Whoever can connect can have nbdkit write a line for each connection. The trap: some of them hold numbers that
-the client chooses, so the kinds that are known at a time are bounded as well; what is beyond is one kind. That
-is so for each level, since no stranger has errors written and none is to hide one.
+the client chooses, so the kinds that are known at a time are bounded as well; what is beyond is one kind. So
+it is for each level: no stranger has errors written, and none is to hide one.
 """
 
 import re
