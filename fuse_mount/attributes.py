@@ -107,7 +107,7 @@ class Attributes:
                 told.st_size = len(node.document)
             case Place.RAW:
                 told.st_mode = disk_mode
-                told.st_size = node.vdi.size
+                told.st_size = node.vdi.size if known is None else known.size
                 stored = node.vdi.stored if description is None else description.stored_bytes
             case Place.VHD:
                 told.st_size = 0 if description is None else description.vhd_size

@@ -12,6 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
@@ -62,6 +63,11 @@ def answered(
     return answering
 
 
+def _have_the_kernel_ask_again(inode: int) -> None:
+    with suppress(OSError):  # it has forgotten the inode, or is about to unmount
+        pyfuse3.invalidate_inode(inode, attr_only=True)
+
+
 async def _never(*_: Any) -> Any:
     raise FUSEError(errno.EPERM)
 
@@ -76,8 +82,11 @@ class VdiOperations(Operations):
         descriptions: "Descriptions",
         partitions: "Partitions",
         access: Access,
+        *,
+        ask_again: Callable[[int], None] = _have_the_kernel_ask_again,
     ) -> None:
         super().__init__()
+        self._ask_again = ask_again
         self.ready: Final = trio.Event()
         self._tree = tree
         self._disks = disks
@@ -297,6 +306,7 @@ class VdiOperations(Operations):
             file = Document(node.document)
         else:
             file = await self._disks.open(node.vdi.uuid, await self._part(found), write=write)
+            await self._tell_size(inode, node, file.size)
         self._last_handle += 1
         handle = self._last_handle
         self._files[handle] = Handle(file, node, write, durable=write and bool(flags & os.O_DSYNC))
@@ -304,11 +314,23 @@ class VdiOperations(Operations):
         # Each read is a request: no byte is older than the gateway's, and none is kept twice.
         return FileInfo(fh=handle, direct_io=True, keep_cache=False)
 
+    async def _tell_size(self, inode: int, node: VdiNode, size: int) -> None:
+        """Programs believe what the kernel was told of an open file, which may be of before it changed."""
+        with suppress(FUSEError, OSError, ImageError):
+            if self._attributes.of(inode).st_size != size:
+                self._descriptions.forget(node.vdi.uuid)
+                await self._descriptions.describe(node.vdi.uuid)
+        self._ask_again(inode)
+
     async def _part(self, found: Found) -> Part | Window:
-        if found.place in _PARTS:
-            return _PARTS[Place(found.place)]
+        node, place = found
+        assert isinstance(node, VdiNode)
+        if place in _PARTS:
+            return _PARTS[Place(place)]
+        # What is remembered may be the table of before an upload that has just ended.
+        self._descriptions.forget(node.vdi.uuid)
         _, partitions = await self._partitions_of(found)
-        partition = partitions.get(found.place - Place.FIRST_PARTITION)
+        partition = partitions.get(place - Place.FIRST_PARTITION)
         if partition is None:
             raise FUSEError(errno.ENOENT)
         return Window(partition.offset, partition.length)

@@ -79,6 +79,9 @@ class FakeHouse:
         self.description = DESCRIPTION
         return DESCRIPTION
 
+    def forget(self, vdi: str) -> None:
+        self.description = None
+
     def known(self, vdi: str) -> Description | None:
         return self.description
 
@@ -93,7 +96,10 @@ class House:
         self.tree.apply(ALL)
         access = Access(writable, others, 1234, 5678)
         fake: Any = self.fake
-        self.operations = VdiOperations(self.tree, fake, fake, fake, access)
+        self.asked_again: list[int] = []
+        self.operations = VdiOperations(
+            self.tree, fake, fake, fake, access, ask_again=self.asked_again.append
+        )
 
     async def inode(self, path: str) -> int:
         return (await self.at(path)).st_ino

@@ -165,6 +165,21 @@ def test_to_read_a_disk_is_no_change_of_its_files_and_to_write_to_it_is(
 
 
 @needs_fuse
+def test_a_file_that_is_open_has_its_size_though_another_was_told_just_before(
+    site: Site, lasting: Mounted
+) -> None:
+    made = site.create_vdi(2 * MIB)
+    disk = lasting.of(made, "disk.raw")
+    for size in range(4 * MIB, 20 * MIB, 4 * MIB):
+        disk.stat()
+        site.gateway.call("VDI.resize", made.ref, str(size))
+        with disk.open("rb") as file:
+            assert (os.fstat(file.fileno()).st_size, file.seek(0, os.SEEK_END)) == (size, size)
+        wait_until(lambda: not operations(site, made), "the lease to end")
+    site.gateway.call("VDI.destroy", made.ref)
+
+
+@needs_fuse
 def test_only_the_disks_that_are_named_are_shown(site: Site, tmp_path: Path, vdi: Vdi) -> None:
     other = site.create_vdi(2 * MIB)
     with mounted(site.gateway, tmp_path / "mnt", "--only", vdi.uuid) as mount:
