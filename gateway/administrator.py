@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import structlog
 import trio
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.passwords import Verdict
 from gateway.core.users import Users
@@ -35,6 +36,8 @@ class AdministratorPassword:
             if await users.passwords.verify(user.password_hash, self.password) is Verdict.WRONG:
                 await users.set_password(ADMINISTRATOR, self.password)
                 log.info("password changed, as its file says", user=ADMINISTRATOR)
+        except DatabaseFailed:
+            raise
         except XenAPIError as error:
             raise ServeRefused(f"{self.state.password_file}: {error.message}") from error
 

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine, event, insert, select
 from sqlalchemy.pool import StaticPool
 
 from gateway.core import schema
+from gateway.core.errors import XenAPIError
 
 T = TypeVar("T")
 
@@ -43,15 +44,15 @@ class DatabaseUnusable(Exception):  # noqa: N818 -- it says what the database is
         return f"{self.path}: {self.problem}"
 
 
-class DatabaseFailed(sqlalchemy.exc.SQLAlchemyError):
-    """A transaction was not made, and not by a fault of its own; the text says why and what to do."""
+class DatabaseFailed(XenAPIError):  # noqa: N818 -- it says what happened
+    """A transaction was not made, and not by a fault of its own: what every door can tell, with a remedy."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
+        self.problem = f"the gateway's database cannot be used {problem}"
+        super().__init__("INTERNAL_ERROR", self.problem)
 
     def __str__(self) -> str:
-        return f"the gateway's database cannot be used {self.problem}"
+        return self.problem
 
 
 class Database:
@@ -91,7 +92,9 @@ class Database:
                 isinstance(error, sqlalchemy.exc.OperationalError)
                 or type(error) is sqlalchemy.exc.DatabaseError
             ):
-                raise DatabaseFailed(_problem(error)) from error
+                failure = DatabaseFailed(_problem(error))
+                log.error("a transaction failed", path=self.path, why=str(failure))  # noqa: TRY400 -- no fault of ours
+                raise failure from error
             raise
 
     async def aclose(self) -> None:

@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from gateway.core import schema
 from gateway.core.believed_credentials import BelievedCredentials
 from gateway.core.clock import utc_now
-from gateway.core.database import Database
+from gateway.core.database import Database, DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
 from gateway.core.password_delay import PasswordDelay
@@ -144,7 +144,7 @@ class Sessions:
                     await self._touch(entry)
             try:
                 await self._end([entry for entry in self._by_digest.values() if not self._is_valid(entry)])
-            except SQLAlchemyError:
+            except (SQLAlchemyError, DatabaseFailed):
                 # They open nothing any more, and their rows go at the next start.
                 log.exception("sessions that have ended could not be removed from the database")
 
@@ -348,7 +348,7 @@ class Sessions:
         )
         try:
             await self._database.run(lambda connection: connection.execute(statement))
-        except SQLAlchemyError:
+        except (SQLAlchemyError, DatabaseFailed):
             # A full disk must not keep from working who only wants to read.
             log.exception("the use of a session could not be recorded", session=entry.session.uuid)
             return

@@ -13,7 +13,7 @@ import sqlalchemy
 import trio
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from gateway.core.database import Database
+from gateway.core.database import Database, DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.refs import NULL_REF, is_ref
@@ -155,6 +155,18 @@ class Table(Generic[T]):
             await self._store({ref: compute(self.get(ref))})
             return self.get(ref)
 
+    async def record_fact(self, ref: str, compute: Callable[[T], Mapping[str, Any]]) -> None:
+        """As `edit`, for what is so already, as the content of a file: if the database can't be written,
+        memory follows all the same. Raises DatabaseFailed then; the next change writes the whole record.
+        """
+        async with self._lock:
+            changes = {ref: compute(self.get(ref))}
+            try:
+                await self._store(changes)
+            except DatabaseFailed:
+                self._take(self._changed(changes))
+                raise
+
     async def change_all(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Set fields of many records (reference -> fields) in one transaction: all or none. Raises
         HANDLE_INVALID.
@@ -181,6 +193,16 @@ class Table(Generic[T]):
             self._publish_owners(*records)
 
     async def _store(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        changed = self._changed(changes)
+        if not changed:
+            return
+        statement = update(self._columns).where(self._columns.c.ref == bindparam("_ref"))
+        rows = [{**self._row(record), "_ref": record.ref} for record in changed]
+        await self._write(lambda connection: connection.execute(statement, rows))
+        self._take(changed)
+
+    def _changed(self, changes: Mapping[str, Mapping[str, Any]]) -> list[T]:
+        """The records that become others by `changes`, as they are then."""
         changed: list[T] = []
         for ref, fields in changes.items():
             before = self.get(ref)
@@ -189,11 +211,10 @@ class Table(Generic[T]):
             after = dataclasses.replace(before, **fields)
             if after != before:
                 changed.append(after)
-        if not changed:
-            return
-        statement = update(self._columns).where(self._columns.c.ref == bindparam("_ref"))
-        rows = [{**self._row(record), "_ref": record.ref} for record in changed]
-        await self._write(lambda connection: connection.execute(statement, rows))
+        return changed
+
+    def _take(self, changed: Iterable[T]) -> None:
+        """Into memory, and tell everybody."""
         for record in changed:
             before = self._by_ref[record.ref]
             self._drop_from_indexes(before)

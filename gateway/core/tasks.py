@@ -18,7 +18,7 @@ import trio
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.core.clock import utc_now
-from gateway.core.database import Database
+from gateway.core.database import Database, DatabaseFailed
 from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.events import Events
 from gateway.core.limits import Limits
@@ -389,7 +389,7 @@ class Tasks:
             await self._forget(
                 beyond_the_limits(list(self._table), self._operations, self._limits, self._now())
             )
-        except SQLAlchemyError:
+        except (SQLAlchemyError, DatabaseFailed):
             # The next task tries it again; this one is what it is.
             log.exception("old tasks could not be removed from the database")
 

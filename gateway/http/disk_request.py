@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from gateway.http.request import Request
     from gateway.repository.inventory import Inventory
 
-_LEASE_STATUSES: Final = {
+_STATUSES: Final = {
     "VDI_IN_USE": HTTPStatus.CONFLICT,
     "OTHER_OPERATION_IN_PROGRESS": HTTPStatus.CONFLICT,
     "VDI_READONLY": HTTPStatus.CONFLICT,
     "OPERATION_NOT_ALLOWED": HTTPStatus.CONFLICT,
+    "TASK_CANCELLED": HTTPStatus.CONFLICT,
     "SR_NOT_ATTACHED": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _NOT_YOURS: Final = "the task belongs to another user"
@@ -235,9 +236,7 @@ class DiskRequest:
             return await self._services.inventory.lease(vdi, mode, holder, wait)
         except (OSError, ImageError, XenAPIError) as failure:
             error = as_xenapi_error(failure)
-            raise Refusal(
-                _LEASE_STATUSES.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR), error
-            ) from failure
+            raise Refusal(status_of(error), error) from failure
 
     async def new_task(self, identity: "Identity", label: str, description: str) -> "Task":
         """A task of the gateway's own for a request that brought none. A later refusal fails it, too."""
@@ -256,6 +255,11 @@ class DiskRequest:
             await self._services.tasks.fail(self._task.ref, refusal.error)
         line = f"{refusal.error.code}: {refusal.error.message}\n"
         await connection.respond(refusal.status, line.encode(), headers=refusal.headers)
+
+
+def status_of(error: XenAPIError) -> HTTPStatus:
+    """With which status a request is refused for what stands in its way."""
+    return _STATUSES.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _is_free(task: "Task") -> bool:

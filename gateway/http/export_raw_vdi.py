@@ -21,7 +21,7 @@ from gateway.core.errors import XenAPIError, as_xenapi_error
 from gateway.core.leases import LeaseMode
 from gateway.core.roles import Permission, Role
 from gateway.http.byte_ranges import ByteRange, UnsatisfiableRange, is_another, is_unchanged, requested_range
-from gateway.http.disk_request import DiskRequest, DiskServices, Refusal
+from gateway.http.disk_request import DiskRequest, DiskServices, Refusal, status_of
 from gateway.http.export_choice import ExportChoice, export_choice, unrelated
 from gateway.http.wire import WireBroken
 from gateway.images.allocation import UnrelatedChains
@@ -178,9 +178,12 @@ class ExportRawVDI:
                 else:
                     await self._send_under(task, download, export, head, wanted)
             except (OSError, ImageError, XenAPIError) as failure:
+                told = as_xenapi_error(failure)
+                if download.connection.answered is None:
+                    # Its task has ended, or another request has begun under it, while the lease was awaited.
+                    raise Refusal(status_of(told), told) from failure
                 # The client sees it by the missing bytes; there is no other way to say it any more.
                 download.connection.break_off()
-                told = as_xenapi_error(failure)
                 say = log.debug if told.code == "TASK_CANCELLED" else log.info
                 say("export ended early", vdi=vdi.uuid, error=told.error_info)
 

@@ -299,7 +299,7 @@ class ChainOperations(CbtLifecycle):
                 "physical_utilisation": now.physical_utilisation,
             }
 
-        await self.records.vdis.edit(ref, changes)
+        await self.records.vdis.record_fact(ref, changes)
 
 
 def _with_content(vdi: VDI, image: ScannedImage, content_id: str) -> VDI:

@@ -291,7 +291,8 @@ class Inventory(ChainOperations):
                     "physical_utilisation": now.physical_utilisation,
                 }
 
-            await self.records.vdis.edit(ref, changes)
+            # Nobody may be sent the new bytes under the old id, also if the database can't be written.
+            await self.records.vdis.record_fact(ref, changes)
             await self.refresh_sizes(vdi.sr)
 
     async def _remove_vdi(self, ref: str) -> None:

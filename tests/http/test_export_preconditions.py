@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.tasks import TaskStatus
 from tests.http.gate import MIB, Gate
 
@@ -47,3 +48,26 @@ async def test_the_task_of_a_refused_range_has_failed(gate: Gate, headers: dict[
     [name] = headers
     ended = await gate.ended(task.ref)
     assert (ended.status, ended.error_info[:2]) == (TaskStatus.FAILURE, ("VALUE_NOT_SUPPORTED", name))
+
+
+async def test_a_disk_whose_new_content_cannot_be_written_down_has_another_tag_all_the_same(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, tag = await tagged(gate, "raw")
+    [vdi] = gate.inventory.records.vdis.all()
+
+    async def no_space(_work: object) -> None:
+        raise DatabaseFailed("(database or disk is full)")
+
+    other = os.urandom(2 * MIB)
+    async with gate.client() as client:
+        await client.head("PUT", gate.target(vdi), {"content-length": str(len(other))})
+        await client.answer_head()
+        await client.send(other[:-1])
+        monkeypatch.setattr(gate.inventory.records.vdis._database, "run", no_space)
+        await client.send(other[-1:])
+        assert b"database or disk is full" in await client.rest()
+    monkeypatch.undo()
+    answer = await gate.ask("GET", target, {"range": "bytes=9-99", "if-range": tag})
+    assert (answer.status, answer.body) == (200, other)
+    assert answer.headers["etag"] != tag

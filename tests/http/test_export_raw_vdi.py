@@ -215,6 +215,19 @@ async def test_cancelling_the_task_breaks_the_download_off(gate: Gate) -> None:
     assert gate.tasks.get(task.ref).status is TaskStatus.CANCELLED
 
 
+async def test_a_task_that_is_cancelled_while_the_disk_is_waited_for_is_told(gate: Gate) -> None:
+    object.__setattr__(gate.services.limits, "lease_wait", 30.0)
+    vdi, task = await gate.vdi(), await gate.task()
+    writer = await gate.inventory.lease(vdi, LeaseMode.WRITE, Holder("test", "nbd", vdi.ref))
+    async with gate.client() as client:
+        await client.head("GET", gate.target(vdi, "export_raw_vdi", task_id=task.ref))
+        await until(lambda: writer.wanted)
+        await gate.tasks.cancel(task.ref)
+        writer.release()
+        answer = await client.answer()
+    assert (answer.status, answer.text.partition(":")[0]) == (409, "TASK_CANCELLED")
+
+
 async def test_a_tag_is_never_sent_with_the_bytes_of_another_content(gate: Gate) -> None:
     """A reader comes between the rename of the file and the new content id."""
     vdi, new = await filled(gate), os.urandom(4 * MIB)

@@ -2,11 +2,14 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from gateway.core.database import DatabaseFailed
 from gateway.images.files import FileCalls, FileIdentity
 from gateway.repository.inventory import Inventory
 from gateway.transfers.publications import Publications
@@ -48,6 +51,32 @@ async def test_a_revert_that_cannot_be_made_durable_has_another_content_id(
             await inventory.vdi_revert(taken)
         assert content(inventory, ref) == expected
         assert inventory.records.vdis.get(ref).content_id != before.content_id
+
+
+async def test_a_revert_that_cannot_be_written_down_has_another_content_id(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ref = await make(inventory, tmp_path)
+    taken = await inventory.vdi_snapshot(ref)
+    expected = content(inventory, taken)
+    await write(inventory, ref, b"\x22" * 8192)
+    await inventory.vdi_changed(ref)
+    before = inventory.records.vdis.get(ref)
+    table = inventory.records.vdis
+
+    async def no_space(_work: object) -> None:
+        raise DatabaseFailed("(database or disk is full)")
+
+    @contextmanager
+    def failing(_vdi: str, _replaced: FileIdentity) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(table._database, "run", no_space)
+            yield
+
+    with pytest.raises(DatabaseFailed, match="disk is full"):
+        await inventory.vdi_revert(taken, publishing=failing)
+    assert content(inventory, ref) == expected
+    assert table.get(ref).content_id != before.content_id
 
 
 async def test_who_opens_a_reverted_disk_waits_for_its_content_id(
