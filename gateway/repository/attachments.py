@@ -7,6 +7,7 @@ The trap: a share that is not mounted looks like an SR that lost every image. So
 missing or unmarked is unavailable, and its records stay as they are until it is back.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -93,7 +94,10 @@ class Attachments:
                     log.info("left over from an interrupted transfer, removed", sr=sr.uuid, file=name)
                 result = await repository.scan()
                 copy = await read_copy(repository)
-                problems = await self._apply(sr.ref, repository, result, copy)
+                # What comes later is believed first.
+                kept = (*repository.intended, *(copy.vdis if copy is not None else ()))
+                problems = await self._apply(sr.ref, repository, result, kept)
+                await repository.forget_intended()
             except BaseException:
                 await repository.detach()
                 raise
@@ -158,7 +162,7 @@ class Attachments:
         async with self._lock(sr):
             repository = self.repository(sr)
             result = await repository.scan()
-            problems = await self._apply(sr, repository, result, None)
+            problems = await self._apply(sr, repository, result)
             await self.refresh_sizes(sr)
         return result, problems
 
@@ -230,9 +234,9 @@ class Attachments:
         return LeaseMode.WRITE in self.leases.modes_for(vdi.ref)
 
     async def _apply(
-        self, sr: str, repository: Repository, scan: ScanResult, copy: RecordsCopy | None
+        self, sr: str, repository: Repository, scan: ScanResult, copy: Sequence[VDI] = ()
     ) -> list[str]:
-        """Write to the records what a scan found; what is wrong, a sentence each."""
+        """Write to the records what a scan found, with what else is known; what is wrong, a sentence each."""
         while True:
             # What was created or destroyed since the scan is in the repository's own view already. What is
             # being created has a record at last, and then it must not seem to have no image.
@@ -256,14 +260,14 @@ class Attachments:
             return found.problems
 
     def _reconcile(
-        self, sr: str, repository: Repository, scan: ScanResult, copy: RecordsCopy | None
+        self, sr: str, repository: Repository, scan: ScanResult, copy: Sequence[VDI]
     ) -> Reconciled:
         others = {vdi.uuid: vdi.sr for vdi in self.records.vdis.all() if vdi.sr != sr}
         return reconcile(
             self.records.srs.get(sr),
             scan,
             self.records.vdis_of_sr(sr),
-            copy.vdis if copy is not None else (),
+            copy,
             writable=repository.writable,
             elsewhere=lambda uuid: self.records.srs.get(others[uuid]) if uuid in others else None,
             is_written=self.is_written,

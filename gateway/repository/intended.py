@@ -2,8 +2,8 @@
 
 A file comes before its record. Who is killed in between leaves an image that the next scan finds and that has
 lost its name; so what is made of other VDIs says first, in `made-<uuid>.json` beside the marker, what it will
-be called. When the SR is attached again, records whose images are there go into the copy of the SR's records,
-from where the inventory takes what the database doesn't know.
+be called. When the SR is attached again, the inventory takes from there what neither the database nor the
+copy of the SR's records knows; only then it goes.
 
 The trap: such a file may come back after a power failure that took its removal. It tells nothing then that
 the database or the copy doesn't know better, so they are believed first. All calls here block.
@@ -21,12 +21,6 @@ import msgspec
 from gateway.core.records import VDI
 from gateway.images.files import FileCalls
 from gateway.repository.directory import DirectoryUnavailable, SRDirectory, replace_file
-from gateway.repository.records_file import (
-    RecordsUnreadable,
-    encode_records,
-    read_records,
-    write_records,
-)
 
 INTENDED_FORMAT: Final = 1
 _NAME: Final = re.compile(r"made-[0-9a-f-]{36}\.json")
@@ -62,28 +56,40 @@ def forget_intended(directory: SRDirectory, uuid: str, files: FileCalls) -> None
         files.unlink(intended_path(directory, uuid))
 
 
-def remember_intended(directory: SRDirectory, files: FileCalls) -> None:
-    """Put the records whose images are there into the copy of the SR's records.
+def read_intended(directory: SRDirectory, files: FileCalls) -> tuple[VDI, ...]:
+    """The records that are kept, of images that are there; what is kept of others goes.
 
-    For the time when nobody else writes that copy. Raises DirectoryUnavailable, OSError.
+    For the time when nothing gets a name in the SR. Raises DirectoryUnavailable, OSError.
     """
+    found: list[VDI] = []
+    useless: list[str] = []
     for name in sorted(os.listdir(directory.service)):
         path = os.path.join(directory.service, name)
         if _NAME.fullmatch(name):
-            _remember(directory, _read(path), files)
-        elif not _HALF_WRITTEN.fullmatch(name):
-            continue
+            there = [
+                vdi for vdi in _read(path) if os.path.lexists(directory.image(vdi.uuid, vdi.image_format))
+            ]
+            if there:
+                found += there
+            else:
+                useless.append(path)
+        elif _HALF_WRITTEN.fullmatch(name):
+            useless.append(path)
+    _remove(directory, useless, files)
+    return tuple(found)
+
+
+def forget_all_intended(directory: SRDirectory, files: FileCalls) -> None:
+    """The database has all that `read_intended` has told. Raises OSError."""
+    names = [name for name in os.listdir(directory.service) if _NAME.fullmatch(name)]
+    _remove(directory, [os.path.join(directory.service, name) for name in names], files)
+
+
+def _remove(directory: SRDirectory, paths: Sequence[str], files: FileCalls) -> None:
+    for path in paths:
         files.unlink(path)
+    if paths:
         files.sync_directory(directory.service)
-
-
-def _remember(directory: SRDirectory, records: Sequence[VDI], files: FileCalls) -> None:
-    there = [vdi for vdi in records if os.path.lexists(directory.image(vdi.uuid, vdi.image_format))]
-    with suppress(RecordsUnreadable):
-        copy = read_records(directory)
-        if copy is not None and there:
-            vdis = {vdi.uuid: vdi for vdi in (*there, *copy.vdis)}
-            write_records(directory, encode_records(copy.sr, list(vdis.values())), files)
 
 
 def _read(path: str) -> Sequence[VDI]:

@@ -14,7 +14,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode, Leases
-from gateway.core.records import ImageFormat
+from gateway.core.records import VDI, ImageFormat
 from gateway.images.errors import MissingParent
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.cbt_logs import recover_logs
@@ -31,7 +31,7 @@ from gateway.repository.directory import (
 )
 from gateway.repository.empty_image import create_empty_image
 from gateway.repository.fork import recover_forks
-from gateway.repository.intended import remember_intended
+from gateway.repository.intended import forget_all_intended, read_intended
 from gateway.repository.journal_recovery import Recovery, recover_journals
 from gateway.repository.records_file import RecordsCopy, read_records, write_records
 from gateway.repository.scan import ScannedImage, Scanner
@@ -46,7 +46,10 @@ from gateway.repository.survey import Survey, identity_at
 
 
 class Repository(Survey):
-    """An SR between `attach` (or `create`) and `detach`. `uuid` is the SR's; None without a marker."""
+    """An SR between `attach` (or `create`) and `detach`. `uuid` is the SR's; None without a marker.
+
+    `intended` are records that a crash has kept from the database.
+    """
 
     def __init__(  # made by `create` and `attach`
         self,
@@ -56,11 +59,13 @@ class Repository(Survey):
         uuid: str | None,
         owner: OwnerLock | None,
         swept: tuple[str, ...] = (),
+        intended: tuple[VDI, ...] = (),
         recovery: Recovery | None = None,
         files: FileCalls = FILES,
     ) -> None:
         super().__init__(directory, uuid=uuid, writable=owner is not None, files=files)
         self.swept = swept
+        self.intended = intended
         self._owner = owner
         self._leases = leases
         if recovery is not None:
@@ -129,12 +134,19 @@ class Repository(Survey):
                     found = introduce
                     write_marker(directory, found, files)
                 recover_forks(directory, files)
-                remember_intended(directory, files)
+                intended = read_intended(directory, files)
                 recovery = recover_journals(directory, files)
                 recover_logs(directory, files)
                 swept = tuple(sweep_staging(directory, files))
                 return cls(
-                    directory, leases, uuid=found, owner=owner, swept=swept, recovery=recovery, files=files
+                    directory,
+                    leases,
+                    uuid=found,
+                    owner=owner,
+                    swept=swept,
+                    intended=intended,
+                    recovery=recovery,
+                    files=files,
                 )
             except BaseException:
                 owner.release()
@@ -153,6 +165,13 @@ class Repository(Survey):
     async def read_records(self) -> RecordsCopy | None:
         """The copy of the records in the SR, see records_file.py. Raises RecordsUnreadable."""
         return await self._in_thread(read_records, self.directory)
+
+    async def forget_intended(self) -> None:
+        """The database has the records `intended`. Raises OSError."""
+        if self.intended:
+            with trio.CancelScope(shield=True):
+                await self._in_thread(forget_all_intended, self.directory, self._files)
+            self.intended = ()
 
     async def write_records(self, content: bytes) -> None:
         """Replace that copy. Raises DirectoryUnavailable, OSError."""

@@ -26,7 +26,7 @@ from gateway.repository.directory import (
 )
 from gateway.repository.empty_image import create_empty_image
 from gateway.repository.fork import Fork, recover_forks, unfinished_forks
-from gateway.repository.intended import remember_intended
+from gateway.repository.intended import read_intended
 from gateway.repository.journal_recovery import recover_journals
 from gateway.repository.staging import sweep_staging
 from tests.crash import CrashState, RecordingFileCalls
@@ -134,7 +134,7 @@ def at_the_end(files: RecordingFileCalls, into: Path) -> Iterator[CrashState]:
 def recover(directory: SRDirectory, files: FileCalls) -> None:
     """What an attach does before anybody else sees the SR."""
     recover_forks(directory, files)
-    remember_intended(directory, files)
+    read_intended(directory, files)
     recover_journals(directory, files)
     sweep_staging(directory, files)
 

@@ -61,7 +61,7 @@ async def test_after_a_crash_at_any_point_a_snapshot_is_undone_or_has_its_name(
         again = await after_the_crash(state, leases)
         copy = await again.read_records()
         assert copy is not None, state
-        names = {each.uuid: each.name_label for each in copy.vdis}
+        names = {each.uuid: each.name_label for each in (*again.intended, *copy.vdis)}
         if NEW in again.images:
             named += 1
             there = {uuid for uuid in (NEW, BASE) if uuid in again.images}
@@ -70,6 +70,7 @@ async def test_after_a_crash_at_any_point_a_snapshot_is_undone_or_has_its_name(
             undone += 1
             assert "published" not in state.marks, state
         assert {uuid: names[uuid] for uuid in known} == {uuid: NAMES[uuid] for uuid in known}, state
+        await again.forget_intended()
         assert made_journals(again.directory.service) == [], state
         await again.detach()
     assert min(named, undone) > 2
@@ -119,9 +120,10 @@ async def test_a_gateway_that_dies_before_the_record_finds_a_filled_vdi_with_its
         assert ref in inventory.records.vdis
 
 
+@pytest.mark.parametrize("copy", ["whole", "damaged", "missing"])
 @pytest.mark.parametrize("empty", [False, True])
 async def test_a_gateway_that_dies_before_the_record_finds_the_snapshot_with_its_name(
-    open_inventory: OpenInventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+    open_inventory: OpenInventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool, copy: str
 ) -> None:
     async with open_inventory() as inventory:
         sr, ref = await make(inventory, tmp_path)
@@ -141,7 +143,12 @@ async def test_a_gateway_that_dies_before_the_record_finds_the_snapshot_with_its
         before = {vdi.ref for vdi in inventory.records.vdis_of_sr(sr)}
         with pytest.raises(Killed):
             await inventory.vdi_snapshot(ref)
+        records = root_of(inventory, sr) / ".vdi-gateway" / "records.json"
     monkeypatch.undo()
+    if copy == "damaged":
+        records.write_bytes(records.read_bytes()[:-100])
+    elif copy == "missing":
+        records.unlink()
     async with open_inventory() as inventory:
         new = [vdi for vdi in inventory.records.vdis_of_sr(sr) if vdi.ref not in before]
         assert sorted(vdi.name_label for vdi in new) == (["disk"] if empty else ["base copy", "disk"])
