@@ -29,7 +29,8 @@ class Parameters:
     told to people who meet a lease. `outlive`: don't end with the process that started nbdkit. `leash` is the
     descriptor of the supervisor, `clients` how many may be connected at a time (0: any number), `handshake`
     how many seconds a client may be connected that opens nothing (0: any time), `wait` how many seconds a
-    client is kept waiting while the gateway isn't there.
+    client is kept waiting while the gateway isn't there. `parallel`: several requests of a connection at a
+    time, with any nbdkit.
     """
 
     control: str = ""
@@ -40,6 +41,7 @@ class Parameters:
     clients: int = 0
     handshake: float = 30.0
     wait: float = 5.0
+    parallel: bool = False
 
     def with_value(self, key: str, value: str) -> "Parameters":
         """These parameters and one more. Raises ValueError."""

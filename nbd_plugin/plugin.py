@@ -6,8 +6,10 @@ Parameters: `control=PATH` (the gateway's access socket; needed), `private=true|
 names with a session_id are answered), `purpose=WORD` (default nbd; told to people who meet a lease),
 `outlive=true|false` (default false: nbdkit ends with the thread that started it), `clients=N` (more are
 turned away), `handshake=SECONDS` (default 30: clients that open nothing for so long are disconnected; 0:
-none), `wait=SECONDS` (default 5: so long clients wait for a gateway that isn't there), `leash=DESCRIPTOR`
-(the supervisor's). No environment is needed: the repository's root is put on sys.path here.
+none), `wait=SECONDS` (default 5: so long clients wait for a gateway that isn't there), `parallel=true|
+false` (default false: several requests of a connection at a time only where no client can abort nbdkit by
+that; see `thread_model`), `leash=DESCRIPTOR` (the supervisor's). No environment is needed: the repository's
+root is put on sys.path here.
 
 Under socket activation (LISTEN_FDS) `-U` is left out and nothing else changes. SIGTERM and SIGINT end nbdkit
 at once, whoever is connected; requests in flight are answered, images closed and leases ended before.
@@ -69,8 +71,14 @@ _room: Final = Room()
 
 
 def thread_model() -> int:
-    model: int = nbdkit.THREAD_MODEL_PARALLEL
-    return model
+    """Several threads for each connection, unless a client that goes while it is owed answers ends nbdkit.
+
+    nbdkit 1.32.4 to 1.33.9 aborts then ("Assertion `sock >= 0' failed"), with all its clients, if it has
+    several threads and the client doesn't use TLS. Later ones have `disconnect`.
+    """
+    if parameters.parallel or hasattr(nbdkit, "disconnect"):
+        return int(nbdkit.THREAD_MODEL_PARALLEL)
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
 
 
 def config(key: str, value: str) -> None:

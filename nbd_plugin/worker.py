@@ -204,6 +204,8 @@ def _command(options: WorkerOptions, leash: int) -> list[str]:
         f"leash={leash}",
         f"clients={options.clients}",
         f"handshake={options.handshake:g}",
+        # With TLS no nbdkit is aborted by a client that goes; see the plugin's `thread_model`.
+        f"parallel={str(options.tls is not None).lower()}",
     ]
 
 

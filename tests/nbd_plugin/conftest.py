@@ -33,6 +33,7 @@ class Nbd:
         directory: Path,
         *parameters: str,
         private: bool = True,
+        parallel: bool = True,
         options: Sequence[str] = ("-t", "4"),
         filters: Sequence[str] = (),
     ) -> None:
@@ -52,6 +53,7 @@ class Nbd:
                     str(PLUGIN),
                     f"control={control}",
                     f"private={str(private).lower()}",
+                    f"parallel={str(parallel).lower()}",
                     *parameters,
                 ],
                 stdin=subprocess.DEVNULL,

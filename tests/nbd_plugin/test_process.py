@@ -95,6 +95,27 @@ def test_a_client_that_is_cut_off_frees_its_lease(nbd: Nbd, libnbd: Any) -> None
     wait_until(lambda: free(nbd, vdi), "the lease to end")
 
 
+def test_a_client_that_goes_while_it_is_owed_answers_ends_nobody_else(
+    nbd: Nbd, libnbd: Any, tmp_path: Path
+) -> None:
+    own = Nbd(nbd.site, tmp_path, parallel=False)
+    vdi = nbd.site.create_vdi(16 * MIB)
+    try:
+        other = own.connect(libnbd, vdi)
+        for _ in range(20):
+            client = own.connect(libnbd, vdi)
+            for number in range(8):
+                client.aio_pread(libnbd.Buffer(MIB), number * MIB)
+            # An answer has begun, and together they are longer than what the socket takes.
+            assert select.select([client.aio_get_fd()], [], [], 20)[0]
+            del client
+            assert other.pread(512, 0) == bytes(512)
+        other.shutdown()
+        assert own.process.poll() is None
+    finally:
+        assert own.stop() == 0, own.log()
+
+
 def test_a_read_goes_on_while_the_gateway_is_killed_and_back(own_nbd: Nbd, libnbd: Any) -> None:
     vdi = own_nbd.site.create_vdi(8 * MIB)
     writer = own_nbd.connect(libnbd, vdi, write=True)
