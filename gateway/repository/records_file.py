@@ -65,8 +65,26 @@ def write_records(directory: SRDirectory, content: bytes, files: FileCalls = FIL
     replace_file(directory.records, content, files)
 
 
-def read_records(directory: SRDirectory) -> RecordsCopy | None:
-    """The copy, or None without one. Raises RecordsUnreadable with the reason."""
+def read_records(directory: SRDirectory, keep: FileCalls | None = None) -> RecordsCopy | None:
+    """The copy, or None without one. Raises RecordsUnreadable with the reason.
+
+    With `keep` a file that can't be used then has another name, for soon there will be a new one: a later
+    version of the gateway, or somebody by hand, may get names from it that no database has.
+    """
+    try:
+        return _read(directory)
+    except RecordsUnreadable as unreadable:
+        if keep is None:
+            raise
+        kept = f"{directory.records}.unusable"
+        try:
+            keep.rename(directory.records, kept)
+        except OSError:
+            raise unreadable from None
+        raise RecordsUnreadable(f"{unreadable}; it is {os.path.basename(kept)} now") from unreadable
+
+
+def _read(directory: SRDirectory) -> RecordsCopy | None:
     try:
         fd = os.open(directory.records, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:

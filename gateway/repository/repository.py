@@ -164,7 +164,7 @@ class Repository(Survey):
 
     async def read_records(self) -> RecordsCopy | None:
         """The copy of the records in the SR, see records_file.py. Raises RecordsUnreadable."""
-        return await self._in_thread(read_records, self.directory)
+        return await self._in_thread(read_records, self.directory, self._files if self.writable else None)
 
     async def forget_intended(self) -> None:
         """The database has the records `intended`. Raises OSError."""

@@ -86,3 +86,18 @@ async def test_a_write_whose_time_stamp_the_power_took_keeps_its_own_content_id(
     async with open_inventory() as inventory:
         assert content(inventory, ref).startswith(b"new")
         assert inventory.records.vdis.get(ref).content_id != old.content_id
+
+
+@pytest.mark.parametrize("damaged", [b'{"format": 2, "sr": {}, "vdis": []}', b'{"format": 1, "sr"', b"\xff"])
+async def test_a_copy_that_cannot_be_used_is_kept_beside_the_new_one(
+    open_inventory: OpenInventory, tmp_path: Path, damaged: bytes
+) -> None:
+    async with open_inventory() as inventory:
+        await inventory.sr_create("sr", str(tmp_path / "sr"))
+    copy = tmp_path / "sr" / ".vdi-gateway" / "records.json"
+    copy.write_bytes(damaged)
+    for _ in range(2):
+        async with open_inventory(database="new.sqlite3") as inventory:
+            await inventory.sr_attach(str(tmp_path / "sr"), writable=True)
+        assert copy.with_name("records.json.unusable").read_bytes() == damaged
+        assert json.loads(copy.read_bytes())["format"] == 1
