@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gateway.cli.output import CommandError, UsageError
+from gateway.cli.output import CommandError, UsageError, one_line
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError
@@ -143,7 +143,7 @@ def _one_line(error: "CycloptsError") -> str:
 
 def _complain(name: str, text: str, code: int) -> int:
     with suppress(OSError):  # Nobody reads it any more; the exit code still tells.
-        sys.stderr.write(f"{name}: {text}\n")
+        sys.stderr.write(f"{name}: {one_line(text)}\n")
     return code
 
 
@@ -221,6 +221,5 @@ def main() -> None:
     except OutputError as error:
         _drop(sys.stdout)
         code = _complain(PROGRAM, _unwritten(error), 1)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that a Ctrl-C could interrupt in words
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt, and the exit code is to tell
     sys.exit(_written(code))

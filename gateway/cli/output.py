@@ -46,6 +46,11 @@ def size_text(size: int) -> str:
     return f"{size} B"
 
 
+def one_line(text: str) -> str:
+    """Text that may hold names, and labels of filesystems, as one line without commands for the terminal."""
+    return _CONTROLS.sub(" ", text)
+
+
 def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON document on stdout; without `indent` on one line."""
     sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
@@ -57,12 +62,12 @@ def print_note(text: str) -> None:
     That nobody reads it is no failure.
     """
     with suppress(OSError):
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(one_line(text) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on a terminal; elsewhere columns divided by tabs, below one heading line."""
-    rows = [[_CONTROLS.sub(" ", cell) for cell in row] for row in rows]
+    rows = [[one_line(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *rows):
             sys.stdout.write("\t".join(row) + "\n")
