@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import GatewayChoice, check_speakable
-from gateway.cli.following import Followed, made_by
+from gateway.cli.following import Followed, first_interrupt_waits, made_by
 from gateway.cli.output import UsageError
 from gateway.cli.progress import Display, Transfer, figures_text
 from gateway.cli.sr import find_sr
@@ -72,6 +72,9 @@ def vdi_copy(
             arguments = (reference, place, NULL_REF, target)
             copy = Followed(connection, "VDI.copy", arguments, noun="copy", look=look)
             made = made_by(copy.record(display))
-            transfer.logical = transfer.total
-            transfer.physical = int(connection.call("VDI.get_physical_utilisation", made))
-        return print_made(connection, made, name, json=json)
+            with first_interrupt_waits():  # or the copy would be called like the disk
+                if name is not None:
+                    connection.call("VDI.set_name_label", made, name)
+                transfer.logical = transfer.total
+                transfer.physical = int(connection.call("VDI.get_physical_utilisation", made))
+        return print_made(connection, made, None, json=json)

@@ -42,7 +42,7 @@ class Followed:
     def record(self, display: Display) -> dict[str, Any]:
         """Wait for the record of the task's success. CommandError says why there is none."""
         try:
-            with _first_interrupt_waits():
+            with first_interrupt_waits():
                 self._task = self._connection.call(f"Async.{self._method}", *self._arguments)
             record = self._ended()
         except KeyboardInterrupt:
@@ -93,7 +93,7 @@ def made_by(record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _first_interrupt_waits() -> Iterator[None]:
+def first_interrupt_waits() -> Iterator[None]:
     """Raise the first Ctrl-C at the end of the block: not before it is known what there is to cancel.
 
     The second is raised at once, for a gateway that doesn't answer.

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from gateway.cli.connection import Connection, error_text, speakable
 from gateway.cli.exchange import Exchange, Head
+from gateway.cli.following import first_interrupt_waits
 from gateway.cli.output import CommandError
 
 _CANCEL_SECONDS: Final = 5.0
@@ -27,7 +28,14 @@ class TransferTask:
 
     def __init__(self, connection: Connection, label: str, description: str) -> None:
         self._connection = connection
-        self.ref: Final[str] = connection.call("task.create", label, speakable(description))
+        self.ref = ""
+        try:
+            with first_interrupt_waits():
+                self.ref = connection.call("task.create", label, speakable(description))
+        except KeyboardInterrupt:
+            if self.ref:
+                self.drop()
+            raise
 
     def record(self) -> dict[str, Any]:
         """The task as it is now."""

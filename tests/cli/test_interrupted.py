@@ -1,0 +1,56 @@
+"""Ctrl-C while the gateway answers a call: what it has made by then is told, named or gone."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.cli.connection import Connection
+from tests.conftest import RunningGateway
+
+
+@pytest.fixture
+def disk(house: RunningGateway, request: pytest.FixtureRequest) -> str:
+    """The uuid of a new disk of 2 MiB."""
+    return house.run("vdi-create", request.node.name[:100], "2MiB").stdout.strip()
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, interrupted: str) -> None:
+    """Ctrl-C comes when this call has been answered, and nobody has the answer yet."""
+    call = Connection.call
+
+    def calling(self: Connection, method: str, *parameters: Any) -> Any:
+        answer = call(self, method, *parameters)
+        if method == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return answer
+
+    monkeypatch.setattr(Connection, "call", calling)
+
+
+def test_no_task_stays_behind(
+    house: RunningGateway, disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "raw").write_bytes(os.urandom(2 << 20))
+    interrupt_at(monkeypatch, "task.create")
+    for arguments in (
+        ("vdi-import", disk, str(tmp_path / "raw")),
+        ("vdi-export", disk, str(tmp_path / "out")),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            house.run(*arguments)
+    tasks = house.call("task.get_all_records").values()
+    assert [task for task in tasks if task["status"] == "pending"] == []
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_copy_that_is_there_has_its_name(
+    house: RunningGateway, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, "VDI.get_physical_utilisation")
+    with pytest.raises(KeyboardInterrupt):
+        house.run("vdi-copy", disk, "--name", "copied")
+    [copy] = house.call("VDI.get_by_name_label", "copied")
+    assert house.call("VDI.get_uuid", copy) != disk
