@@ -70,9 +70,9 @@ class CbtLifecycle(CbtHandover):
     async def vdi_data_destroy(self, ref: str, *, who: str = "XenAPI", task: str | None = None) -> None:
         """Destroy the data of a snapshot, of which what has changed since can still be asked.
 
-        Nothing if that is done already. Raises OPERATION_NOT_ALLOWED for what is no snapshot and in a
-        read-only SR, VDI_NO_CBT_METADATA if changes weren't tracked, VDI_IN_USE, SR_NOT_ATTACHED,
-        ImageError, OSError.
+        Nothing if that is done already. Raises OPERATION_NOT_ALLOWED for what is no snapshot, in a read-only
+        SR and where nothing is destroyed (see Survey.require_sound), VDI_NO_CBT_METADATA if changes weren't
+        tracked, VDI_IN_USE, SR_NOT_ATTACHED, ImageError, OSError.
         """
         vdi = self.records.vdis.get(ref)
         if not vdi.is_a_snapshot:
@@ -198,6 +198,7 @@ class CbtLifecycle(CbtHandover):
         headers = await _run(logs.headers)
         if vdi.uuid not in headers:
             raise XenAPIError("VDI_NO_CBT_METADATA", vdi.ref)
+        await repository.require_sound()
         known = self._known(repository)
         await self._seal(repository, vdi.uuid, holder, lease)
         after = child_of_log(headers, vdi.uuid)
@@ -263,6 +264,7 @@ class CbtLifecycle(CbtHandover):
         known = self._known(repository)
         lease = await repository.lease_to_coalesce(vdi.uuid, LeaseMode.WRITE, holder, wait=0)
         try:
+            await repository.require_sound()
             with trio.CancelScope(shield=True):
                 if after is not None and not known.is_fixed(after):
                     # A crash came before it was emptied; what it has by itself is in the log already.

@@ -281,13 +281,7 @@ class Repository(Survey):
             raise XenAPIError("OPERATION_NOT_ALLOWED", str(error)) from error
         try:
             # With the lease held, nobody here can make a child of the image.
-            result = await self.scan()
-            for problem in (*result.errors(), *result.unfinished()):
-                raise XenAPIError(
-                    "OPERATION_NOT_ALLOWED",
-                    f"nothing is destroyed in this SR until this is resolved: {problem}",
-                )
-            self._require_no_children(result.images, uuid)
+            self._require_no_children((await self.require_sound()).images, uuid)
             if before is not None:
                 await before(lease)
             await self.collect(lease, uuid)
@@ -299,7 +293,7 @@ class Repository(Survey):
     async def collect(self, lease: Lease, uuid: str) -> None:
         """Remove the image of `lease` (WRITE), on which nothing stands, durably; the lease stays.
 
-        The caller has scanned, and found no error and no journal. Raises OPERATION_NOT_ALLOWED if something
+        The caller has called `require_sound` under the lease. Raises OPERATION_NOT_ALLOWED if something
         stands on it after all, VDI_IN_USE, DirectoryUnavailable, OSError.
         """
         self._require_no_children(self._images, uuid)

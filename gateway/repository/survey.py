@@ -120,6 +120,18 @@ class Survey:
             journals += self._unresolved_forks
             return replace(result, images=images, journals=journals, unresolved=self._unresolved)
 
+    async def require_sound(self) -> ScanResult:
+        """A scan after which something may be destroyed: it is known what stands on what.
+
+        Raises OPERATION_NOT_ALLOWED if any file can't be read or lacks its parent, or if an operation was
+        interrupted, DirectoryUnavailable, OSError.
+        """
+        result = await self.scan()
+        for problem in (*result.errors(), *result.unfinished()):
+            reason = f"nothing is destroyed in this SR until this is resolved: {problem}"
+            raise XenAPIError("OPERATION_NOT_ALLOWED", reason)
+        return result
+
     async def settle(self, uuid: str) -> None:
         """Finish or undo what an interrupted operation has left of an image, before another one replaces it.
 

@@ -1,4 +1,4 @@
-"""One file of an SR that can't be looked at, opened or read keeps nobody from the others."""
+"""A file of an SR that can't be read keeps nobody from the others, but all of them from being destroyed."""
 
 import errno
 import os
@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 import trio
 
+from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.images.cbtlog import CbtLog
 from gateway.images.files import FILES
 from gateway.repository.cbt_logs import CbtLogs
 from gateway.repository.directory import SRDirectory
 from gateway.repository.fork import Fork
+from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
 from gateway.repository.scan import Scanner
 from tests.images.disks import content
 from tests.repository.chains import SIZE, Chains, H, L, Q, image
-from tests.repository.conftest import SR_UUID
+from tests.repository.conftest import SR_UUID, listing
 from tests.repository.test_killed_and_power import BASE, CHILD, Killed, Mortal
+from tests.repository.tracked import GRAIN, file_of, told, tracked, write
 
 HOLDER = Holder("root", "test", "OpaqueRef:vdi")
 
@@ -119,3 +122,25 @@ async def test_what_is_no_log_and_no_staging_file_keeps_no_sr_from_being_attache
     assert set(logs.headers()) == {L}
     assert not logs.headers()[L].consistent
     await repository.detach()
+
+
+async def test_the_data_of_no_snapshot_is_destroyed_while_a_file_may_stand_on_it(
+    inventory: Inventory, tmp_path: Path
+) -> None:
+    _, ref = await tracked(inventory, tmp_path / "sr")
+    await write(inventory, ref, (0, b"a" * GRAIN))
+    first = await inventory.vdi_snapshot(ref)
+    await write(inventory, ref, (GRAIN, b"b" * GRAIN))
+    await inventory.vdi_snapshot(ref)
+    unreadable = image(tmp_path / "sr", BASE)
+    unreadable.write_bytes(b"what was a child of somebody")
+    before = listing(tmp_path / "sr")
+    with pytest.raises(XenAPIError, match=f"nothing is destroyed in this SR .* {BASE}.vhd"):
+        await inventory.vdi_data_destroy(first)
+    assert listing(tmp_path / "sr") == before
+    assert inventory.records.vdis.get(first).type == "user"
+    unreadable.unlink()
+    await inventory.vdi_data_destroy(first)
+    assert await told(inventory, first, ref) == {1}
+    assert inventory.records.vdis.get(first).type == "cbt_metadata"
+    assert not file_of(inventory, first).exists()
