@@ -28,6 +28,8 @@ log = structlog.get_logger("gateway.http")
 
 PLAIN_TEXT: Final = "text/plain"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Of an answer; each may take the idle time, for an answer may be long and a line slow.
+_PIECE: Final = 64 << 10
 _LONGEST_TARGET: Final = 1000
 _SECRET_KEYS: Final = frozenset({"session_id", "password", "pool_secret"})
 
@@ -222,9 +224,14 @@ class Connection:
         await self.send(data + body)
 
     async def send(self, data: bytes) -> None:
-        """Send raw bytes of an answer that has begun. Raises WireBroken, trio.TooSlowError."""
-        with trio.fail_after(self.limits.transfer_idle):
-            await self.wire.send_all(data)
+        """Send raw bytes of an answer that has begun. Raises WireBroken, trio.TooSlowError for a client that
+        takes next to nothing.
+        """
+        rest = memoryview(data)
+        while rest:
+            with trio.fail_after(self.limits.transfer_idle):
+                await self.wire.send_all(rest[:_PIECE])
+            rest = rest[_PIECE:]
 
     async def continue_body(self) -> None:
         """Send `100 Continue` if the client waits for it."""

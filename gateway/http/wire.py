@@ -101,7 +101,7 @@ class Wire:
             except OSError as error:
                 raise WireBroken(str(error)) from error
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_all(self, data: bytes | memoryview) -> None:
         """Send all of `data`. Raises WireBroken."""
         await trio.lowlevel.checkpoint_if_cancelled()
         rest = memoryview(data)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import trustme
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from gateway.core.limits import Limits
 from gateway.core.peer import Peer
@@ -19,6 +20,7 @@ from gateway.http.connection import Connection
 from gateway.http.request import Request
 from gateway.http.routes import Routes
 from gateway.http.server import Listener, Server, listen, listen_locally
+from gateway.http.wire import Wire
 from tests.http.gate import Client
 
 POST = b"POST / HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\n\r\nx"
@@ -93,6 +95,32 @@ async def test_a_handler_that_waits_answers_at_once_when_the_gateway_stops() -> 
         answer = await client.answer()
         assert (answer.status, answer.headers["connection"]) == (200, "close")
         await client.stream.aclose()
+
+
+async def test_who_takes_an_answer_slowly_gets_all_of_it_and_who_takes_nothing_is_given_up(
+    mock_clock: MockClock,
+) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    connection = Connection(Wire(ours), Limits(), Waiting().handle)
+    answer, taken = bytes(4 << 20), 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.send, answer)
+        while taken < len(answer):
+            await wait_all_tasks_blocked()
+            mock_clock.jump(0.9 * connection.limits.transfer_idle)
+            taken += len(theirs.recv(1 << 20))
+
+    async def in_vain() -> None:
+        with pytest.raises(trio.TooSlowError):
+            await connection.send(answer)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_vain)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(connection.limits.transfer_idle)
+    connection.wire.close()
+    theirs.close()
 
 
 async def test_the_unix_socket_takes_the_place_of_a_stale_one_and_is_private(tmp_path: Path) -> None:
