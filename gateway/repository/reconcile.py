@@ -54,6 +54,7 @@ def reconcile(
     known = {vdi.uuid: vdi for vdi in database}
     copies = {vdi.uuid: vdi for vdi in copy}
     given: set[str] = set()
+    parents = {image.parent for image in scan.images.values()}
 
     def referred(kept: VDI) -> VDI:
         """References are kept where they can be, since clients have them and snapshots point to them."""
@@ -82,7 +83,7 @@ def reconcile(
             )
             continue
         is_left = uuid in copies and copies[uuid].type == CBT_METADATA and uuid in scan.logs
-        if image.hidden and not is_left and not scan.children(uuid):
+        if image.hidden and not is_left and uuid not in parents:
             continue  # what SM has given up and not yet removed
         new = referred(copies[uuid]) if uuid in copies else VDI(ref=new_ref(), uuid=uuid, sr=sr.ref)
         result.add.append(described(new, image, writable=writable, written=False))
