@@ -109,6 +109,8 @@ class Attributes:
                 told.st_mode = disk_mode
                 told.st_size = node.vdi.size if known is None else known.size
                 stored = node.vdi.stored if description is None else description.stored_bytes
+                # Never none: `tar --sparse` reads no file that has no blocks, and somebody may be writing.
+                stored = max(stored, 1)
             case Place.VHD:
                 told.st_size = 0 if description is None else description.vhd_size
             case Place.QCOW2:

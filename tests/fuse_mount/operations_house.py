@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,10 +91,10 @@ class FakeHouse:
 
 
 class House:
-    def __init__(self, *, writable: bool = False, others: bool = False) -> None:
+    def __init__(self, *, writable: bool = False, others: bool = False, shown: Vdi = DISK) -> None:
         self.fake = FakeHouse()
         self.tree = Tree(Catalogue())
-        self.tree.apply(ALL)
+        self.tree.apply(replace(ALL, vdis={"disk": shown}))
         access = Access(writable, others, 1234, 5678)
         fake: Any = self.fake
         self.asked_again: list[int] = []

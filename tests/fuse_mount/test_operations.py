@@ -6,6 +6,7 @@ What goes through the kernel is in test_mount_*.py.
 import errno
 import os
 import stat
+from dataclasses import replace
 
 import pyfuse3
 import pytest
@@ -36,6 +37,13 @@ async def test_each_file_has_the_size_and_the_blocks_that_are_known(house: House
         "partitions/1.raw": (2 * MIB, 2 * MIB),
     }
     assert (await house.at("disks/web/disk.raw")).st_blocks * 512 == 2 * MIB  # it was described meanwhile
+
+
+@pytest.mark.parametrize("described", [True, False])
+async def test_no_disk_is_without_blocks_though_nothing_is_known_to_be_stored(described: bool) -> None:
+    house = House(shown=replace(DISK, stored=0))
+    house.fake.description = replace(DESCRIPTION, stored_bytes=0) if described else None
+    assert (await house.at("disks/web/disk.raw")).st_blocks == 1
 
 
 @pytest.mark.parametrize(

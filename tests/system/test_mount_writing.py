@@ -229,6 +229,21 @@ def test_what_a_writer_has_changed_is_shown_when_he_has_gone(site: Site, writabl
     assert len((folder / "disk.vhd").read_bytes()) == (folder / "disk.vhd").stat().st_size
 
 
+@pytest.mark.parametrize("image_format", ["vhd", "raw"])
+def test_a_sparse_archive_of_a_disk_that_was_empty_a_moment_ago_has_its_bytes(
+    site: Site, writable: Mounted, tmp_path: Path, image_format: str
+) -> None:
+    vdi = site.create_vdi(4 * MIB, image_format)
+    folder = writable.of(vdi)
+    content = bytes(MIB) + os.urandom(MIB) + bytes(2 * MIB)
+    run("ls", "-l", folder)
+    with (folder / "disk.raw").open("r+b", buffering=0) as file:
+        file.write(content)
+        run("tar", "--create", "--sparse", "--file", tmp_path / "archive.tar", "-C", folder, "disk.raw")
+    run("tar", "--extract", "--file", tmp_path / "archive.tar", "-C", tmp_path)
+    assert (tmp_path / "disk.raw").read_bytes() == content
+
+
 def test_what_is_mapped_into_memory_is_the_disk_of_now_also_when_it_has_grown(
     site: Site, writable: Mounted
 ) -> None:
