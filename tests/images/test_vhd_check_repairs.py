@@ -10,9 +10,10 @@ import pytest
 from gateway.images.file_locks import FileInUse, FileUse, lock_file
 from gateway.images.files import FileCalls
 from gateway.images.vhd.check import ProblemKind, check_vhd, repair_vhd
+from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.format import SECTOR, BatmapHeader
 from tests.images.damaged import BLOCK, MEBIBYTE, Damage, Vhd, damage_footer, kinds
-from tests.images.disks import content, libvhdi_reads, qemu_compare
+from tests.images.disks import content, libvhdi_reads, put, qemu_compare
 
 
 def oracles_agree(path: Path) -> None:
@@ -103,6 +104,18 @@ def test_damage_that_can_be_repaired(dynamic: Vhd, damage: Damage, expected: set
     intact = len(before) if ProblemKind.BLOCK_CUT not in expected else 2 * BLOCK - 65 * 1024
     assert after[:intact] == before[:intact]
     oracles_agree(dynamic.path)
+
+
+@pytest.mark.parametrize("lost", [-512, 0, 1000])
+def test_the_last_block_is_whole_again_although_the_disk_ends_in_it(tmp_path: Path, lost: int) -> None:
+    """A program that was killed may leave a file that ends where the disk does; `lost` bytes are missing."""
+    odd = Vhd(tmp_path / "odd.vhd")
+    create_dynamic(str(odd.path), BLOCK + MEBIBYTE)
+    put(odd.path, (0, b"\x11" * (BLOCK + MEBIBYTE)))
+    odd.truncate(odd.length - 512 - MEBIBYTE - lost)
+    assert repair_vhd(str(odd.path)).problems == ()
+    assert content(odd.path) == b"\x11" * (BLOCK + MEBIBYTE - max(lost, 0)) + bytes(max(lost, 0))
+    oracles_agree(odd.path)
 
 
 def test_a_fixed_disk_with_bytes_behind_its_footer_is_cut_to_it(fixed: Vhd) -> None:

@@ -146,13 +146,17 @@ class _Repair:
         self._sync(f"wrote the footer at {offset} from its copy")
 
     def _end_of_use(self, image: VhdFile) -> int:
-        """Return where the last block or the metadata ends, as far as it is inside of the file."""
+        """Return where the last block or the metadata ends; of a block that was cut, what the file has."""
         end = max(stop for _, stop in image.metadata)
         size = os.fstat(self.fd).st_size
         whole = image.bitmap_size + image.block_size
-        for entry in image.bat:
-            if entry != UNUSED and entry * SECTOR < size:
-                end = max(end, min(entry * SECTOR + whole, size))
+        for block, entry in enumerate(image.bat):
+            start = entry * SECTOR
+            if entry == UNUSED or start >= size:
+                continue
+            # QEMU takes a file for cut short that lacks what the last block has beyond the end of the disk.
+            beyond = max(0, (block + 1) * image.block_size - image.size)
+            end = max(end, start + whole if start + whole - beyond <= size else size)
         return round_up_to_sector(end)
 
     def _write_copy(self, image: VhdFile) -> None:
@@ -172,8 +176,7 @@ class _Repair:
             if start >= image.data_end:
                 lost.append(block)
                 continue
-            rest = min(image.block_size, image.size - block * image.block_size)
-            end = max(end, start + image.bitmap_size + rest)
+            end = max(end, start + image.bitmap_size + image.block_size)
         end = round_up_to_sector(end)
         if end > image.data_end:
             # The footer goes behind the cut block; where it was, the block reads as zeroes.
