@@ -70,6 +70,9 @@ class _ToldToStop(Exception):  # noqa: N818  nothing has failed
 def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str], None]) -> None:
     """Runs until SIGTERM or SIGINT. `ready` gets one line once clients are answered. ServeRefused, if not."""
     os.umask(0o077)
+    # Until somebody listens, SIGHUP would end the process, and systemd takes that for a wish.
+    hung_up: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _frame: hung_up.append(number))
     config = configuration.current
     configure(config.log_level, form=config.log_format)
     use_one_heap()
@@ -101,6 +104,7 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
             password=password,
             ready=ready,
             configuration=configuration,
+            hung_up=hung_up,
         )
         try:
             trio.run(gateway.run)
@@ -163,6 +167,8 @@ class _Gateway:
     password: str
     ready: Callable[[str], None]
     configuration: Configuration
+    hung_up: list[int]
+    """SIGHUPs from before somebody listened to them."""
 
     @property
     def limits(self) -> Limits:
@@ -329,6 +335,8 @@ class _Gateway:
         asked_to_stop = False
         # Reading a configuration may wait for the resolver of names; being told to stop doesn't wait for it.
         async with trio.open_nursery() as reloads:
+            if self.hung_up:
+                reloads.start_soon(self._reload, nbd)
             async for number in signals:
                 if number == signal.SIGHUP:
                     reloads.start_soon(self._reload, nbd)

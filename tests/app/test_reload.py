@@ -1,19 +1,24 @@
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+import trio
 
 from gateway.certificates import ensure_server_certificate
+from gateway.core.database import Database
 from tests.conftest import RunningGateway, clean_environment, program
 
 MIB = 1 << 20
@@ -196,6 +201,26 @@ def test_a_mistake_at_sighup_is_told_and_changes_nothing(
     assert str(configured.state_dir / "config.toml") in line["why"]
     assert b"longer than 2048 bytes" in ask(configured, b"GET / HTTP/1.1\r\nx: " + b"x" * 2100)
     assert '"event": "request"' in configured.log()
+
+
+def test_sighup_during_a_start_is_obeyed_after_it(configured: RunningGateway) -> None:
+    path = configured.state_dir / "gateway.sqlite3"
+    database = trio.run(Database.open, str(path))
+    trio.run(database.aclose)
+    with (
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other,
+        ThreadPoolExecutor() as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        started = pool.submit(configured.start)
+        lock = configured.state_dir / "lock"
+        wait_for(lambda: started.done() or (lock.exists() and lock.read_text().endswith("\n")), configured)
+        configure(configured, '[limits]\nheader_size = "2KiB"\n')
+        configured.signal(signal.SIGHUP)
+        other.execute("ROLLBACK")
+        started.result()
+    wait_for(lambda: '"configuration reloaded"' in configured.log(), configured)
+    assert b"longer than 2048 bytes" in ask(configured, b"GET / HTTP/1.1\r\nx: " + b"x" * 2100)
 
 
 def test_what_cannot_change_at_run_time_is_told_until_it_is_undone(configured: RunningGateway) -> None:
