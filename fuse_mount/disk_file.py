@@ -96,6 +96,8 @@ class DiskFile:
         """The bytes at `offset`; see OpenFile."""
         if length != self._length or offset + length > self.size:
             length = max(0, min(length, self.size - offset))
+            if not length:
+                return self._buffers.now(0)  # no disk is asked for places that no file can have
             self._view = self._buffers.now(length)
             self._length = length
         view = self._view

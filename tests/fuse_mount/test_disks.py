@@ -176,12 +176,16 @@ async def test_a_window_is_a_part_of_the_disk_from_end_to_end(site: Site, disks:
     assert content(site, vdi)[1530:1540] == bytes([250, 251]) + b"1234" + bytes(range(4))
 
 
-async def test_a_window_beyond_the_disk_is_what_is_left_of_it(site: Site, disks: Disks) -> None:
-    vdi = site.create_vdi()
+@pytest.mark.parametrize("image_format", ["raw", "vhd"])
+async def test_a_window_beyond_the_disk_is_what_is_left_of_it(
+    site: Site, disks: Disks, image_format: str
+) -> None:
+    vdi = site.create_vdi(image_format=image_format)
     for window, size in ((Window(vdi.size - 512, MIB), 512), (Window(vdi.size + 512, MIB), 0)):
         file = await disks.open(vdi.uuid, window, write=False)
         assert file.size == size
         assert bytes(await file.read(0, MIB)) == bytes(size)
+        assert bytes(await file.read((1 << 63) - 4096, 4095)) == b""
         await file.close()
 
 
