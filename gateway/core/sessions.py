@@ -193,6 +193,9 @@ class Sessions:
         except IntegrityError as error:
             reason = "the user was removed a moment ago"
             raise XenAPIError("SESSION_AUTHENTICATION_FAILED", user.name, reason) from error
+        except DatabaseFailed:
+            # A full disk must not keep out who comes to make room on it.
+            log.warning("the session ends with this process, it could not be recorded", session=session.uuid)
         self._put(entry)
         log.info(
             "logged in", user=user.name, session=session.uuid, originator=session.originator, address=address

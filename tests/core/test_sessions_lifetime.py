@@ -11,6 +11,7 @@ import trio
 from sqlalchemy.exc import OperationalError
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.limits import Limits
 from tests.core.refusal import refused
 from tests.core.session_gate import Gate
@@ -136,6 +137,22 @@ async def test_ended_sessions_are_removed_in_the_background_and_used_ones_are_no
     with refused("SESSION_INVALID"):
         gate.sessions.get(idle)
     assert gate.sessions.get(used).last_active == gate.now
+
+
+async def test_a_full_disk_keeps_nobody_out_who_comes_to_make_room(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_work: object) -> None:
+        raise DatabaseFailed("(database or disk is full)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate.database, "run", fail)
+        ref = await gate.login()
+        assert (await gate.by_ref(ref)).user == "root"
+    await gate.by_ref(ref)
+    await gate.reopen()
+    with refused("SESSION_INVALID"):
+        gate.sessions.get(ref)
 
 
 async def test_a_full_disk_ends_neither_the_background_work_nor_a_session_in_use(
