@@ -20,6 +20,13 @@ from gateway.cli.output import CommandError, UsageError
 CONNECT_SECONDS: Final = 20.0
 STALL_SECONDS: Final = 120
 _TIMEVAL: Final = struct.Struct("ll")
+# By OpenSSL's X509_V_ERR_…: what another authority would not help against.
+_ADVICE: Final = {
+    9: "look at the clocks of both machines",
+    10: "give the gateway a new one, and SIGHUP; or look at the clock of this machine",
+    62: "give --url with a name that the certificate has",
+    64: "give --url with an address that the certificate has",
+}
 
 
 class DoorClosedError(CommandError):
@@ -97,10 +104,13 @@ class Door:
         try:
             wrapped = self._context.wrap_socket(connected, server_hostname=self._parts.hostname)
         except ssl.SSLCertVerificationError as error:
+            advice = _ADVICE.get(
+                error.verify_code,
+                "give the gateway's tls/ca.pem with --ca-file, or leave --ca-file out to have the certificate"
+                " remembered",
+            )
             raise CommandError(
-                f"the certificate of {self.url} isn't trusted ({error.verify_message});"
-                " give the gateway's tls/ca.pem with --ca-file, or leave --ca-file out"
-                " to have the certificate remembered"
+                f"the certificate of {self.url} isn't trusted ({error.verify_message}); {advice}"
             ) from None
         except ssl.SSLError as error:
             raise CommandError(

@@ -319,7 +319,7 @@ def open_target(name: str, vdi: str, *, force: bool, image_format: str = "raw") 
     """
     if not name:
         raise UsageError("the file's name is empty; give a file, a block device, or - for stdout")
-    if name == STDOUT:
+    if name in (STDOUT, "/dev/stdout"):  # which may be a file, and isn't to be replaced then
         if os.isatty(1):
             raise CommandError("stdout is a terminal; give a file, or send the disk into a pipe")
         return StreamTarget(1, "stdout")

@@ -176,12 +176,13 @@ def _open_closed_streams() -> None:
 
 
 def _watched(stream: TextIO) -> TextIO:
-    """The same stream, whose failing writes are an OutputError."""
+    """The same stream, whose failing writes are an OutputError; what its encoding lacks is escaped."""
     output: Any = _Output(stream.fileno(), "wb", closefd=False)
     unbuffered = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED
     buffer = output if unbuffered else io.BufferedWriter(output)
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     return io.TextIOWrapper(
-        buffer, stream.encoding, stream.errors, line_buffering=stream.isatty(), write_through=unbuffered
+        buffer, stream.encoding, errors, line_buffering=stream.isatty(), write_through=unbuffered
     )
 
 

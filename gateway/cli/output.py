@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 # Names are other people's choice: a cell is one line, and gives the terminal no commands.
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -53,7 +53,13 @@ def one_line(text: str) -> str:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """One JSON document on stdout; without `indent` on one line."""
-    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_for(sys.stdout, value, indent) + "\n")
+
+
+def json_for(stream: TextIO, value: Any, indent: int | None = None) -> str:
+    """A JSON document; where the stream's encoding doesn't have every character, it is ASCII."""
+    narrow = not (stream.encoding or "utf-8").lower().startswith("utf")
+    return json.dumps(value, indent=indent, ensure_ascii=narrow)
 
 
 def print_note(text: str) -> None:

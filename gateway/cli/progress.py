@@ -5,7 +5,6 @@ that were read or written as data, since holes cost nothing. A thread of its own
 that a transfer that hangs is seen to hang. The trap: rich takes 0.1 s to load, so only a bar loads it.
 """
 
-import json
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
-from gateway.cli.output import size_text
+from gateway.cli.output import json_for, size_text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -157,7 +156,7 @@ class Display:
         self._write(self._transfer.document(state))
 
     def _write(self, document: dict[str, Any]) -> None:
-        self._say(json.dumps(document, ensure_ascii=False))
+        self._say(json_for(self._stream, document))
 
     def _say(self, line: str) -> None:
         # Whether somebody reads on decides nothing about the transfer.

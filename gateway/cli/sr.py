@@ -235,11 +235,17 @@ def _let_go(connection: Connection, reference: str, host: str, device_config: di
     for ref, pbd in connection.call("PBD.get_all_records").items():
         if pbd["SR"] != reference or pbd["host"] != host:
             continue
-        same = all(pbd["device_config"].get(key) == value for key, value in device_config.items())
+        # sr-create doesn't say so.
+        present = {"writable": "true", **pbd["device_config"]}
+        same = all(present.get(key) == value for key, value in device_config.items())
         if pbd["currently_attached"]:
             if same:
                 return False
             connection.call("PBD.unplug", ref)
+            if present["writable"] != "false" and device_config["writable"] == "false":
+                print_note(
+                    "the SR was attached writable and is read-only from now on; --writable changes it back"
+                )
         connection.call("PBD.destroy", ref)
     return True
 

@@ -142,6 +142,16 @@ def test_an_sr_that_another_gateway_has_is_refused_and_can_be_attached_later(
         other.kill()
 
 
+def test_an_sr_that_becomes_read_only_is_told(with_sr: RunningGateway, tmp_path: Path) -> None:
+    sr = str(tmp_path / "disks")
+    again = with_sr.command("sr-attach", sr, "--writable")
+    assert (again.returncode, again.stderr) == (0, "the SR is attached so already\n")
+    done = with_sr.command("sr-attach", sr)
+    assert (done.returncode, done.stdout) == (0, again.stdout)
+    assert "was attached writable and is read-only from now on" in done.stderr
+    assert with_sr.command("sr-list", "--minimal", "params=state").stdout == "read-only\n"
+
+
 def test_a_directory_that_is_not_there_is_not_remembered(gateway: RunningGateway, tmp_path: Path) -> None:
     assert str(tmp_path / "nothing") in refused(gateway.command("sr-attach", str(tmp_path / "nothing")))
     assert gateway.call("SR.get_all") == []

@@ -1,9 +1,16 @@
+import contextlib
 import os
+import socket
+import ssl
 import subprocess
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import trustme
 
+from tests.cli.test_transfers import error
 from tests.conftest import RunningGateway, clean_environment, program
 
 
@@ -152,3 +159,27 @@ def test_the_wrong_one_of_http_and_https_is_told(house: RunningGateway) -> None:
     encrypted = run("vdi-list", "--url", house.url.replace("http:", "https:"), *password)
     assert (encrypted.returncode, encrypted.stdout, encrypted.stderr.count("\n")) == (1, "", 1)
     assert "doesn't speak HTTPS" in encrypted.stderr
+
+
+def test_a_certificate_that_has_expired_is_told_with_what_helps(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", not_after=datetime(2020, 1, 1, tzinfo=UTC)).configure_cert(serving)
+    (tmp_path / "password").write_text("x\n")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connected, _ = listener.accept()
+            with connected, contextlib.suppress(OSError):
+                serving.wrap_socket(connected, server_side=True)
+
+        serving_it = threading.Thread(target=serve, daemon=True)
+        serving_it.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        done = run(
+            *("vdi-list", "--url", url, "--ca-file", str(tmp_path / "ca.pem")),
+            *("--password-file", str(tmp_path / "password")),
+        )
+        serving_it.join(30)
+    assert "(certificate has expired); give the gateway a new one" in error(done)

@@ -81,6 +81,18 @@ def test_pipes_carry_a_disk_both_ways(house: RunningGateway, disk: str, sparse: 
     )
 
 
+def test_stdout_by_its_path_is_stdout_also_where_it_is_a_file(
+    house: RunningGateway, disk: str, tmp_path: Path
+) -> None:
+    environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(house.state_dir)}
+    with (tmp_path / "out").open("wb") as out:
+        out.write(b"before")
+        out.flush()
+        command = [program(), "vdi-export", disk, "/dev/stdout", "--quiet"]
+        assert subprocess.run(command, stdout=out, env=environment, check=False).returncode == 0
+    assert (tmp_path / "out").read_bytes() == b"before" + bytes(32 * MIB)
+
+
 @pytest.mark.parametrize(
     ("sent", "arguments", "words"),
     [

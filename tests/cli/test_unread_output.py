@@ -1,5 +1,6 @@
 """Exit codes when nobody reads the output, or it can't be written: Python by itself would end with 120."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_output_that_finds_no_space_is_a_failure_of_one_line(
     full = os.open("/dev/full", os.O_WRONLY)
     code, said = exit_code(much_or_little, stdout=full, stderr=subprocess.PIPE, environment=environment)
     assert (code, said) == (1, b"vdi-gateway: standard output can't be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_encoding_lacks_is_escaped(house: RunningGateway, encoding: str) -> None:
+    name = "Größe \u65e5\u672c \U0001f4be"
+    uuid = house.run("vdi-create", name, "2MiB").stdout.strip()
+    environment = {"PYTHONIOENCODING": encoding, "VDI_GATEWAY_STATE_DIR": str(house.state_dir)}
+    for arguments in (["vdi-list"], ["vdi-chain"], ["vdi-list", "--json", f"uuid={uuid}"]):
+        done = subprocess.run(
+            [program(), *arguments],
+            capture_output=True,
+            env={**clean_environment(), **environment},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b""), done
+    assert json.loads(done.stdout.decode(encoding))[0]["name_label"] == name
+    assert house.run("vdi-destroy", uuid).returncode == 0
 
 
 def test_streams_that_are_closed_lead_nowhere() -> None:
