@@ -250,8 +250,8 @@ class _Gateway:
     def _nbd_certificates(self) -> tuple[str, str]:
         assert self.context is not None
         assert self.nbd_files is not None
-        certificate = self.context.certificate
-        return self.nbd_files.certificates(certificate), certificate.chain
+        directory = self.nbd_files.certificates(self.context.certificate)
+        return directory, os.path.join(directory, "server-cert.pem")
 
     @asynccontextmanager
     async def _estate(self) -> AsyncIterator[Estate]:

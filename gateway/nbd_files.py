@@ -4,14 +4,16 @@
     nbd/access.sock  the control socket for them: those of other users may not enter the state directory
     nbd/tls-*        certificate, key and authority in files that are called as nbdkit wants them
 
-The trap: nbdkit reads three files, and a certificate may be exchanged at any time. So each certificate has a
-directory of its own, which is complete once it has its name.
+The trap: nbdkit reads three files, and a certificate may be exchanged at any time, also by one that can't be
+used. So each certificate has a directory of its own, which is complete and good once it has its name.
 """
 
+import errno
 import hashlib
 import os
 import pwd
 import shutil
+import ssl
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -88,7 +90,10 @@ class NbdFiles:
             os.chmod(path, 0o660)
 
     def certificates(self, certificate: ServerCertificate) -> str:
-        """The directory of this certificate, made where needed. Raises OSError."""
+        """The directory of this certificate, made where needed; its `server-cert.pem` is what clients get.
+
+        Raises OSError, also if certificate and key don't belong together.
+        """
         self.prepare()
         chain, key = Path(certificate.chain).read_bytes(), Path(certificate.key).read_bytes()
         # Only a server that verifies its clients needs the authority, but nbdkit wants the file.
@@ -107,6 +112,7 @@ class NbdFiles:
                 if self._group is not None:
                     os.chown(path, 0, self._group)
                     os.chmod(path, 0o640)
+            _check_pair(unfinished, certificate)
             if self._group is not None:
                 os.chown(unfinished, 0, self._group)
                 os.chmod(unfinished, 0o710)  # noqa: S103
@@ -151,6 +157,17 @@ class NbdFiles:
         found = sorted(set(Path(self.directory).glob("tls-*")) - {present}, key=_changed, reverse=True)
         for each in found[_KEEP_TLS_BEFORE:]:
             shutil.rmtree(each, ignore_errors=True)
+
+
+def _check_pair(directory: str, certificate: ServerCertificate) -> None:
+    pair = (os.path.join(directory, f"server-{part}.pem") for part in ("cert", "key"))
+    try:
+        # A passphrase is not asked for.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password="")
+    except ssl.SSLError as error:
+        shutil.rmtree(directory)
+        why = f"can't be used with {certificate.key} ({error.reason or error})"
+        raise OSError(errno.EINVAL, why, certificate.chain) from error
 
 
 def _private(path: str, flags: int) -> int:

@@ -187,3 +187,30 @@ def test_the_operators_certificate_is_served_too(tmp_path: Path, libnbd: Any) ->
         client = tls_client(libnbd, site, vdi, Path(made.authority))
         assert client.get_size() == vdi.size
         client.shutdown()
+
+
+def test_an_operators_certificate_that_cannot_be_used_changes_nothing(tmp_path: Path, libnbd: Any) -> None:
+    addresses = list(reachable_addresses("0.0.0.0"))
+    made = ensure_server_certificate(str(tmp_path / "site"), addresses)
+    other = ensure_server_certificate(str(tmp_path / "other"), addresses)
+    good, another = Path(made.chain).read_text(), Path(other.chain).read_text()
+    given = ("--tls-cert", made.chain, "--tls-key", made.key)
+    with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
+        vdi = site.create_vdi(MIB)
+        before = public_workers(site)
+        # One of another key each time, and then none.
+        for number, content in enumerate((another, another + "\n", "nothing"), 1):
+            Path(made.chain).write_text(content)
+            os.kill(site.gateway.pid, signal.SIGHUP)
+            wait_until(
+                lambda number=number: site.gateway.log().count("NBD keeps the old certificate") == number,
+                "the refusal",
+            )
+            assert site.info(vdi)["cert"] == good
+        [worker] = before
+        os.kill(worker, signal.SIGKILL)
+        assert made.authority is not None
+        client = tls_client(libnbd, site, vdi, Path(made.authority))
+        assert client.get_size() == vdi.size
+        client.shutdown()
+        assert "new workers" not in site.gateway.log()
