@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+import structlog
 import trio
 
 from gateway.core.errors import XenAPIError
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from gateway.repository.repository import Repository
     from gateway.repository.staging import Staging
     from gateway.transfers.publications import Publications
+
+log = structlog.get_logger("gateway.transfers.import")
 
 T = TypeVar("T")
 
@@ -291,7 +294,11 @@ async def fill_target(
         raise
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(transfer.spool.remove)
+            try:
+                await trio.to_thread.run_sync(transfer.spool.remove)
+            except OSError as error:
+                # How the import ended is known by now, and this is no part of it.
+                log.warning("what an import kept could not be removed", error=str(error))
 
 
 def _begin(sent: Sent, transfer: "_Transfer", target: Target) -> Incoming:

@@ -88,13 +88,17 @@ class Spool:
         return self.fd
 
     def remove(self) -> None:
-        """Remove what there is. Blocks."""
-        if self.fd >= 0:
-            self.files.close(self.fd)
-            self.fd = -1
-        for path in (self.image, self.disk):
-            with suppress(FileNotFoundError):
-                self.files.unlink(path)
+        """Remove what there is. Blocks. Raises OSError when something stays, which the next start sweeps."""
+        fd, self.fd = self.fd, -1
+        with ExitStack() as all_of_it:
+            for path in (self.disk, self.image):
+                all_of_it.callback(self._unlink, path)
+            if fd >= 0:
+                all_of_it.callback(self.files.close, fd)
+
+    def _unlink(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self.files.unlink(path)
 
     def abort(self) -> None:
         """Kill the program that reads the image, and start none any more."""
