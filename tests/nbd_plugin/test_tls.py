@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +199,15 @@ def test_an_operators_certificate_that_cannot_be_used_changes_nothing(tmp_path: 
     with serving(tmp_path, "--nbd", "0.0.0.0:0", *given) as site:
         vdi = site.create_vdi(MIB)
         before = public_workers(site)
+
+        def kept(times: int) -> bool:
+            return site.gateway.log().count("NBD keeps the old certificate") == times
+
         # One of another key each time, and then none.
         for number, content in enumerate((another, another + "\n", "nothing"), 1):
             Path(made.chain).write_text(content)
             os.kill(site.gateway.pid, signal.SIGHUP)
-            wait_until(
-                lambda number=number: site.gateway.log().count("NBD keeps the old certificate") == number,
-                "the refusal",
-            )
+            wait_until(partial(kept, number), "the refusal")
             assert site.info(vdi)["cert"] == good
         [worker] = before
         os.kill(worker, signal.SIGKILL)
