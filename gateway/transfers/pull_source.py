@@ -33,7 +33,11 @@ _PRINTABLE: Final = re.compile(r"[!-~]*")
 _METADATA: Final = frozenset(
     map(
         ipaddress.ip_address,
-        ("169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254"),
+        (
+            *("169.254.169.254", "168.63.129.16", "100.100.100.200", "192.0.0.192"),
+            *("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "fd00:c1::a9fe:a9fe"),
+            *("fd00:42::42", "fd00:a9fe:a9fe::1"),
+        ),
     )
 )
 _SHARED: Final = ipaddress.ip_network("100.64.0.0/10")

@@ -144,6 +144,11 @@ def test_a_named_host_gets_private_addresses_and_no_others() -> None:
         "0.0.0.0",
         "::ffff:10.0.0.1",
         "fd00:ec2::254",
+        "fd00:ec2::23",
+        "fd20:ce::254",
+        "fd00:c1::a9fe:a9fe",
+        "fd00:42::42",
+        "fd00:a9fe:a9fe::1",
         "64:ff9b::a00:1",
     ):
         assert rules.objection("images.example", ipaddress.ip_address(text)) is not None
