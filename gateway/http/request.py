@@ -14,11 +14,12 @@ from urllib.parse import unquote_plus, unquote_to_bytes
 import h11
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 HEAD_END: Final = re.compile(rb"\n\r?\n")
+# Never the first line, which is that of the request.
 _TRANSFER_ENCODING: Final = re.compile(
-    rb"(?im)^transfer-encoding[ \t]*:[ \t]*([^\r\n]*)\r?\n(?:[ \t][^\n]*\n)*"
+    rb"(?i)(?<=\n)transfer-encoding[ \t]*:([^\r\n]*(?:\r?\n[ \t][^\r\n]*)*)\r?\n"
 )
 _CONTENT_LENGTH: Final = re.compile(rb"(?im)^content-length[ \t]*:[ \t]*([^\r\n]*)")
 _PAIRS_AT_MOST: Final = 100
@@ -113,7 +114,7 @@ def parse_head(head: bytes, *, scheme: str, address: str, largest: int) -> tuple
         address=address,
         http_version=event.http_version.decode("ascii"),
         content_length=int(lengths[0]) if lengths else None,
-        transfer_encoding=encodings[0].decode("latin-1").strip() if encodings else None,
+        transfer_encoding=_codings(encodings) if encodings else None,
     )
     if request.method not in _KNOWN_METHODS:
         raise BadRequest(
@@ -121,6 +122,11 @@ def parse_head(head: bytes, *, scheme: str, address: str, largest: int) -> tuple
             f"There is no method {request.method[:20]}; use GET, HEAD, PUT or POST.",
         )
     return request, protocol
+
+
+def _codings(fields: "Sequence[bytes]") -> str:
+    """What all Transfer-Encoding fields of a head say together, folded lines unfolded."""
+    return ", ".join(" ".join(field.decode("latin-1").split()) for field in fields)
 
 
 def parse_cookies(header: str) -> dict[str, str]:

@@ -227,11 +227,25 @@ def test_cookies() -> None:
     assert parse_cookies("") == {}
 
 
-def test_a_folded_transfer_encoding_is_seen() -> None:
-    head = b"PUT / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip,\r\n chunked\r\nx: y\r\n\r\n"
-    request, _ = parse_head(head, scheme="http", address="1", largest=1000)
-    assert request.transfer_encoding == "gzip,"
-    assert request.headers["x"] == "y"
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"transfer-encoding: gzip,\r\n chunked\r\n",
+        b"transfer-encoding: gzip\r\nx: y\r\nTransfer-Encoding:chunked\r\n",
+        b"transfer-encoding:\r\n\tgzip,\r\n chunked \r\n",
+    ],
+)
+def test_all_of_a_transfer_encoding_is_seen(fields: bytes) -> None:
+    head = b"PUT / HTTP/1.1\r\nhost: x\r\n" + fields + b"z: y\r\n\r\n"
+    request, _ = parse_head(head, scheme="http", address="x", largest=len(head) + 1)
+    assert request.transfer_encoding == "gzip, chunked"
+    assert request.headers["z"] == "y"
+
+
+def test_a_header_is_no_request_line() -> None:
+    head = b"Transfer-Encoding: chunked\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    with pytest.raises(BadRequest):
+        parse_head(head, scheme="http", address="x", largest=len(head) + 1)
 
 
 async def talk(data: bytes, routes: Routes) -> bytes:
