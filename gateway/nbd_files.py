@@ -160,10 +160,10 @@ class NbdFiles:
 
 
 def _check_pair(directory: str, certificate: ServerCertificate) -> None:
-    pair = (os.path.join(directory, f"server-{part}.pem") for part in ("cert", "key"))
+    chain, key = (os.path.join(directory, f"server-{part}.pem") for part in ("cert", "key"))
     try:
         # A passphrase is not asked for.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*pair, password="")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password="")
     except ssl.SSLError as error:
         shutil.rmtree(directory)
         why = f"can't be used with {certificate.key} ({error.reason or error})"
