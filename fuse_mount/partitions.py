@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from fuse_mount.programs import Ended, ProgramError, run_program
+from fuse_mount.programs import PARSER_MEMORY, Ended, ProgramError, run_program
 from fuse_mount.questions import Questions
 
 EDGE: Final = 1 << 20
@@ -78,6 +78,7 @@ def read_table(path: str, size: int, descriptor: int | None = None, wanted: set[
     ended = run_program(
         ["sfdisk", "--quiet", "--json", path],
         seconds=_SECONDS,
+        memory=PARSER_MEMORY,
         descriptors=passed,
         environment={"LIBFDISK_DEBUG": "label"},
     )
@@ -146,6 +147,7 @@ def _large_sectors(path: str, size: int, descriptors: tuple[int, ...]) -> Table 
             path,
         ],
         seconds=_SECONDS,
+        memory=PARSER_MEMORY,
         descriptors=descriptors,
     )
     rows = [

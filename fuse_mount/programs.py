@@ -1,4 +1,4 @@
-"""Runs a program of util-linux: without a shell, in limits of time and output, with messages in English.
+"""Runs a program of util-linux: without a shell, in limits of time, memory and output, in English.
 
 Knows nothing of what the programs say. The trap: a program that reads a file of a FUSE mount may wait in the
 kernel, where even SIGKILL doesn't reach it before the mount answers or ends; it is left behind then, and the
@@ -20,6 +20,9 @@ from typing import Final
 _SYSTEM_PATHS: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 _PIECE: Final = 64 << 10
 _DYING_SECONDS: Final = 2.0
+
+PARSER_MEMORY: Final = 256 << 20
+"""Bytes that a program may take which reads what a guest has written: a GPT can claim to be of any length."""
 
 
 class ProgramError(OSError):
@@ -57,15 +60,20 @@ def run_program(
     *,
     seconds: float,
     most: int = 1 << 20,
+    memory: int | None = None,
     descriptors: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Ended:
     """Run a program to its end, which must come within `seconds`, with `most` bytes on either output. Blocks.
 
+    It gets `memory` bytes of address space at most, if that is given.
+
     `descriptors` are its to use, by the same numbers. It is in a process group of its own, so that Ctrl-C
     doesn't end what is cleaning up. Raises ProgramError: ENOENT not installed, ETIMEDOUT, EFBIG, EIO crashed.
     """
     command = [program_path(arguments[0]), *arguments[1:]]
+    if memory is not None:
+        command = [program_path("prlimit"), f"--as={memory}", "--", *command]
     process = subprocess.Popen(  # noqa: S603 - no shell, a program that we chose
         command,
         stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fuse_mount.partitions import read_table
-from fuse_mount.programs import Ended, ProgramError, run_program
+from fuse_mount.programs import PARSER_MEMORY, Ended, ProgramError, run_program
 
 _SECONDS: Final = 60.0
 _NOTHING_FOUND: Final = 2
@@ -109,7 +109,9 @@ def _filesystem(file: str, remarks: list[str], what: str) -> Filesystem | None:
     try:
         _check_readable(file)
         ended = run_program(
-            ["blkid", "--probe", "--no-part-details", "--output", "udev", file], seconds=_SECONDS
+            ["blkid", "--probe", "--no-part-details", "--output", "udev", file],
+            seconds=_SECONDS,
+            memory=PARSER_MEMORY,
         )
         if ended.code == _AMBIGUOUS:
             return _several(file)
@@ -156,7 +158,7 @@ def _said(ended: Ended) -> dict[str, str]:
 
 
 def _several(file: str) -> Filesystem | None:
-    ended = run_program(["wipefs", "--json", "--noheadings", file], seconds=_SECONDS)
+    ended = run_program(["wipefs", "--json", "--noheadings", file], seconds=_SECONDS, memory=PARSER_MEMORY)
     document: dict[str, Any] = json.loads(ended.output.decode("utf-8", "replace") or "{}", strict=False)
     kinds = sorted({str(each["type"]) for each in document.get("signatures", ())})
     return Filesystem(", ".join(kinds), "several", "", "", None) if kinds else None

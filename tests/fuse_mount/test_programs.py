@@ -1,8 +1,9 @@
 import os
+import sys
 
 import pytest
 
-from fuse_mount.programs import ProgramError, run_program
+from fuse_mount.programs import PARSER_MEMORY, ProgramError, run_program
 
 
 def test_a_program_that_takes_too_long_is_ended() -> None:
@@ -13,6 +14,12 @@ def test_a_program_that_takes_too_long_is_ended() -> None:
 def test_a_program_that_says_too_much_is_ended() -> None:
     with pytest.raises(ProgramError, match="yes says too much"):
         run_program(["yes"], seconds=60, most=100_000)
+
+
+def test_a_program_gets_no_more_memory_than_it_is_given() -> None:
+    command = [sys.executable, "-c", f"bytearray({PARSER_MEMORY})"]
+    assert run_program(command, seconds=60, memory=2 * PARSER_MEMORY).code == 0
+    assert "MemoryError" in run_program(command, seconds=60, memory=PARSER_MEMORY).complaint
 
 
 def test_a_program_that_is_missing_is_named() -> None:
