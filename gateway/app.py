@@ -36,6 +36,7 @@ from gateway.core.users import Users
 from gateway.http.server import Listener, Server
 from gateway.images.heap import use_one_heap
 from gateway.listening import (
+    OURS,
     ServeRefused,
     access_sockets,
     address_for_others,
@@ -92,7 +93,7 @@ def serve(state_dir: str, configuration: Configuration, *, ready: Callable[[str]
         except (CertificateError, StateError) as error:
             raise ServeRefused(str(error)) from None
         except OSError as error:
-            raise ServeRefused(f"{error.filename or state.path}: {error.strerror}") from error
+            raise ServeRefused(f"{error.filename or state.path}: {error.strerror}; {OURS}") from error
         gateway = _Gateway(
             state=state,
             local=listen_on_socket(state.socket, opened),
@@ -322,7 +323,10 @@ class _Gateway:
             https=urls_of("https", self.encrypted),
             authority=self.context.authority if self.context is not None and self.encrypted else None,
         )
-        self.state.announce(running)
+        try:
+            self.state.announce(running)
+        except OSError as error:
+            log.warning("the commands on this machine are not told where the gateway is", why=str(error))
         return running
 
     async def _obey_signals(
@@ -361,10 +365,7 @@ class _Gateway:
         before = context.authority
         context.reload()
         if context.authority != before:
-            try:
-                self._announce()
-            except OSError as error:
-                log.warning("the commands on this machine trust the old authority", why=str(error))
+            self._announce()
 
     async def _renew(self, context: ReloadableContext, nbd: Nbd | None) -> None:
         while True:

@@ -8,10 +8,14 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from gateway.http.server import listen, listen_locally
 from gateway.nbd_files import NbdFiles
 from gateway.state import StateDirectory
+
+OURS: Final = "look what is there: it is the gateway's own, and this user has to read and write it"
+"""What to do about a file of the state directory that can't be used."""
 
 
 class ServeRefused(Exception):  # noqa: N818  it says what happened, like the errors of the core
@@ -41,7 +45,7 @@ def listen_on_socket(path: str, opened: ExitStack, *, mode: int = 0o600) -> sock
     try:
         bound = listen_locally(path, mode)
     except OSError as error:
-        raise ServeRefused(f"can't listen on {path}: {error.strerror}") from error
+        raise ServeRefused(f"can't listen on {path}: {error.strerror}; {OURS}") from error
     opened.callback(Path(path).unlink, missing_ok=True)
     opened.callback(bound.close)
     return bound
@@ -56,7 +60,7 @@ def access_sockets(state: StateDirectory, nbd: NbdFiles | None, opened: ExitStac
             sockets.append(listen_on_socket(nbd.access_socket, opened, mode=0o600))
             nbd.open_to_workers(nbd.access_socket)
         except OSError as error:
-            raise ServeRefused(f"{error.filename or nbd.directory}: {error.strerror}") from error
+            raise ServeRefused(f"{error.filename or nbd.directory}: {error.strerror}; {OURS}") from error
     return sockets
 
 

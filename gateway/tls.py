@@ -49,7 +49,9 @@ class ReloadableContext:
         try:
             certificate = self._find()
         except OSError as error:
-            raise CertificateError(f"{error.filename}: {error.strerror}") from error
+            raise CertificateError(
+                f"{error.filename}: {error.strerror}; look what is there: this user has to read and write it"
+            ) from error
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])

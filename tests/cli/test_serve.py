@@ -140,6 +140,32 @@ def test_a_port_in_use_is_refused_with_the_address(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["xapi.sock", "access.sock", "tls"])
+def test_what_lies_in_the_way_in_the_state_directory_is_named_with_what_to_do(
+    tmp_path: Path, name: str
+) -> None:
+    if name == "tls":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    refused = serve("--state-dir", str(tmp_path), "--https", "127.0.0.1:0", "--nbd", "off")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert f"{tmp_path / name}: " in refused.stderr
+    assert refused.stderr.endswith("this user has to read and write it\n")
+
+
+def test_a_gateway_that_cannot_tell_the_commands_where_it_is_serves_all_the_same(tmp_path: Path) -> None:
+    gateway = RunningGateway(tmp_path)
+    (gateway.state_dir / "gateway.json.new").mkdir(parents=True)
+    gateway.start()
+    try:
+        assert status_of(gateway.url) == 404
+        assert "the commands on this machine are not told where the gateway is" in gateway.log()
+    finally:
+        gateway.kill()
+
+
 @pytest.mark.parametrize("option", ["--http", "--https", "--nbd"])
 def test_a_host_that_can_be_no_name_is_refused_in_one_line(tmp_path: Path, option: str) -> None:
     addresses = ("--http", "127.0.0.1:0", option, "gateway..example:8443")
