@@ -304,6 +304,9 @@ async def fill_target(
 def _begin(sent: Sent, transfer: "_Transfer", target: Target) -> Incoming:
     """Read the head. Blocks."""
     reader = transfer.reader
+    if not reader.peek(1):
+        # What fills a pipe has failed: that is no disk of zeroes.
+        raise BodyEnded(1, 0)
     wanted = name = sent.format
     if name is BodyFormat.AUTO:
         name = recognise(reader.peek(MAGIC_BYTES))

@@ -237,6 +237,19 @@ async def test_a_transfer_encoding_tells_the_end(gate: Gate, form: str, tmp_path
         assert gate.content(vdi) == data.ljust(8 * MIB, b"\0")
 
 
+@pytest.mark.parametrize("form", ["auto", "vhd", "qcow2", "chunked"])
+async def test_a_pipe_that_brings_nothing_is_no_disk_of_zeroes(gate: Gate, form: str) -> None:
+    vdi, data = await gate.vdi(), os.urandom(4 * MIB)
+    assert (await gate.ask("PUT", gate.target(vdi), {}, data)).whole
+    async with gate.client() as client:
+        await client.head("PUT", gate.target(vdi, format=form), {"transfer-encoding": "chunked"})
+        _, headers = await client.answer_head()
+        await client.send(b"0\r\n\r\n")
+        assert len(await client.rest()) < LAST_LINE_BYTES
+    assert (await gate.ended(headers["task-id"])).error_info[0] == "IMPORT_ERROR_PREMATURE_EOF"
+    assert gate.content(vdi) == data
+
+
 async def test_a_new_vdi_has_a_name_and_a_size_that_are_asked_for(gate: Gate) -> None:
     task, data = await gate.task(), os.urandom(MIB)
     target = gate.target(

@@ -95,6 +95,13 @@ async def test_what_is_no_image_is_refused(house: House, body: bytes) -> None:
     assert code == ("IMPORT_ERROR_UNSUPPORTED_IMAGE" if body else "IMPORT_ERROR_PREMATURE_EOF")
 
 
+@pytest.mark.parametrize("form", [BodyFormat.AUTO, BodyFormat.RAW, BodyFormat.QCOW2])
+async def test_nothing_in_a_packing_is_no_disk(house: House, form: BodyFormat) -> None:
+    for body in (b"", *(packed(b"", *command) for command in PACKED.values() if command)):
+        with serving(file_of(body)) as server:
+            assert await house.refusal(server.url, format=form) == "IMPORT_ERROR_PREMATURE_EOF"
+
+
 async def test_an_image_in_two_packings_is_refused(house: House, files: Path) -> None:
     with serving(file_of(packed(image(files, "raw", "gzip"), "gzip", "-c"))) as server:
         assert await house.refusal(server.url) == "IMPORT_ERROR_UNSUPPORTED_IMAGE"
