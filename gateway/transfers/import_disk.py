@@ -274,8 +274,11 @@ async def fill_target(
         threads,
     )
     try:
+        reader = transfer.reader
         incoming = await transfer.run(lambda: _begin(sent, transfer, target))
-        operation.progress = incoming.fraction
+        is_measured = transfer.reader is not reader
+        # All of a body that had to be measured has come by now: that was the first half.
+        operation.progress = (lambda: 0.5 + incoming.fraction() / 2) if is_measured else incoming.fraction
 
         def receive(staging: "Staging") -> None:
             incoming.receive(staging.disk, files=repository.files)

@@ -6,12 +6,18 @@ import subprocess
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.images.disk import Disk
+from gateway.images.files import FileCalls
+from gateway.transfers.body import BodyReader
 from gateway.transfers.formats import BodyFormat
+from gateway.transfers.import_flat import FlatDisk
+from gateway.transfers.measured import measured
 from gateway.transfers.pull_socket import Patience
 from tests.images.disks import qemu_compare
 from tests.transfers.copying import foreign_reads, names, path_of
@@ -38,6 +44,31 @@ async def test_every_image_in_every_packing_is_the_disk(
     told = {"pulled-from": f"{server.url}/any.name", "bytes-pulled": str(len(body))}
     assert house.operation.current_details() == {**told, "bytes-to-pull": str(len(body))}
     assert names(house.directory) == {f"{vdi.uuid}.vhd"}
+
+
+@pytest.mark.parametrize("packing", ["", "gzip"])
+async def test_progress_does_not_go_back_when_all_has_come_and_is_read_again(
+    house: House, files: Path, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def come(*arguments: Any) -> BodyReader:
+        kept = measured(*arguments)
+        seen.append(house.operation.current_progress())
+        return kept
+
+    def receive(flat: FlatDisk, disk: Disk, *, files: FileCalls) -> None:
+        seen.append(house.operation.current_progress())
+        received(flat, disk, files=files)
+
+    received = FlatDisk.receive
+    monkeypatch.setattr("gateway.transfers.import_disk.measured", come)
+    monkeypatch.setattr(FlatDisk, "receive", receive)
+    with serving(file_of(image(files, "raw", packing))) as server:
+        await house.pull(server.url)
+    seen.append(house.operation.current_progress())
+    assert seen == sorted(seen)
+    assert len(seen) == (3 if packing else 2)
 
 
 @pytest.mark.parametrize("form", FORMATS)
