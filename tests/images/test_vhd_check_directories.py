@@ -1,11 +1,14 @@
 """What a check says of a directory: names, orphans, copies and chains that trouble the storage manager."""
 
+import errno
+import os
 import uuid
 from pathlib import Path
 
 import pytest
 
-from gateway.images.vhd.check import ProblemKind, check_directory
+from gateway.images.vhd import check_directory as check_directory_module
+from gateway.images.vhd.check import CheckReport, ProblemKind, check_directory, check_vhd
 from gateway.images.vhd.create import create_differencing, create_dynamic, set_hidden
 from tests.images.damaged import SIZE, Vhd, kinds
 
@@ -88,3 +91,45 @@ def test_a_broken_image_does_not_stop_the_check_of_the_others(tmp_path: Path) ->
     by_path = {report.path: report for report in check_directory(str(tmp_path))}
     assert by_path[str(good)].problems == ()
     assert kinds(by_path[str(bad)]) == {ProblemKind.NO_FOOTER}
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_check_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a disk with bad sectors, for which one checks the directory at all."""
+    good, bad, child, link = (tmp_path / new_name() for _ in range(4))
+    for path in (good, bad):
+        create_dynamic(str(path), SIZE)
+    create_differencing(str(child), str(bad), Vhd(bad).image())
+    link.symlink_to(tmp_path / "nowhere")
+    read = os.pread
+
+    def failing(fd: int, length: int, offset: int) -> bytes:
+        if os.path.sameopenfile(fd, broken.fileno()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    with bad.open("rb") as broken:
+        by_path = {report.path: report for report in check_directory(str(tmp_path))}
+    assert by_path[str(good)].problems == ()
+    assert kinds(by_path[str(bad)]) == kinds(by_path[str(link)]) == {ProblemKind.UNREADABLE}
+    assert "Input/output error" in str(by_path[str(bad)].problems[0])
+    assert kinds(by_path[str(child)]) == {ProblemKind.PARENT_UNREADABLE}
+    assert by_path[str(bad)].errors
+
+
+def test_an_image_that_goes_while_the_others_are_checked_is_none_to_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays, goes = sorted(tmp_path / new_name() for _ in range(2))
+    for path in (stays, goes):
+        create_dynamic(str(path), SIZE)
+
+    def check(path: str) -> CheckReport:
+        goes.unlink(missing_ok=True)
+        return check_vhd(path)
+
+    monkeypatch.setattr(check_directory_module, "check_vhd", check)
+    reports = check_directory(str(tmp_path))
+    assert [(report.path, report.problems) for report in reports] == [(str(tmp_path), ()), (str(stays), ())]

@@ -37,7 +37,8 @@ class _Node:
 def check_directory(path: str) -> tuple[CheckReport, ...]:
     """Check all VHDs of a directory and what they are to each other.
 
-    Returns the directory's own report first, then one for each `*.vhd`, by name. Raises OSError.
+    Returns the directory's own report first, then one for each `*.vhd`, by name; those that go meanwhile
+    have none. Raises OSError if the directory can't be listed; of a file that can't be read its report tells.
     """
     names = sorted(os.listdir(path))
     nodes: dict[str, _Node] = {}
@@ -45,12 +46,26 @@ def check_directory(path: str) -> tuple[CheckReport, ...]:
     for name in names:
         if name.endswith(".vhd"):
             full = os.path.join(path, name)
-            reports.append(check_vhd(full))
+            report = _check(full)
+            if report is None:
+                continue
+            reports.append(report)
             node = _read(full)
             if node is not None:
                 nodes[name] = node
     problems = (*_name_problems(path, names), *_family_problems(path, nodes))
     return (CheckReport(path, problems), *reports)
+
+
+def _check(path: str) -> CheckReport | None:
+    """Return None for a file that isn't there any more."""
+    try:
+        return check_vhd(path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            return None
+        detail = f"it can't be read: {error.strerror or error}; look at the disk that it lies on"
+        return CheckReport(path, (Problem(ProblemKind.UNREADABLE, path, detail),))
 
 
 def _read(path: str) -> _Node | None:

@@ -92,8 +92,9 @@ def _find_parent(directory: str, child: _Node) -> tuple[_Node | None, list[Findi
             node = _read_node(os.path.join(directory, name))
         except FileNotFoundError:
             continue
-        except ImageError as error:
-            detail = f"its parent {name} cannot be read: {error.problem}; check that file"
+        except (ImageError, OSError) as error:
+            why = error.problem if isinstance(error, ImageError) else error.strerror or error
+            detail = f"its parent {name} cannot be read: {why}; check that file"
             problem = problem or (ProblemKind.PARENT_UNREADABLE, detail, False)
             continue
         if node.unique_id == child.parent_id:

@@ -17,6 +17,7 @@ class ProblemKind(Enum):
     # The file as a whole
     IN_USE = "in-use"
     NOT_REGULAR = "not-a-regular-file"
+    UNREADABLE = "unreadable"
     UNSUPPORTED = "unsupported"
     # Footers
     NO_FOOTER = "no-footer"
