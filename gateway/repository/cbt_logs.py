@@ -20,7 +20,7 @@ from gateway.images.cbtlog import CbtHeader, CbtLog, read_header, read_log
 from gateway.images.errors import ImageError
 from gateway.images.files import FileCalls
 from gateway.images.vhd.image import open_vhd
-from gateway.repository.directory import SRDirectory
+from gateway.repository.directory import SRDirectory, is_there
 from gateway.repository.scan import UUID_PATTERN
 from gateway.repository.staging import staging_path
 
@@ -122,7 +122,7 @@ class CbtLogs:
         made, log = self.read(snapshot), self.read(source)
         if made is None or log is None:
             return
-        if not os.path.lexists(self._directory.image(snapshot, "vhd")):
+        if not is_there(self._directory.image(snapshot, "vhd")):
             if log.header.parent == snapshot:
                 self.write(source, replace(made, header=replace(log.header, parent=made.header.parent)))
             self.remove(snapshot)

@@ -87,6 +87,18 @@ class SRDirectory:
         return os.path.join(self.root, f"{uuid}.{image_format}")
 
 
+def is_there(path: str) -> bool:
+    """Whether there is anything of this name. Raises OSError if that can't be said.
+
+    The trap: os.path.lexists says no then, and what must not be renamed over would seem to be gone.
+    """
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def require_directory(directory: SRDirectory) -> None:
     """Raise DirectoryUnavailable unless the directory is there and can be listed."""
     try:
@@ -105,9 +117,7 @@ def make_directory(directory: SRDirectory, files: FileCalls = FILES) -> None:
         files.mkdir(directory.root, 0o700)
     except FileExistsError:
         # What mkfs or a destroyed SR leaves behind is not content; another SR's marker is.
-        if set(os.listdir(directory.root)) - {"lost+found", SERVICE_NAME} or os.path.lexists(
-            directory.marker
-        ):
+        if set(os.listdir(directory.root)) - {"lost+found", SERVICE_NAME} or is_there(directory.marker):
             raise OSError(
                 errno.ENOTEMPTY, "a new SR needs an empty or absent directory", directory.root
             ) from None

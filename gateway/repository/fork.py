@@ -33,7 +33,7 @@ from gateway.images.files import FileCalls, FileIdentity
 from gateway.images.vhd.create import create_differencing, set_hidden
 from gateway.images.vhd.format import DiskType
 from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
-from gateway.repository.directory import DirectoryUnavailable, SRDirectory, replace_file
+from gateway.repository.directory import DirectoryUnavailable, SRDirectory, is_there, replace_file
 from gateway.repository.intended import INTENDED_FORMAT, forget_intended, intended_path, write_intended
 from gateway.repository.staging import staging_path
 
@@ -124,7 +124,7 @@ class Fork:
                 # What can't be recovered now, will be at the next scan.
                 with suppress(OSError, DirectoryUnavailable):
                     recover_forks(self._directory, self._files)
-                    if os.path.lexists(intended_path(self._directory, self._journal.child)):
+                    if is_there(intended_path(self._directory, self._journal.child)):
                         self._take_back(child)
                 raise
             return
@@ -276,9 +276,9 @@ def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> Non
     if journal.child and _is_empty_child(child, base):
         files.unlink(child)
         files.sync_directory(directory.root)
-    if not os.path.lexists(base):
+    if not is_there(base):
         return
-    if os.path.lexists(leaf) and os.path.samefile(leaf, base):
+    if is_there(leaf) and os.path.samefile(leaf, base):
         files.unlink(base)
         files.sync_directory(directory.root)
     elif _stands_on(leaf, base):

@@ -20,7 +20,7 @@ import msgspec
 
 from gateway.core.records import VDI
 from gateway.images.files import FileCalls
-from gateway.repository.directory import DirectoryUnavailable, SRDirectory, replace_file
+from gateway.repository.directory import DirectoryUnavailable, SRDirectory, is_there, replace_file
 
 INTENDED_FORMAT: Final = 1
 _NAME: Final = re.compile(r"made-[0-9a-f-]{36}\.json")
@@ -66,9 +66,7 @@ def read_intended(directory: SRDirectory, files: FileCalls) -> tuple[VDI, ...]:
     for name in sorted(os.listdir(directory.service)):
         path = os.path.join(directory.service, name)
         if _NAME.fullmatch(name):
-            there = [
-                vdi for vdi in _read(path) if os.path.lexists(directory.image(vdi.uuid, vdi.image_format))
-            ]
+            there = [vdi for vdi in _read(path) if is_there(directory.image(vdi.uuid, vdi.image_format))]
             if there:
                 found += there
             else:

@@ -20,7 +20,7 @@ from gateway.images.file_locks import FileInUse, FileUse, lock_file
 from gateway.images.files import FileCalls
 from gateway.images.vhd.check import ProblemKind, check_vhd, repair_vhd
 from gateway.images.vhd.relink import restore_header
-from gateway.repository.directory import SRDirectory
+from gateway.repository.directory import SRDirectory, is_there
 from gateway.repository.journals import (
     JournalKind,
     child_of,
@@ -126,7 +126,7 @@ class _Recovery:
 
     def _header(self, uuid: str) -> str:
         path, kept = self._directory.image(uuid, "vhd"), kept_header(self._directory, uuid)
-        if not os.path.lexists(path):
+        if not is_there(path):
             self._files.unlink(kept)
             return "removed, since its image is gone"
         with self._alone(path):
@@ -162,7 +162,7 @@ class _Recovery:
         found = self._scanner.scan()
         outcome = "the merge can begin anew"
         child = found.images.get(uuid)
-        relinking = os.path.lexists(journal_path(self._directory, JournalKind.RELINK, uuid))
+        relinking = is_there(journal_path(self._directory, JournalKind.RELINK, uuid))
         if child is not None and not relinking:
             if child.error is not None:
                 raise _StaysError(f"{child.name}: {child.error}")
@@ -203,7 +203,7 @@ class _Recovery:
             raise _StaysError("there is no uuid in it")
         leaf_path, parent_path = directory.image(leaf, "vhd"), directory.image(parent, "vhd")
         old_path = old_leaf_path(directory, leaf)
-        there = [path for path in (leaf_path, parent_path, old_path) if os.path.lexists(path)]
+        there = [path for path in (leaf_path, parent_path, old_path) if is_there(path)]
         with self._alone(*there):
             if there == [leaf_path]:
                 if f"{parent}.vhd" in parents_of(leaf_path):
@@ -230,7 +230,7 @@ class _Recovery:
         return f"undone: {leaf}.vhd stands on {parent}.vhd again"
 
     def _old_leaf(self, leaf: str) -> str:
-        if os.path.lexists(journal_path(self._directory, JournalKind.LEAF, leaf)):
+        if is_there(journal_path(self._directory, JournalKind.LEAF, leaf)):
             raise _StaysError(f"it stays as long as {journal_name(JournalKind.LEAF, leaf)} does")
         path = self._directory.image(leaf, "vhd")
         image = self._scanner.scan().images.get(leaf)
@@ -253,7 +253,7 @@ class _Recovery:
         leaf_path, new_path = directory.image(leaf, "vhd"), os.path.join(directory.root, f"{leaf}.vhd.new")
         found = self._scanner.scan()
         bases = self._bases_of_new(found, new_path)
-        if not os.path.lexists(leaf_path):
+        if not is_there(leaf_path):
             if len(bases) != 1 or found.children(bases[0].uuid):
                 raise _StaysError(f"{leaf}.vhd is missing, and which file it was is not known")
             with self._alone(bases[0].path):

@@ -21,7 +21,7 @@ from gateway.images.vhd.create import set_hidden
 from gateway.images.vhd.format import FOOTER_SIZE, DiskType
 from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
 from gateway.images.vhd.relink import set_parent
-from gateway.repository.directory import SRDirectory
+from gateway.repository.directory import SRDirectory, is_there
 from gateway.repository.journals import (
     JournalKind,
     create_journal,
@@ -42,7 +42,7 @@ def inline_relink(
     Removes the journal of the copy too. One that was interrupted is finished, whatever `children` are now.
     Raises ImageError, OSError; then the journal stays, and what is left to do is done by a recovery.
     """
-    if os.path.lexists(journal_path(directory, JournalKind.RELINK, child)):
+    if is_there(journal_path(directory, JournalKind.RELINK, child)):
         children = children_to_relink(Scanner(directory).scan(), child, parent, files)
     else:
         create_journal(directory, JournalKind.RELINK, child, files=files)
@@ -127,11 +127,11 @@ def undo_leaf_relink(directory: SRDirectory, *, leaf: str, parent: str, files: F
     """
     leaf_path, parent_path = directory.image(leaf, "vhd"), directory.image(parent, "vhd")
     old_path = old_leaf_path(directory, leaf)
-    if not os.path.lexists(parent_path):
+    if not is_there(parent_path):
         files.rename(leaf_path, parent_path)
         # With the second rename alone the parent's file would have no name left.
         files.sync_directory(directory.root)
-    if os.path.lexists(old_path):
+    if is_there(old_path):
         files.rename(old_path, leaf_path)
         files.sync_directory(directory.root)
     ensure_hidden(parent_path, True, files)

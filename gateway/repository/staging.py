@@ -28,7 +28,7 @@ from gateway.images.files import FILES, FileCalls, FileIdentity, identity_of
 from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.image import open_vhd
 from gateway.images.vhd.resize import grow_vhd
-from gateway.repository.directory import SRDirectory
+from gateway.repository.directory import SRDirectory, is_there
 from gateway.repository.scan import FileStamp
 
 # A copy asks so often whether it has been cancelled.
@@ -198,7 +198,7 @@ def require_no_image(path: str) -> None:
     """Raise FileExistsError if an image of either format has the name that `path` would give to one."""
     name = path.rpartition(".")[0]
     for existing in (f"{name}.vhd", f"{name}.raw"):
-        if os.path.lexists(existing):
+        if is_there(existing):
             raise FileExistsError(errno.EEXIST, "there is an image with this uuid already", existing)
 
 

@@ -24,6 +24,7 @@ from gateway.images.files import FileCalls, FileIdentity
 from gateway.repository.directory import (
     DirectoryUnavailable,
     SRDirectory,
+    is_there,
     read_marker,
     require_directory,
 )
@@ -202,7 +203,7 @@ class Survey:
         for uuid in uuids:
             path = self.directory.image(uuid, "vhd")
             try:
-                image = self._scanner.scan_one(path) if os.path.lexists(path) else None
+                image = self._scanner.scan_one(path) if is_there(path) else None
             except (ImageError, OSError) as error:
                 failure = failure or error
             else:
@@ -218,7 +219,7 @@ class Survey:
             raise DirectoryUnavailable(self.directory.root, error.strerror or str(error)) from error
 
     def _still_there(self, names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(name for name in names if os.path.lexists(os.path.join(self.directory.root, name)))
+        return tuple(name for name in names if is_there(os.path.join(self.directory.root, name)))
 
     # Recovery
 
@@ -229,9 +230,7 @@ class Survey:
         names = (*names_at_work(uuid), fork_journal_name(uuid))
         places = (*[self.directory.root] * (len(names) - 1), self.directory.service)
         return [
-            name
-            for name, place in zip(names, places, strict=True)
-            if os.path.lexists(os.path.join(place, name))
+            name for name, place in zip(names, places, strict=True) if is_there(os.path.join(place, name))
         ]
 
     async def _recover(self) -> None:
