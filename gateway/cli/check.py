@@ -30,15 +30,29 @@ def vhd_check(
     """
     try:
         reports = check_directory(path) if os.path.isdir(path) else (check_vhd(path),)
-        if repair:
-            reports = tuple(repair_vhd(report.path) if report.repairable else report for report in reports)
     except (ImageError, OSError) as error:
         raise CommandError(_failure(path, error)) from None
+    failures: list[str] = []
+    if repair:
+        reports = tuple(_repaired(report, failures) for report in reports)
     if json:
         print_json([_for_json(report) for report in reports])
     else:
         _print(path, reports)
+    if failures:
+        raise CommandError("; ".join(failures))
     return 1 if any(report.errors for report in reports) else 0
+
+
+def _repaired(report: CheckReport, failures: list[str]) -> CheckReport:
+    """Repair what can be repaired; one file that can't be had doesn't keep the others from it."""
+    if not report.repairable:
+        return report
+    try:
+        return repair_vhd(report.path)
+    except (ImageError, OSError) as error:
+        failures.append(f"not repaired: {_failure(report.path, error)}")
+        return report
 
 
 def _failure(path: str, error: ImageError | OSError) -> str:

@@ -2,6 +2,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from gateway.images.file_locks import FileUse, lock_file
 from gateway.images.vhd.create import create_dynamic
 from tests.conftest import clean_environment, program
 
@@ -63,6 +64,23 @@ def test_repair_mends_a_file_in_a_directory(tmp_path: Path) -> None:
     assert f"repaired: {path}: " in done.stdout
     assert path.read_bytes() == sound
     assert check(tmp_path).returncode == 0
+
+
+def test_a_file_in_use_keeps_no_other_from_being_repaired(tmp_path: Path) -> None:
+    used = make_image(tmp_path)
+    other = tmp_path / f"a{NAME[1:]}"
+    create_dynamic(str(other), 8 << 20)
+    for path in (used, other):
+        damage_the_footer_at_the_end(path)
+    with used.open("rb") as reader:
+        lock_file(reader.fileno(), FileUse.READ, str(used))
+        done = check("--repair", tmp_path)
+    assert done.returncode == 1
+    assert f"repaired: {other}: " in done.stdout
+    assert f"error: {used}: " in done.stdout
+    why = "another program lets nobody write it"
+    assert done.stderr == f"vdi-gateway vhd-check: not repaired: {used}: {why}\n"
+    assert check("--repair", tmp_path).returncode == 0
 
 
 def test_json_names_every_problem(tmp_path: Path) -> None:
