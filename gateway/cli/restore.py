@@ -21,7 +21,7 @@ from gateway.cli.progress import Display, Transfer
 from gateway.cli.restore_targets import Place, restore_to_file, restore_to_gateway
 from gateway.cli.sr import find_sr
 from gateway.cli.transfers import Progress, form_of
-from gateway.cli.vdi import find_vdi, print_made
+from gateway.cli.vdi import find_vdi, print_sent
 
 
 def vdi_restore(
@@ -110,7 +110,7 @@ def vdi_restore(
             with display, BackedUpChain(directory, chain) as backed_up:
                 made = restore_to_gateway(connection, backed_up, place, display, transfer)
             if made is not None:
-                return print_made(connection, made, None, json=json)
+                return print_sent(connection, made, json=json)
     except OSError as error:
         raise CommandError(f"{error.filename or directory}: {error.strerror or error}") from None
     return 0

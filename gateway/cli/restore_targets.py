@@ -37,7 +37,7 @@ class Place:
 def restore_to_gateway(
     connection: Connection, chain: BackedUpChain, place: Place, display: Display, transfer: Transfer
 ) -> str | None:
-    """Send the disk as a dynamic VHD; the reference of the VDI if a new one is made.
+    """Send the disk as a dynamic VHD; the uuid of the VDI if a new one is made.
 
     Raises CommandError; then nothing was changed.
     """

@@ -15,7 +15,7 @@ from gateway.cli.output import CommandError, UsageError, parse_size
 from gateway.cli.progress import Display, ProgressForm, Transfer
 from gateway.cli.sr import find_sr
 from gateway.cli.upload import Source, Upload, format_of, open_source, upload
-from gateway.cli.vdi import Disk, find_vdi, print_made
+from gateway.cli.vdi import Disk, find_vdi, print_sent
 
 File = Annotated[FileName, Parameter(name=["--filename", "--file"])]
 Progress = Literal["auto", "bar", "json", "none"]
@@ -100,7 +100,7 @@ def vdi_import(
                         " there before, and some of what is there now; import it again"
                     )
             if made is not None:
-                return print_made(connection, made, None, json=json)
+                return print_sent(connection, made, json=json)
     return 0
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _FOOTER_BYTES: Final = 512
 _CURRENT_SIZE: Final = slice(48, 56)
 _DISK_TYPE: Final = slice(60, 64)
 _FIXED: Final = 2
+_UUID: Final = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Upload:
 
 
 def upload(connection: Connection, sent: Upload, display: Display, transfer: Transfer) -> str | None:
-    """Send a disk; durably, or not at all. The reference of the VDI if a new one was made.
+    """Send a disk; durably, or not at all. The uuid of the VDI if a new one was made.
 
     Raises CommandError with the gateway's reason. Ctrl-C cancels the task on the gateway.
     """
@@ -166,7 +168,7 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
     except ConnectionLostError as lost:
         # Perhaps only the last line was lost.
         _judge_by_task(connection, task, lost, display)
-        return task.made() if sent.is_new else None
+        return _made_by(connection, task) if sent.is_new else None
     except OSError as error:
         raise CommandError(f"{source.name}: {error.strerror or error}; nothing was changed") from None
     finally:
@@ -176,7 +178,16 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
         raise CommandError(line.decode("utf-8", "replace").strip().removeprefix("failure "))
     if len(line) != head.length or not line.startswith(b"success"):
         _judge_by_task(connection, task, ConnectionLostError("the gateway ended the connection"), display)
-    return task.made() if sent.is_new else None
+    if not sent.is_new:
+        return None
+    # A gateway that is being stopped finishes what it has, and can be asked nothing more.
+    named = _UUID.search(line)
+    return _made_by(connection, task) if named is None else named[0].decode()
+
+
+def _made_by(connection: Connection, task: TransferTask) -> str:
+    uuid: str = connection.call("VDI.get_uuid", task.made())
+    return uuid
 
 
 def _length(size: int | None) -> dict[str, str]:

@@ -85,6 +85,15 @@ def print_made(connection: Connection, made: str, name: str | None, *, json: boo
     return 0
 
 
+def print_sent(connection: Connection, uuid: str, *, json: bool) -> int:
+    """Print the uuid of a disk that was made of what was sent."""
+    if json:
+        print_json({"uuid": uuid, "ref": connection.call("VDI.get_by_uuid", uuid)})
+    else:
+        print(uuid)
+    return 0
+
+
 def _note_rounding(wanted: int, given: int) -> None:
     if given != wanted:
         print_note(f"the size was rounded up from {wanted} to {given} bytes, a multiple of 2 MiB")

@@ -12,7 +12,8 @@ import pytest
 import trustme
 
 from gateway.cli import exchange
-from gateway.cli.door import block
+from gateway.cli.connection import Connection
+from gateway.cli.door import DoorClosedError, block
 from gateway.cli.exchange import ConnectionLostError, Exchange
 from gateway.cli.transfer_task import TransferTask
 from tests.cli.test_transfers import error, lines
@@ -106,6 +107,30 @@ def test_an_import_whose_last_line_is_lost_is_what_its_task_becomes(
     assert (done.returncode, busy) == (0, []), done
     assert "waiting for what the gateway makes of it" in str(lines(done))
     assert exported(house, disk, tmp_path / "out") == sparse.read_bytes()
+
+
+def test_a_disk_that_was_made_is_told_by_a_gateway_that_stops_then(
+    house: RunningGateway, sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest, call = Exchange.rest, Connection.call
+    stopped: list[bool] = []
+
+    def last_line(self: Exchange, limit: int) -> bytes:
+        line = rest(self, limit)
+        stopped.append(True)
+        return line
+
+    def calling(self: Connection, method: str, *parameters: Any) -> Any:
+        if stopped:
+            raise DoorClosedError("no gateway answers")
+        return call(self, method, *parameters)
+
+    monkeypatch.setattr(Exchange, "rest", last_line)
+    monkeypatch.setattr(Connection, "call", calling)
+    done = house.run("vdi-import", str(sparse), "sr=disks", "name=made", "--quiet")
+    stopped.clear()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert house.call("VDI.get_by_name_label", "made") == [house.call("VDI.get_by_uuid", done.stdout.strip())]
 
 
 class _Door:
