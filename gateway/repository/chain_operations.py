@@ -77,13 +77,16 @@ class ChainOperations(CbtLifecycle):
                     new = NewVDI(vdi, staging)
                     yield new
             finally:
-                if new is not None and new.staging.committed is not None:
+                committed = new is not None and new.staging.committed is not None
+                image = repository.images.get(vdi.uuid)
+                if committed and new is not None and image is not None:
                     with trio.CancelScope(shield=True):
-                        image = repository.images[vdi.uuid]
                         await self.records.vdis.add(_with_content(new.vdi, image, new.vdi.content_id))
                         await self.refresh_sizes(vdi.sr)
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(forget_intended, *intended, repository.files)
+                # What is there and couldn't be looked at keeps its name for the next attach.
+                if image is not None or not committed:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(forget_intended, *intended, repository.files)
         finally:
             self._being_created.discard(vdi.uuid)
             del self._being_filled[vdi.uuid]

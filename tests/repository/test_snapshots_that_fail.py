@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gateway.core.errors import XenAPIError
-from gateway.core.leases import Leases
+from gateway.core.leases import Holder, Leases
+from gateway.core.records import VDI
 from gateway.images.files import Buffer, FileCalls
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScannedImage, Scanner
@@ -115,3 +116,20 @@ async def test_what_could_be_looked_at_after_a_change_is_noted_although_one_file
         await repository.restructure(image(root, L).unlink, (Q, L))
     assert set(repository.images) == {H, Q}
     await repository.detach()
+
+
+async def test_a_filled_vdi_that_cannot_be_looked_at_is_told_of_and_keeps_its_name_for_the_next_attach(
+    open_inventory: OpenInventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_scanner: Scanner, _path: str) -> ScannedImage:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with open_inventory() as inventory:
+        sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+        new = VDI(ref="OpaqueRef:new", uuid=L, sr=sr, virtual_size=4 * MIB, name_label="filled")
+        with pytest.raises(OSError, match="Too many open files"):
+            async with inventory.vdi_new(new, Holder("root", "import", new.ref)) as filled:
+                await filled.staging.commit()
+                monkeypatch.setattr(Scanner, "scan_one", failing)
+    async with open_inventory() as inventory:
+        assert inventory.records.vdis.by_uuid(L).name_label == "filled"
