@@ -10,6 +10,7 @@ leases after it.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -148,7 +149,7 @@ class CbtLifecycle(CbtHandover):
                 kept = await _run(logs.read, after)
                 if kept is not None and before is None:
                     await _run(logs.name_child, vdi.uuid, None)
-                    await _run(logs.write, after, kept.with_header(parent=None, child=kept.header.child))
+                    await _run(logs.write_header, after, replace(kept.header, parent=None))
                 elif kept is not None:
                     kept = await self._with_what_is_lost(
                         vdi, lease, headers, kept=kept, after=after, holder=holder

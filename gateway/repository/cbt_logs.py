@@ -89,6 +89,19 @@ class CbtLogs:
             raise
         files.sync_directory(self._directory.root)
 
+    def write_header(self, uuid: str, header: CbtHeader) -> None:
+        """Replace what comes before the bits, durably. Raises OSError.
+
+        It lies in one sector, so after a crash the old one is there or the new one; and it needs no space,
+        which an SR doesn't have in which a snapshot is destroyed because it is full.
+        """
+        fd = self._files.open(self.path(uuid), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._files.pwrite(fd, header.pack(), 0)
+            self._files.datasync(fd)
+        finally:
+            self._files.close(fd)
+
     def remove(self, uuid: str) -> None:
         """Remove a log, if there is one, durably. Raises OSError."""
         with suppress(FileNotFoundError):
@@ -99,7 +112,7 @@ class CbtLogs:
         """Let a log say which one follows it; nothing if there is no such log. Raises OSError."""
         log = None if uuid is None else self.read(uuid)
         if uuid is not None and log is not None and log.header.child != child:
-            self.write(uuid, replace(log, header=replace(log.header, child=child)))
+            self.write_header(uuid, replace(log.header, child=child))
 
     # A snapshot
 
