@@ -4,7 +4,7 @@ import itertools
 import os
 import tempfile
 from array import array
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +18,8 @@ from gateway.images.vhd import block_map as map_module
 from gateway.images.vhd import table as table_module
 from gateway.images.vhd.chain import VhdChain
 from gateway.images.vhd.create import create_dynamic
-from gateway.images.vhd.image import open_vhd
-from tests.images.disks import make_child, make_next, open_leaf, pattern, read_all
+from gateway.images.vhd.image import VhdFile, open_vhd
+from tests.images.disks import make_child, make_next, open_leaf, pattern, put, read, read_all
 
 SECTOR = 512
 TIB = 1 << 40
@@ -224,3 +224,28 @@ def test_a_hole_that_a_writer_makes_is_told_at_once(tmp_path: Path) -> None:
         assert list(disk.extents(1 << 16, 1 << 16)) == [Extent(1 << 16, 1 << 16, ExtentKind.HOLE)]
     finally:
         disk.close()
+
+
+def test_runs_that_others_have_driven_out_of_memory_come_back_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a disk that was once read as a whole would be slow in most places for as long as it is open."""
+    parent, child = tmp_path / "parent.vhd", tmp_path / "child.vhd"
+    create_dynamic(str(parent), 8 << 20)
+    put(parent, *((block << 21, NOISE) for block in range(4)))
+    make_child(child, parent)
+    put(child, *((block << 21, NOISE[:4096]) for block in range(4)))
+    monkeypatch.setattr(map_module, "_CACHED_RUNS", 1)
+    looked_up = []
+    read_bitmap = VhdFile.read_bitmap
+
+    def noted(image: VhdFile, offset: int) -> bytes:
+        looked_up.append(offset)
+        return read_bitmap(image, offset)
+
+    with closing(open_leaf(child)) as disk:
+        whole = read_all(disk)
+        assert whole == b"".join(NOISE.ljust(2 << 20, b"\0") for _ in range(4))
+        monkeypatch.setattr(VhdFile, "read_bitmap", noted)
+        assert [read(disk, 0, 8192) for _ in range(3)] == [whole[:8192]] * 3
+    assert len(looked_up) == 2  # in the child and in its parent, once

@@ -189,11 +189,13 @@ class BlockMap:
         return _next_stored(self._sparse, start, start + length, ahead) - start
 
     def _mixed_pieces(self, granule: int, within: int, length: int) -> Iterator[tuple[int, int, int]]:
-        cached = self._mixed.get(granule)
-        if cached is None:
+        runs = self._mixed.get(granule)
+        if runs is None:  # others took its place in the cache
             with self._lock:
-                cached = self._runs(granule)
-        return self._cut(cached, within, length)
+                runs = self._mixed.get(granule) or self._runs(granule)
+                if self.places[granule] == _MIXED and granule not in self._mixed:
+                    self._remember(granule, runs)
+        return self._cut(runs, within, length)
 
     def _cut(
         self, runs: "tuple[array[int], array[int]]", within: int, length: int
