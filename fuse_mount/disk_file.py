@@ -23,6 +23,11 @@ class OpenFile(Protocol):
         """Bytes."""
         ...
 
+    @property
+    def content(self) -> object:
+        """The same for all files of a VDI that are open on the same disk."""
+        ...
+
     async def read(self, offset: int, length: int) -> bytes | memoryview:
         """The bytes at `offset`: fewer at the end, none behind it.
 
@@ -67,6 +72,7 @@ class DiskFile:
         "_reads",
         "_start",
         "_view",
+        "content",
         "size",
     )
 
@@ -78,9 +84,11 @@ class DiskFile:
         *,
         start: int,
         length: int,
+        content: object,
         close: Callable[[], Awaitable[None]],
     ) -> None:
         self.size: Final = length
+        self.content: Final = content
         self._start = start
         self._reads = reads
         self._buffers = buffers

@@ -72,6 +72,7 @@ class _Held:
     ended: trio.Event = field(default_factory=trio.Event)
     files: set[DiskFile | SynthesisedFile] = field(default_factory=set)
     layouts: "dict[SparseFormat, Layout]" = field(default_factory=dict)
+    content: object = field(default_factory=object)
     laying: trio.Lock = field(default_factory=trio.Lock)
     _disk: AccessDisk | None = None
     _reads: DiskReads | None = None
@@ -170,7 +171,15 @@ class Disks:
             held.files.discard(file)
             await self._let_go(held)
 
-        file = DiskFile(held.reads, self._buffers, disk, start=start, length=length, close=close)
+        file = DiskFile(
+            held.reads,
+            self._buffers,
+            disk,
+            start=start,
+            length=length,
+            content=held.content,
+            close=close,
+        )
         held.files.add(file)
         return file
 
@@ -181,7 +190,7 @@ class Disks:
             held.files.discard(file)
             await self._let_go(held)
 
-        file = SynthesisedFile(held.disk, layout, held.reads, close)
+        file = SynthesisedFile(held.disk, layout, held.reads, close, held.content)
         held.files.add(file)
         return file
 

@@ -21,6 +21,7 @@ class Document:
     def __init__(self, content: bytes) -> None:
         self._content = memoryview(content)
         self.size = len(content)
+        self.content = None
 
     async def read(self, offset: int, length: int) -> memoryview:
         """The bytes at `offset`."""

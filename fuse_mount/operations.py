@@ -300,19 +300,36 @@ class VdiOperations(Operations):
             raise FUSEError(errno.EROFS)
         if write and not self._is_disk(place):
             raise FUSEError(errno.EPERM)
-        file: OpenFile
         self._must_be_there(found)
         if place == Place.RECORD:
-            file = Document(node.document)
+            file: OpenFile = Document(node.document)
         else:
             file = await self._disks.open(node.vdi.uuid, await self._part(found), write=write)
-            await self._tell_size(inode, node, file.size)
+            if self._shows_another(node, place, inode, file.content):
+                await file.close()
+                raise FUSEError(errno.ESTALE)
         self._last_handle += 1
         handle = self._last_handle
         self._files[handle] = Handle(file, node, write, durable=write and bool(flags & os.O_DSYNC))
         self._reads[handle] = file.read
+        await self._tell_size(inode, node, file.size)
         # Each read is a request: no byte is older than the gateway's, and none is kept twice.
         return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    def _shows_another(self, node: VdiNode, place: int, inode: int, content: object) -> bool:
+        """Whether files are open at this inode on another content, which the kernel may have in its memory.
+
+        ESTALE has it walk the path anew, to an inode that nobody has open.
+        """
+        if self._tree.inode(node, place) != inode:
+            return True
+        if node.content not in (None, content):
+            others = (each.file.content for each in self._files.values() if each.node is node)
+            if node.content in others:
+                self._tree.renew(node)
+                return True
+        node.content = content
+        return False
 
     async def _tell_size(self, inode: int, node: VdiNode, size: int) -> None:
         """Programs believe what the kernel was told of an open file, which may be of before it changed."""

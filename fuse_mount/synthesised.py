@@ -28,9 +28,15 @@ class SynthesisedFile:
     """An open file that a layout over an open disk is. See OpenFile."""
 
     def __init__(
-        self, disk: AccessDisk, layout: Layout, reads: DiskReads, close: Callable[[], Awaitable[None]]
+        self,
+        disk: AccessDisk,
+        layout: Layout,
+        reads: DiskReads,
+        close: Callable[[], Awaitable[None]],
+        content: object = None,
     ) -> None:
         self.size: Final = layout.size
+        self.content: Final = content
         self._disk = disk
         self._layout = layout
         self._reads = reads

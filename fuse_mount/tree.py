@@ -7,6 +7,9 @@ Each SR and VDI is a node with a number of its own; an inode is that number and 
 the files of a VDI cost nothing until somebody looks at them, and an inode means the same for the life of the
 mount. The trap: the kernel goes on using an inode after its VDI has gone, until it forgets it; so a node
 stays as long as the kernel has looked it up more often than it has forgotten.
+
+The other trap: what is sent by sendfile(2) or mapped stays in the kernel's memory, by inode. So while files
+are open on what a VDI was, those of what it is now get inodes of another number: see `Tree.renew`.
 """
 
 import time
@@ -50,6 +53,8 @@ DIRECTORIES: Final = frozenset(
     {Place.DIRECTORY, Place.ROOT, Place.BY_UUID, Place.PARTITIONS, Place.SNAPSHOTS}
 )
 
+_CONTENT: Final = frozenset({Place.RAW, Place.VHD, Place.QCOW2})
+
 
 class Siblings:
     """The nodes in one directory, by their names."""
@@ -75,6 +80,11 @@ class SrNode:
     def path(self) -> bytes:
         return self.name
 
+    @property
+    def numbers(self) -> list[int]:
+        """All numbers that its inodes have."""
+        return [self.number]
+
 
 class VdiNode:
     """A VDI's directory and all that is in it. `changed_ns`: when its record was seen to change, in
@@ -86,6 +96,10 @@ class VdiNode:
 
     def __init__(self, number: int, vdi: Vdi, home: "SrNode | VdiNode") -> None:
         self.number: Final = number
+        self.numbers: Final = [number]
+        """All numbers that its inodes have or had; the last is that of the files with the disk's bytes."""
+        self.content: object = None
+        """What the files of the last number were opened on last."""
         self.vdi = vdi
         self.home = home
         self.name = b""
@@ -249,7 +263,11 @@ class Tree:
     def _leave(self, node: SrNode | VdiNode) -> None:
         node.gone = True
         if not node.lookups:
-            del self._numbered[node.number]
+            self._drop(node)
+
+    def _drop(self, node: SrNode | VdiNode) -> None:
+        for number in node.numbers:
+            del self._numbered[number]
 
     # What the kernel asks
 
@@ -262,7 +280,14 @@ class Tree:
     @staticmethod
     def inode(node: SrNode | VdiNode, place: int) -> int:
         """The inode of a place within a node."""
-        return node.number << _PLACE_BITS | place
+        number = node.numbers[-1] if place in _CONTENT or place >= Place.FIRST_PARTITION else node.number
+        return number << _PLACE_BITS | place
+
+    def renew(self, node: VdiNode) -> None:
+        """The files with the bytes of the disk are others from now on, and have other inodes."""
+        node.numbers.append(self._new_number())
+        node.content = None
+        self._numbered[node.numbers[-1]] = node
 
     def looked_up(self, inode: int) -> None:
         """The kernel was told of this inode, once more."""
@@ -281,7 +306,7 @@ class Tree:
             return
         node.lookups = max(node.lookups - times, 0)
         if node.gone and not node.lookups:
-            del self._numbered[node.number]
+            self._drop(node)
 
     def child(self, inode: int, name: bytes) -> int:
         """The inode of an entry of a directory, all but partitions/; KeyError if there is none."""

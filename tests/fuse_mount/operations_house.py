@@ -27,6 +27,7 @@ CONTEXT: Any = None
 class FakeFile:
     def __init__(self) -> None:
         self.size = 8 * MIB
+        self.content = object()
         self.calls: list[Any] = []
         self.failure: Exception | None = None
 
@@ -56,6 +57,7 @@ class FakeHouse:
     def __init__(self) -> None:
         self.file = FakeFile()
         self.opened: list[Any] = []
+        self.next_file: FakeFile | None = None
         self.failure: Exception | None = None
         self.description: Description | None = None
         self.last: Description | None = None
@@ -69,6 +71,8 @@ class FakeHouse:
     async def open(self, vdi: str, part: Part | Window, *, write: bool) -> FakeFile:
         self._fail()
         self.opened.append((vdi, part, write))
+        if self.next_file is not None:
+            self.file, self.next_file = self.next_file, None
         return self.file
 
     async def of(self, vdi: str) -> tuple[Partition, ...]:

@@ -16,7 +16,7 @@ from fuse_mount.disks import Part, Window
 from gateway.access.client import AccessRefused
 from gateway.access.protocol import Refused
 from gateway.images.errors import CorruptImage
-from tests.fuse_mount.operations_house import CONTEXT, DISK, MIB, House, code_of
+from tests.fuse_mount.operations_house import CONTEXT, DISK, MIB, FakeFile, House, code_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -66,6 +66,43 @@ async def test_a_disk_that_is_written_to_is_flushed_when_it_is_synced_and_closed
     await writable.operations.flush(handle)
     await writable.operations.release(handle)
     assert writable.fake.file.calls == [("write", 512, b"abc"), ("flush",), ("flush",), ("close",)]
+
+
+async def test_while_files_are_open_on_what_a_disk_was_those_of_what_it_is_have_another_inode(
+    house: House,
+) -> None:
+    names = ("disk.raw", "disk.vhd", "disk.qcow2", "partitions/1.raw")
+    others = [await house.inode(f"disks/web{name}") for name in ("", "/record.json", "/partitions")]
+    before = [await house.inode(f"disks/web/{name}") for name in names]
+    old = await house.open("disks/web/disk.raw")
+    again = await house.open("disks/web/disk.vhd")
+    record = await house.open("disks/web/record.json")
+    was = house.fake.file
+    house.fake.next_file = FakeFile()
+    assert await code_of(house.operations.open(before[3], os.O_RDONLY, CONTEXT)) == errno.ESTALE
+    assert house.fake.file.calls == [("close",)]
+    after = [await house.inode(f"disks/web/{name}") for name in names]
+    assert set(before).isdisjoint(after)
+    for inode in before:  # by a name that the kernel still believes in, before it asks again
+        assert await code_of(house.operations.open(inode, os.O_RDONLY, CONTEXT)) == errno.ESTALE
+        assert (await house.operations.getattr(inode, CONTEXT)).st_ino == inode
+    for inode in after:
+        await house.operations.open(inode, os.O_RDONLY, CONTEXT)
+    await house.operations.read(old, 0, 4096)
+    for handle in (old, again, record):
+        await house.operations.release(handle)
+    assert was.calls == [("read", 0, 4096), ("close",), ("close",)]
+    assert [await house.inode(f"disks/web/{name}") for name in names] == after
+    assert [await house.inode(f"disks/web{name}") for name in ("", "/record.json", "/partitions")] == others
+
+
+async def test_an_inode_stays_when_nobody_has_the_old_content_open_any_more(house: House) -> None:
+    inode = await house.inode("disks/web/disk.raw")
+    for _ in range(3):
+        house.fake.next_file = FakeFile()
+        handle = await house.open("disks/web/disk.raw")
+        await house.operations.release(handle)
+    assert await house.inode("disks/web/disk.raw") == inode
 
 
 @pytest.mark.parametrize("flags", [os.O_DSYNC, os.O_SYNC])

@@ -170,6 +170,25 @@ def test_a_disk_that_comes_again_has_other_inodes() -> None:
     assert inode_at(tree, "disks/web") != inode
 
 
+def test_all_numbers_of_a_node_are_forgotten_with_it() -> None:
+    tree = planted(DISK)
+    before = inode_at(tree, "disks/web/disk.raw")
+    tree.looked_up(before)
+    node = tree.find(before).node
+    assert isinstance(node, VdiNode)
+    tree.renew(node)
+    after = inode_at(tree, "disks/web/disk.raw")
+    tree.looked_up(after)
+    assert tree.find(before) == tree.find(after)
+    tree.apply(Changes({"disk": None}, {}, BOTH))
+    tree.forget(after, 1)
+    assert tree.find(before).node is tree.find(after).node is node
+    tree.forget(before, 1)
+    for inode in (before, after):
+        with pytest.raises(KeyError):
+            tree.find(inode)
+
+
 def test_the_time_of_a_record_is_when_it_was_seen_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(1, 100))
     monkeypatch.setattr("fuse_mount.tree.time.time_ns", lambda: next(times))

@@ -229,6 +229,37 @@ def test_what_a_writer_has_changed_is_shown_when_he_has_gone(site: Site, writabl
     assert len((folder / "disk.vhd").read_bytes()) == (folder / "disk.vhd").stat().st_size
 
 
+@pytest.mark.parametrize("name", ["disk.raw", "partitions/1.raw"])
+def test_what_is_sent_or_mapped_is_of_the_disk_that_was_opened(
+    site: Site, mount: Mounted, tmp_path: Path, name: str
+) -> None:
+    """By sendfile(2), as shutil.copyfile and web servers do; the kernel keeps what it has sent."""
+    vdi = site.create_vdi(8 * MIB)
+    sides = []
+    for side in (b"1", b"2"):
+        disk = tmp_path / "disk"
+        disk.write_bytes(side * vdi.size)
+        run("sfdisk", "--quiet", disk, given="label: dos\n2048,4096\n")
+        curl("--fail", "-T", str(disk), site.import_url(vdi))
+        # Each has a file that is open from here on.
+        sides.append((side, os.open(mount.of(vdi, name), os.O_RDONLY)))
+    try:
+        maps = [mmap.mmap(fd, 0, access=mmap.ACCESS_COPY) for _, fd in sides]
+        for _ in range(2):
+            for (side, fd), memory in zip(sides, maps, strict=True):
+                sent = tmp_path / "sent"
+                with sent.open("wb") as file:
+                    while os.sendfile(file.fileno(), fd, file.tell(), MIB):
+                        file.seek(0, os.SEEK_END)
+                assert set(sent.read_bytes()[MIB:]) == set(side)
+                assert sent.read_bytes() == os.pread(fd, vdi.size, 0) == memory[:]
+        for memory in maps:
+            memory.close()
+    finally:
+        for _, fd in sides:
+            os.close(fd)
+
+
 @pytest.mark.parametrize("image_format", ["vhd", "raw"])
 def test_a_sparse_archive_of_a_disk_that_was_empty_a_moment_ago_has_its_bytes(
     site: Site, writable: Mounted, tmp_path: Path, image_format: str
