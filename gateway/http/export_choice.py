@@ -27,7 +27,8 @@ class ExportChoice:
 
 def export_choice(request: "Request", vdi: "VDI", vdis: "Table[VDI]") -> ExportChoice:
     """What is wanted of `vdi`, found among `vdis`. Raises Refusal."""
-    image_format = _format(request.parameter("format"))
+    # An empty name is none that is known, as of an import.
+    image_format = _format(request.parameter("format") or request.query.get("format"))
     if "chunked" in request.query or "chunked" in request.cookies:
         reason = "exports are not chunked, leave the parameter out"
         chunked = request.parameter("chunked") or ""
@@ -60,7 +61,7 @@ def unrelated(vdi: "VDI", base: "VDI", reason: str) -> Refusal:
 
 def _format(name: str | None) -> ExportFormat:
     try:
-        return ExportFormat((name or "raw").lower())
+        return ExportFormat("raw" if name is None else name.lower())
     except ValueError:
         error = XenAPIError("EXPORT_ERROR_UNKNOWN_FORMAT", (name or "")[:50])
         raise Refusal(HTTPStatus.NOT_FOUND, error) from None

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def format_of(request: "Request") -> BodyFormat:
-    """The format of the body: raw when none is named. Raises Refusal (404)."""
-    name = request.parameter("format")
+    """The format of the body: raw when none is named. Raises Refusal (404).
+
+    An empty name is none that is known, as for xapi: a script has lost it, and an image isn't a raw disk.
+    """
+    name = request.parameter("format") or request.query.get("format")
     try:
         wanted = BodyFormat.RAW if name is None else body_format(name)
     except XenAPIError as error:

@@ -156,6 +156,16 @@ async def test_a_task_that_has_ended_or_is_worked_on_is_409(gate: Gate) -> None:
     assert gate.tasks.get(task.ref).status is TaskStatus.SUCCESS
 
 
+async def test_a_format_that_a_script_has_lost_is_not_raw(gate: Gate) -> None:
+    vdi = await gate.vdi()
+    await refused(gate, 404, "IMPORT_ERROR_UNKNOWN_FORMAT", gate.target(vdi) + "&format=")
+    answer = await gate.ask("GET", gate.target(vdi, "export_raw_vdi") + "&format=")
+    assert (answer.status, answer.text.partition(":")[0]) == (404, "EXPORT_ERROR_UNKNOWN_FORMAT")
+    target = gate.target(vdi) + "&format="
+    answer = await gate.ask("PUT", target, {"cookie": "format=raw"}, bytes(vdi.virtual_size))
+    assert answer.whole
+
+
 @pytest.mark.parametrize("form", ["raw", "auto", "vhd", "chunked"])
 async def test_a_part_of_a_disk_or_a_packed_one_is_not_taken_for_its_beginning(gate: Gate, form: str) -> None:
     vdi = await gate.vdi()
