@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Final
 
+import structlog
 import trio
 
 from gateway.core.errors import XenAPIError
@@ -22,12 +23,15 @@ from gateway.core.limits import Limits
 from gateway.core.records import VDI, Host, ImageFormat, Records
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.core.tasks import Tasks
+from gateway.images.errors import ImageError
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
 from gateway.repository.chain_operations import ChainOperations
 from gateway.repository.coalescers import Coalescers
 from gateway.repository.reconcile import CBT_METADATA, described
 from gateway.repository.repository import Repository
+
+log = structlog.get_logger("gateway.repository")
 
 # A raw image has no limit of its own; from 2^50 on, a Content-Length means "not known".
 MAX_RAW_SIZE: Final = (1 << 50) - SECTOR
@@ -174,11 +178,22 @@ class Inventory(ChainOperations):
                 tags=tuple(tags),
             )
             with trio.CancelScope(shield=True):
-                await self.records.vdis.add(described(vdi, image, writable=True, written=False))
+                try:
+                    await self.records.vdis.add(described(vdi, image, writable=True, written=False))
+                except BaseException:
+                    await self._remove_unknown(repository, vdi)
+                    raise
                 await self.refresh_sizes(sr)
         finally:
             self._being_created.discard(uuid)
         return vdi.ref
+
+    async def _remove_unknown(self, repository: Repository, vdi: VDI) -> None:
+        """Remove an empty image of which nobody is told: a scan would find it, as a VDI without a name."""
+        try:
+            await repository.destroy_image(vdi.uuid, Holder("the gateway", "destroy", vdi.ref), wait=0)
+        except (XenAPIError, ImageError, OSError) as error:
+            log.warning("the image of a VDI that was not made was not removed", vdi=vdi.uuid, why=str(error))
 
     async def vdi_resize(
         self, ref: str, size: int, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None

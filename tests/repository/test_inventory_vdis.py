@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode
 from gateway.repository.inventory import Inventory
@@ -164,3 +165,20 @@ async def test_a_scan_while_a_create_is_about_to_end_does_not_miss_the_image(
     ref = await inventory.vdi_create(sr=sr, virtual_size=2 << 20)
     assert scanned.is_set()
     assert not inventory.records.vdis.get(ref).missing
+
+
+@pytest.mark.parametrize("sm_config", [{}, {"type": "raw"}])
+async def test_a_vdi_that_cannot_be_written_down_leaves_no_image(
+    inventory: Inventory, tmp_path: Path, sm_config: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+
+    async def no_space(_work: object) -> None:
+        raise DatabaseFailed("(database or disk is full)")
+
+    with monkeypatch.context() as patch, pytest.raises(DatabaseFailed):
+        patch.setattr(inventory.records.vdis._database, "run", no_space)
+        await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk", sm_config=sm_config)
+    assert os.listdir(root_of(inventory, sr)) == [".vdi-gateway"]
+    await inventory.sr_scan(sr)
+    assert inventory.records.vdis.all() == []
