@@ -25,6 +25,7 @@ SEARCH_PATH: Final = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin:/usr/local/sb
 _ABOVE: Final = 200  # descriptors are moved there first, so that none is overwritten before it is copied
 _FIRST: Final = 3  # where systemd's protocol puts the sockets
 _LONGEST: Final = 64
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +172,14 @@ def start_worker(options: WorkerOptions, sockets: Sequence[socket.socket]) -> Wo
                     opened.callback(os.close, fd)
                     given.append(fd)
             command = _command(options, _FIRST + len(sockets))
-            pid = os.fork()
-            if pid == 0:
-                _become(command, given, len(sockets), writing, options.identity)
+            # What the supervisor does at a signal would be done in the child too, to the same pipe.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    _become(command, given, len(sockets), writing, options.identity)
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             try:
                 pidfd = os.pidfd_open(pid)
             except OSError:
@@ -214,6 +220,9 @@ def _become(
 ) -> NoReturn:
     """The child, until it is nbdkit. Nothing of the supervisor's is done any more, whatever fails."""
     try:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.setsid()  # Ctrl-C is for the supervisor, which stops its workers in order
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in given]
         os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)

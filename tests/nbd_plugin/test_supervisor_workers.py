@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import socket
 import subprocess
 import threading
@@ -83,3 +85,34 @@ def test_a_worker_that_nobody_could_watch_does_not_live_on(
         start_worker(options, [])
     assert children() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_signal_to_a_worker_that_is_not_nbdkit_yet_is_not_the_supervisors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second SIGTERM would end all workers at once, whatever their clients have asked."""
+    heard, waiting = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+
+    def stay() -> None:
+        os.write(waiting[1], b"x")
+        signal.sigwait([signal.SIGUSR1])
+
+    def no_action(*_: object) -> None: ...
+
+    monkeypatch.setattr(os, "setsid", stay)
+    options = replace(OPTIONS, nbdkit="/bin/cat", root=str(tmp_path), access=str(tmp_path / "access.sock"))
+    before, handler = signal.set_wakeup_fd(heard[1]), signal.signal(signal.SIGTERM, no_action)
+    worker = start_worker(options, [])
+    try:
+        assert os.read(waiting[0], 1) == b"x"
+        worker.signal(signal.SIGTERM)
+        ended, _, _ = select.select([worker.pidfd, heard[0]], [], [], 30)
+        assert ended == [worker.pidfd]
+    finally:
+        worker.signal(signal.SIGKILL)
+        how = worker.reap()
+        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(before)
+        for fd in (*heard, *waiting):
+            os.close(fd)
+    assert how == "SIGTERM"
