@@ -62,6 +62,7 @@ class CbtLifecycle(CbtHandover):
         async with self._logs_of(vdi.sr):
             if not self.records.vdis.get(ref).cbt_enabled:
                 return
+            await repository.require_available()
             with trio.CancelScope(shield=True):
                 await _run(_cut_off, CbtLogs(repository.directory, repository.files), vdi.uuid)
                 await self.records.vdis.change(ref, cbt_enabled=False)

@@ -45,7 +45,7 @@ class ChangedBlocks(SRLifecycle):
 
         Raises SR_BACKEND_FAILURE_460 unless the one is a later state of the other by the logs,
         SR_BACKEND_FAILURE_459 if the disk has become smaller between them, VDI_IN_USE while one is written
-        to, SR_NOT_ATTACHED, ImageError, OSError.
+        to, SR_NOT_ATTACHED, DirectoryUnavailable, ImageError, OSError.
         """
         first, last = self.records.vdis.get(older), self.records.vdis.get(newer)
         repository = self.repository(last.sr)
@@ -57,6 +57,7 @@ class ChangedBlocks(SRLifecycle):
         leases: list[tuple[Lease, Lease]] = []
         try:
             async with self._logs_of(last.sr):
+                await repository.require_available()
                 logs = CbtLogs(repository.directory, repository.files)
                 headers = await _run(logs.headers)
                 way = way_between(headers, first.uuid, last.uuid)

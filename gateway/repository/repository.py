@@ -220,7 +220,7 @@ class Repository(Survey):
                 resolving=self.structure_lock,
             )
         except FileNotFoundError:
-            await self._in_thread(self._require_available)
+            await self.require_available()
             raise XenAPIError("VDI_MISSING") from None
 
     async def lease_to_coalesce(

@@ -78,9 +78,13 @@ class Survey:
     async def available(self) -> bool:
         """Whether the directory is still the one that was attached."""
         with suppress(DirectoryUnavailable):
-            await self._in_thread(self._require_available)
+            await self.require_available()
             return True
         return False
+
+    async def require_available(self) -> None:
+        """Before something is concluded from a file that isn't there. Raises DirectoryUnavailable."""
+        await self._in_thread(self._require_available)
 
     async def space(self) -> tuple[int, int]:
         """The size of the file system and how much of it is used, in bytes. Raises OSError."""

@@ -13,7 +13,7 @@ from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.images.cbtlog import CbtLog
 from gateway.images.files import FILES
 from gateway.repository.cbt_logs import CbtLogs
-from gateway.repository.directory import SRDirectory
+from gateway.repository.directory import DirectoryUnavailable, SRDirectory
 from gateway.repository.fork import Fork
 from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
@@ -144,3 +144,21 @@ async def test_the_data_of_no_snapshot_is_destroyed_while_a_file_may_stand_on_it
     assert await told(inventory, first, ref) == {1}
     assert inventory.records.vdis.get(first).type == "cbt_metadata"
     assert not file_of(inventory, first).exists()
+
+
+async def test_of_an_sr_that_is_not_mounted_no_log_is_taken_for_lost(
+    inventory: Inventory, tmp_path: Path
+) -> None:
+    root = tmp_path / "sr"
+    _, ref = await tracked(inventory, root)
+    first = await inventory.vdi_snapshot(ref)
+    await write(inventory, ref, (GRAIN, b"b" * GRAIN))
+    root.rename(tmp_path / "elsewhere")
+    root.mkdir()
+    with pytest.raises(DirectoryUnavailable):
+        await inventory.vdi_list_changed_blocks(first, ref)
+    with pytest.raises(DirectoryUnavailable):
+        await inventory.vdi_disable_cbt(ref)
+    root.rmdir()
+    (tmp_path / "elsewhere").rename(root)
+    assert await told(inventory, first, ref) == {1}
