@@ -21,6 +21,7 @@ from nbd_plugin.supervisor_repeats import Repeats
 from nbd_plugin.worker import Worker, find_again
 
 LIST: Final = "nbd-workers"
+_OF_ITSELF: Final = ("exit code", "SIGABRT")
 
 
 class Workers:
@@ -206,7 +207,8 @@ class Workers:
         how = worker.reap()
         replaced = pool.is_being_replaced and worker not in pool.present
         if pool.ended(worker, time.monotonic()) and not self._leaving:
-            reason = worker.said[-1] if worker.said else how
+            # Who is killed says nothing of that; what it said before was about something else.
+            reason = worker.said[-1] if worker.said and how.startswith(_OF_ITSELF) else how
             if not self.begun:
                 raise Refused(f"nbdkit doesn't start: {reason}")
             self.problem = f"a worker ended by itself: {reason}"

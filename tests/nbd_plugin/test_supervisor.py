@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -94,6 +95,18 @@ def test_a_killed_worker_is_replaced_and_its_address_answers_all_the_time(
         client.shutdown()
         assert supervisor.workers() != [worker]
     assert "a worker ended by itself and is started again" in supervisor.log()
+
+
+def test_what_a_worker_said_before_is_not_why_it_was_killed(supervisor: Supervised, libnbd: Any) -> None:
+    [worker] = supervisor.workers()
+    client = connected(libnbd, supervisor.uri + "0.01")
+    client.pread(512, 0)
+    eventually(lambda: '"reading"' in supervisor.log(), "what it says")
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: "is started again" in supervisor.log(), "its end")
+    lines = map(json.loads, supervisor.log().splitlines())
+    [told] = [line for line in lines if "started again" in line["event"]]
+    assert (told["how"], told["why"]) == ("SIGKILL", "SIGKILL")
 
 
 def test_after_kill_9_of_it_clients_go_on_and_the_next_one_has_the_address_at_once(
