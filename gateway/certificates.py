@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,6 +23,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.reachable import reachable_addresses
 from gateway.state import write_private_file
+
+log = structlog.get_logger("gateway.app")
 
 CA_LIFETIME = datetime.timedelta(days=3650)
 # Clients that follow the CA/Browser Forum refuse more than 398 days, even below a private authority.
@@ -63,6 +66,11 @@ def ensure_server_certificate(
 
     authority = _load_pair(ca_path, ca_key_path)
     if authority is None or authority[0].not_valid_after_utc <= now + SERVER_LIFETIME:
+        if os.path.lexists(ca_path) or os.path.lexists(server_path):
+            why = "it or its key is missing or damaged" if authority is None else "it nears its end"
+            log.warning(
+                "the authority is made anew, and clients have to trust it anew", path=ca_path, why=why
+            )
         authority = _make_authority(now)
         _store_pair(ca_path, ca_key_path, authority)
     server = _load_pair(server_path, server_key_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from structlog.testing import capture_logs
 
 from gateway.certificates import (
     RENEW_BEFORE,
@@ -113,6 +114,17 @@ def test_a_lost_or_broken_file_is_replaced(tmp_path: Path, broken: str, content:
     else:
         (tmp_path / broken).write_bytes(content)
     handshake(ensure_server_certificate(str(tmp_path), NAMES), "localhost")
+
+
+@pytest.mark.parametrize("lost", ["ca.pem", "ca-key.pem", "server.pem"])
+def test_who_has_to_trust_another_authority_is_told(tmp_path: Path, lost: str) -> None:
+    with capture_logs() as lines:
+        ensure_server_certificate(str(tmp_path), NAMES)
+        (tmp_path / lost).unlink()
+        assert not lines
+        ensure_server_certificate(str(tmp_path), NAMES)
+    told = [line["path"] for line in lines if line["log_level"] == "warning"]
+    assert told == ([] if lost == "server.pem" else [str(tmp_path / "ca.pem")])
 
 
 def test_a_key_of_another_certificate_is_replaced(tmp_path: Path) -> None:
