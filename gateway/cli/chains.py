@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice, check_speakable
-from gateway.cli.output import print_json, print_note, size_text
+from gateway.cli.output import one_line, print_json, print_note, size_text
 from gateway.cli.sr import find_sr
 from gateway.cli.vdi import Disk, find_vdi, print_made
 
@@ -116,7 +116,7 @@ def vdi_chain(
         if node["coalesce"] is not None:
             words.append(node["coalesce"])
         indent = "  " * (node["depth"] - 1)
-        print(f"{indent}{node['uuid']}  {node['name_label'] or '(no name)'}: {', '.join(words)}")
+        print(f"{indent}{node['uuid']}  {one_line(node['name_label']) or '(no name)'}: {', '.join(words)}")
     return 0
 
 

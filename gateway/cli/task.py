@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice, error_text
 from gateway.cli.listing import Column, Shape, print_list
-from gateway.cli.output import CommandError, print_json, print_table
+from gateway.cli.output import CommandError, one_line, print_json, print_table
 from gateway.cli.progress import Display, ProgressForm, Transfer
 
 WATCH_SECONDS = 1.0
@@ -163,7 +163,7 @@ def _watch(connection: Connection, *, json: bool) -> None:
             if json:
                 print_json(task, indent=None)
             else:
-                cells = [(column.show or str)(row[column.name]) for column in headed]
+                cells = [one_line((column.show or str)(row[column.name])) for column in headed]
                 sys.stdout.write("\t".join(cells) + "\n")
         sys.stdout.flush()
         time.sleep(WATCH_SECONDS)

@@ -27,6 +27,16 @@ def test_a_snapshot_and_a_clone_are_shown_as_a_tree(house: RunningGateway) -> No
     assert f"  {clone}  try: 4 MiB" in "\n".join(lines)
 
 
+def test_a_name_of_several_lines_is_one_line_of_a_tree_and_of_an_error(house: RunningGateway) -> None:
+    name = "two\nlines\x9b2J"
+    disk = house.run("vdi-create", name, "2MiB").stdout.strip()
+    assert house.run("vdi-chain", disk).stdout.splitlines() == [
+        f"{disk}  two lines 2J: 2 MiB, 4 KiB stored, depth 1"
+    ]
+    assert "no such/file.part: No such file" in error(house.run("vdi-export", disk, "no\nsuch/file"))
+    assert house.run("vdi-destroy", disk).returncode == 0
+
+
 def test_what_cannot_be_a_snapshot_is_said(house: RunningGateway) -> None:
     house.command("vdi-create", "flat", "1MiB", "sm-config:image-format=raw")
     assert "raw image has no snapshots" in error(house.command("vdi-snapshot", "flat"))
