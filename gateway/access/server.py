@@ -30,7 +30,6 @@ from gateway.access.protocol import (
     List,
     Open,
     ProtocolError,
-    close_descriptors,
 )
 from gateway.access.server_link import Link, printable
 from gateway.core.errors import XenAPIError, as_xenapi_error
@@ -57,6 +56,8 @@ log = structlog.get_logger("gateway.access")
 READ_PERMISSION: Final = Permission("access/read", Role.VM_ADMIN)
 WRITE_PERMISSION: Final = Permission("access/write", Role.VM_ADMIN)
 LIST_PERMISSION: Final = Permission("access/list", Role.VM_ADMIN)
+
+_CLOSES_AT_A_TIME: Final = 8
 
 _SESSION_ENDED: Final = "its session has ended"
 
@@ -86,6 +87,7 @@ class AccessServer:
         self._limits = limits
         self._administrator = administrator
         self._connections = 0
+        self._closes = trio.CapacityLimiter(_CLOSES_AT_A_TIME)
         self._holds = holds
         self._nbd = nbd
         self._refusals = refusals
@@ -127,8 +129,8 @@ class AccessServer:
         except Exception:
             log.exception("a connection of the control socket failed")
         finally:
-            link.close()
             self._connections -= 1
+            await link.aclose(self._closes)
 
     async def _first(self, link: Link) -> First | None:
         with trio.move_on_after(self._limits.header_seconds):
@@ -249,7 +251,7 @@ class AccessServer:
             path = self._image_path(vdi, told)
             chain = await trio.to_thread.run_sync(verified_chain, fds, told, path)
         except BaseException:
-            close_descriptors(fds)
+            link.give_back(fds)
             raise
         mode = LeaseMode.WRITE if told.write else LeaseMode.READ
         holder = _holder(told, identity, link.peer, vdi)

@@ -1,7 +1,7 @@
 """One connection of the control socket, as the gateway has it: messages, descriptors, and who is there.
 
 The trap: any message may bring descriptors, asked for or not; those that nobody takes are closed with the
-connection.
+connection. A close may wait for the file system, which a client may have made itself, for ever.
 """
 
 import contextlib
@@ -65,9 +65,13 @@ class Link:
         return message
 
     def take_descriptors(self) -> list[int]:
-        """What came along with an announcement; the caller's to close."""
+        """What came along with an announcement; the caller's to close, or to give back."""
         taken, self._descriptors = self._descriptors, []
         return taken
+
+    def give_back(self, descriptors: list[int]) -> None:
+        """They are of no use, and are closed with the connection."""
+        self._descriptors += descriptors
 
     async def send(self, message: Message, descriptors: list[int] | None = None) -> None:
         """Send a message whole. Raises OSError, also when the client takes nothing for half a minute."""
@@ -87,10 +91,11 @@ class Link:
         with contextlib.suppress(OSError, ProtocolError):
             await self.send(Refused(clean[0], tuple(clean[2:]), clean[1]))
 
-    def close(self) -> None:
-        """Close the connection and what came over it."""
-        close_descriptors(self.take_descriptors())
+    async def aclose(self, threads: trio.CapacityLimiter) -> None:
+        """Close the connection, and in one of the threads what came over it."""
         self._socket.close()
+        if came := self.take_descriptors():
+            await trio.to_thread.run_sync(close_descriptors, came, limiter=threads, abandon_on_cancel=True)
 
 
 def printable(text: str) -> str:

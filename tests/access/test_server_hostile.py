@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.access.holding import Holds
-from gateway.access.protocol import Open, encode
+from gateway.access.protocol import Announce, Open, encode
 from gateway.access.server import AccessServer
 from gateway.core.errors import XenAPIError
 from gateway.core.limits import Limits
@@ -94,6 +95,39 @@ async def test_bytes_that_are_no_message_end_a_lease(room: Room, tmp_path: Path)
     await room.until(lambda: not room.operations(vdi))
     talk.close()
     await room.until(lambda: not open_files(tmp_path))
+
+
+async def test_a_descriptor_whose_close_does_not_end_holds_up_nobody(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client can make a file system that answers no close."""
+    vdi = await room.vdi()
+    stuck = tmp_path / "on a file system that answers nobody"
+    stuck.touch()
+    close, begun, goes_on = os.close, threading.Event(), threading.Event()
+
+    def closing(fd: int) -> None:
+        if os.fstat(fd).st_ino == stuck.stat().st_ino:
+            begun.set()
+            assert goes_on.wait(20)
+        close(fd)
+
+    descriptor = os.open(stuck, os.O_RDONLY)
+    monkeypatch.setattr(os, "close", closing)
+    try:
+        for first in (
+            b"\xff\xff\xff\xff",
+            encode(Announce(vdi.uuid, False, "test", None, "", None, 0, 0, ())),
+        ):
+            hostile = room.connect()
+            await hostile.send(first, [descriptor])
+            assert refused(await hostile.receive()).code in {"VALUE_NOT_SUPPORTED", "OPERATION_NOT_ALLOWED"}
+            await room.until(begun.is_set)
+            begun.clear()
+        (await opened(room, vdi)).close()
+    finally:
+        goes_on.set()
+        close(descriptor)
 
 
 async def test_a_descriptor_that_can_not_be_closed_well_ends_its_connection_alone(
