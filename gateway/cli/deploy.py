@@ -5,6 +5,8 @@ no longer for a large one. The trap: the disk is there before its clones, so wha
 """
 
 import itertools
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -138,13 +140,16 @@ def _clones(connection: Connection, disk: _Disk, count: int, name: str | None) -
     try:
         for label in _free_names(connection, name or disk.name, count):
             ref = connection.call("VDI.clone", disk.ref, {})
-            connection.call("VDI.set_name_label", ref, label)
             made.append(_Disk.of(connection, ref))
-    except CommandError as error:
+            connection.call("VDI.set_name_label", ref, label)
+    except (CommandError, KeyboardInterrupt) as error:
         there = ", ".join(each.uuid for each in (disk, *made))
-        raise CommandError(
-            f"{error}; {len(made)} of {count} clones were made, these disks stay: {there}"
-        ) from None
+        left = f"{len(made)} of {count} clones were made, these disks stay: {there}"
+        if isinstance(error, KeyboardInterrupt):
+            with suppress(OSError):
+                sys.stderr.write(f"{left}\n")
+            raise
+        raise CommandError(f"{error}; {left}") from None
     return made
 
 
