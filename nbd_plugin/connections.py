@@ -55,7 +55,8 @@ def descriptors_run_short() -> bool:
     except OSError:
         return True
     os.close(lowest)
-    return lowest >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most != resource.RLIM_INFINITY and lowest >= most - SPARE_DESCRIPTORS
 
 
 def count_clients() -> int:
