@@ -321,13 +321,12 @@ class VdiOperations(Operations):
 
         ESTALE has it walk the path anew, to an inode that nobody has open.
         """
-        if self._tree.inode(node, place) != inode:
-            return True
         if node.content not in (None, content):
             others = (each.file.content for each in self._files.values() if each.node is node)
             if node.content in others:
                 self._tree.renew(node)
-                return True
+        if self._tree.inode(node, place) != inode:
+            return True
         node.content = content
         return False
 

@@ -297,7 +297,7 @@ class Tree:
     @property
     def lookups(self) -> int:
         """How many lookups the kernel has not taken back."""
-        return sum(node.lookups for node in self._numbered.values())
+        return sum(node.lookups for node in set(self._numbered.values()))
 
     def forget(self, inode: int, times: int) -> None:
         """The kernel takes back that many lookups."""
