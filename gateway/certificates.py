@@ -68,9 +68,7 @@ def ensure_server_certificate(
     if authority is None or authority[0].not_valid_after_utc <= now + SERVER_LIFETIME:
         if os.path.lexists(ca_path) or os.path.lexists(server_path):
             why = "it or its key is missing or damaged" if authority is None else "it nears its end"
-            log.warning(
-                "the authority is made anew, and clients have to trust it anew", path=ca_path, why=why
-            )
+            log.warning("the authority is a new one, which clients have to trust", path=ca_path, why=why)
         authority = _make_authority(now)
         _store_pair(ca_path, ca_key_path, authority)
     server = _load_pair(server_path, server_key_path)
