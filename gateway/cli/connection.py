@@ -215,10 +215,11 @@ def speakable(text: str) -> str:
 
 
 def check_speakable(value: Any) -> None:
-    """UsageError for a text somewhere in a parameter that a gateway can't be told."""
-    if isinstance(value, str) and _NOT_IN_XML.search(value):
+    """UsageError for a text somewhere in a parameter that a gateway can't be told. It may be a password."""
+    if isinstance(value, str) and (found := _NOT_IN_XML.search(value)):
         raise UsageError(
-            f"{value[:60]!a} has a control character, or is no UTF-8; give it without that character"
+            f"what is to be sent has the character {found[0]!a}, which is a control character or no UTF-8;"
+            " give a name, or a password, without it"
         )
     parts = list(value.values()) if isinstance(value, dict) else value
     for each in parts if isinstance(parts, (list, tuple)) else ():

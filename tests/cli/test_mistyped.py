@@ -41,8 +41,16 @@ def test_a_name_that_can_not_be_sent_is_told_before_anything_is_made(
         ("vdi-copy", disk, f"name={name}"),
         ("vdi-clone", disk, f"new-name-label={name}"),
     ):
-        assert "has a control character, or is no UTF-8" in error(house.run(*arguments), 2)
+        assert "which is a control character or no UTF-8" in error(house.run(*arguments), 2)
     assert house.run("vdi-list", "--minimal").stdout == before
+
+
+def test_a_password_that_can_not_be_sent_is_not_shown(house: RunningGateway, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("secret\x1b[A\n")
+    where = ("--url", house.url, "--password-file", str(tmp_path / "password"))
+    said = error(house.run("vdi-list", *where), 2)
+    assert "'\\x1b', which is a control character" in said
+    assert "secret" not in said
 
 
 def test_a_file_may_have_any_name(house: RunningGateway, disk: str, tmp_path: Path) -> None:
