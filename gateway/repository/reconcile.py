@@ -97,6 +97,7 @@ def reconcile(
             and elsewhere(uuid) is None
         ):
             result.add.append(referred(kept))
+    result.problems.extend(scan.misnamed())
     for uuid, record in known.items():
         if uuid not in scan.images and not record.missing and record.type != CBT_METADATA:
             result.change[record.ref] = {"missing": True}

@@ -1,11 +1,12 @@
 """What is in the directory of an SR: every image with its size, its parent and what is wrong with it.
 
 Reads two kilobytes of each VHD and changes nothing, so it may run beside anything. One file that cannot be
-understood is an entry with an error, not the end of the scan; names that no SR has are listed, not judged.
-All calls here block.
+understood is an entry with an error, not the end of the scan; names that no SR has are listed. All calls here
+block.
 
-The trap: a file may change between two scans without changing its size, and within one tick of the file
-system's clock. What is remembered about a file is believed only once its time stamp has become old.
+The traps: a file may change between two scans without changing its size, and within one tick of the file
+system's clock. What is remembered about a file is believed only once its time stamp has become old. And a
+copy that somebody has put beside its VDI, under any name, stands on the same parent.
 """
 
 import os
@@ -13,7 +14,7 @@ import re
 import stat
 import time
 import uuid as uuids
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -91,16 +92,24 @@ class ScanResult:
     unresolved: Mapping[str, str] = field(default_factory=dict)
     logs: frozenset[str] = frozenset()
     """The uuids of the VDIs that have a log of changed blocks."""
+    strangers: Mapping[str, str] = field(default_factory=dict)
+    """Of the strange names those of VHDs that stand on an image of the SR, with the name of that."""
 
     def children(self, uuid: str) -> tuple[str, ...]:
         """The uuids of the images that stand on this one."""
         return tuple(image.uuid for image in self.images.values() if image.parent == uuid)
 
     def errors(self) -> Iterator[str]:
-        """One sentence for each image that cannot be used, beginning with the file's name."""
+        """One sentence for each image that cannot be used or looked after, beginning with the file's name."""
         for image in self.images.values():
             if image.error is not None:
                 yield f"{image.name}: {image.error}"
+        yield from self.misnamed()
+
+    def misnamed(self) -> Iterator[str]:
+        """One sentence for each VHD that nobody looks after, though it stands on an image of the SR."""
+        for name, parent in self.strangers.items():
+            yield f"{name}: it stands on {parent} and has no name of an image; name it UUID.vhd, or remove it"
 
     def unfinished(self) -> Iterator[str]:
         """One sentence for each journal, beginning with its name."""
@@ -132,7 +141,7 @@ class Scanner:
         images: dict[str, ScannedImage] = {}
         structures: dict[str, _Structure] = {}
         journals: list[str] = []
-        strange: list[str] = []
+        strange: dict[str, _Structure] = {}
         names: set[str] = set()
         with os.scandir(self.directory.root) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -143,7 +152,7 @@ class Scanner:
                 if JOURNAL_NAME.fullmatch(entry.name):
                     journals.append(entry.name)
                 elif not _KNOWN.fullmatch(entry.name):
-                    strange.append(entry.name)
+                    strange[entry.name] = self._strange(entry)
                 continue
             uuid = match[1]
             image_format: ImageFormat = "vhd" if match[2] == "vhd" else "raw"
@@ -169,7 +178,12 @@ class Scanner:
         }
         suffix = ".cbtlog"
         logs = frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
-        return ScanResult(images, tuple(journals), tuple(strange), logs=logs)
+        strangers = {
+            name: parent
+            for name, structure in strange.items()
+            if (parent := _parent_of(structure, structures, structures.keys())) is not None
+        }
+        return ScanResult(images, tuple(journals), tuple(strange), logs=logs, strangers=strangers)
 
     def scan_one(self, path: str) -> ScannedImage:
         """Look at one image file anew, without remembering. Raises ImageError, OSError."""
@@ -185,6 +199,12 @@ class Scanner:
                 structures[name] = _read_vhd(parent) if name.endswith(".vhd") else _Structure()
         image = _scanned(match[1], path, image_format, status, structure)
         return _with_parent(image, structures, set(os.listdir(self.directory.root)))
+
+    def _strange(self, entry: os.DirEntry[str]) -> _Structure:
+        try:
+            return self._structure(entry.path, "vhd", entry.stat(follow_symlinks=False))
+        except OSError as error:
+            return _Structure(error=error.strerror or str(error))
 
     def _structure(self, path: str, image_format: ImageFormat, status: os.stat_result) -> _Structure:
         if not stat.S_ISREG(status.st_mode):
@@ -238,19 +258,28 @@ def _read_vhd(path: str) -> _Structure:
         os.close(fd)
 
 
-def _with_parent(image: ScannedImage, structures: Mapping[str, _Structure], names: set[str]) -> ScannedImage:
-    """Find the parent as images/chain.py does: the first of its names whose file has the right id."""
+def _with_parent(image: ScannedImage, structures: Mapping[str, _Structure], names: Set[str]) -> ScannedImage:
     structure = structures[image.name]
     if image.error is not None or structure.parent_id is None:
         return image
+    parent = _parent_of(structure, structures, names)
+    if parent is not None:
+        return replace(image, parent=parent.rpartition(".")[0])
     present = [name for name in structure.parent_names if name in names]
-    for name in present:
-        parent = structures.get(name)
-        # A parent that cannot be read has an error of its own; a strange name is not looked into.
-        if parent is None or parent.error or name.endswith(".raw") or parent.unique_id == structure.parent_id:
-            return replace(image, parent=name.rpartition(".")[0])
     if present:
         problem = f"its parent should have the id {structure.parent_id}, but {present[0]} is another disk"
     else:
         problem = f"its parent {structure.parent_names[0]} is missing"
     return replace(image, error=problem)
+
+
+def _parent_of(structure: _Structure, structures: Mapping[str, _Structure], names: Set[str]) -> str | None:
+    """Find the parent's file as images/chain.py does: the first of its names whose file has the right id."""
+    for name in structure.parent_names:
+        parent = structures.get(name)
+        # A parent that cannot be read has an error of its own; a strange name is not looked into.
+        if name in names and (
+            parent is None or parent.error or name.endswith(".raw") or parent.unique_id == structure.parent_id
+        ):
+            return name
+    return None

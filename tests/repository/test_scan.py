@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,18 @@ def test_names_are_sorted_into_images_journals_known_and_strange(tmp_path: Path)
     assert not result.images
     assert result.journals == (f"OLD_{A}.vhd", f"coalesce_{A}")
     assert result.strange == ("BASE.vhd", "notes.txt")
+
+
+def test_a_copy_of_an_image_under_another_name_is_told_with_what_it_stands_on(tmp_path: Path) -> None:
+    create_dynamic(str(tmp_path / f"{A}.vhd"), 2 * MIB)
+    make_child(tmp_path, B, A)
+    shutil.copy(tmp_path / f"{B}.vhd", tmp_path / "before the upgrade.vhd.old")
+    shutil.copy(tmp_path / f"{A}.vhd", tmp_path / "whole.vhd")
+    result = scan(tmp_path)
+    assert result.strange == ("before the upgrade.vhd.old", "whole.vhd")
+    (error,) = result.errors()
+    assert error.startswith(f"before the upgrade.vhd.old: it stands on {A}.vhd and")
+    assert result.images[B].error is None
 
 
 def test_a_file_is_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

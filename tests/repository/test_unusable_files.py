@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gateway.core.leases import Holder, LeaseMode, Leases
 from gateway.images.cbtlog import CbtLog
 from gateway.images.files import FILES
 from gateway.repository.cbt_logs import CbtLogs
+from gateway.repository.coalesce_plan import Switches, make_plan
 from gateway.repository.directory import DirectoryUnavailable, SRDirectory
 from gateway.repository.fork import Fork
 from gateway.repository.inventory import Inventory
@@ -144,6 +146,25 @@ async def test_the_data_of_no_snapshot_is_destroyed_while_a_file_may_stand_on_it
     assert await told(inventory, first, ref) == {1}
     assert inventory.records.vdis.get(first).type == "cbt_metadata"
     assert not file_of(inventory, first).exists()
+
+
+async def test_a_copy_under_another_name_keeps_what_it_stands_on(
+    inventory: Inventory, tmp_path: Path
+) -> None:
+    sr, ref = await tracked(inventory, tmp_path / "sr")
+    await write(inventory, ref, (0, b"a" * GRAIN))
+    snapshot = await inventory.vdi_snapshot(ref)
+    copy = shutil.copy(file_of(inventory, ref), tmp_path / "sr" / "before the upgrade.vhd")
+    before = listing(tmp_path / "sr")
+    with pytest.raises(XenAPIError, match=r"before the upgrade\.vhd: it stands on"):
+        await inventory.vdi_destroy(snapshot)
+    plan = make_plan(await inventory.repository(sr).scan(), Switches(), 1 << 40)
+    assert not plan.candidates
+    assert any("before the upgrade.vhd" in problem for problem in plan.problems)
+    assert listing(tmp_path / "sr") == before
+    assert content(Path(copy)).startswith(b"a" * GRAIN)
+    os.unlink(copy)
+    await inventory.vdi_destroy(snapshot)
 
 
 async def test_of_an_sr_that_is_not_mounted_no_log_is_taken_for_lost(
