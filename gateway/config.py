@@ -105,6 +105,11 @@ class Config:
         return str(self.value("nbd.user"))
 
     @property
+    def nbd_parallel(self) -> bool:
+        """Whether a connection without TLS has several threads also where a client can abort nbdkit then."""
+        return bool(self.value("nbd.parallel"))
+
+    @property
     def certificate(self) -> tuple[str, str] | None:
         """The files of the operator's certificate and its key; None: the gateway makes its own."""
         certificate, key = self.value("tls.certificate"), self.value("tls.key")

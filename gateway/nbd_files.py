@@ -131,6 +131,8 @@ class NbdFiles:
         command += ["--grace", str(limits["shutdown_seconds"]), "--version", version]
         if self._config.nbd_insecure:
             command.append("--insecure")
+        if self._config.nbd_parallel:
+            command.append("--parallel")
         if certificates is not None:
             command += ["--tls", certificates]
         if self.user is not None:
@@ -145,6 +147,7 @@ class NbdFiles:
             "host": self.host,
             "port": self.port,
             "insecure": self._config.nbd_insecure,
+            "parallel": self._config.nbd_parallel,
             "workers": int(limits["nbd_workers"]),
             "clients": int(limits["nbd_clients"]),
             "tls": self.tls,

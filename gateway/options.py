@@ -256,6 +256,17 @@ OPTIONS: Final[tuple[Option, ...]] = (
         live=False,
     ),
     Option(
+        section="nbd",
+        key="parallel",
+        default=False,
+        reason="with several requests of a connection at a time nbdkit before 1.34 (Debian 12) aborts, and"
+        " disconnects everybody, when a client without TLS goes while it is owed answers",
+        allowed="true or false",
+        read=_flag,
+        shown=_same,
+        live=False,
+    ),
+    Option(
         section="tls",
         key="certificate",
         default="",

@@ -84,6 +84,7 @@ class Supervisor:
             private=True,
             clients=options.clients,
             handshake=options.handshake,
+            parallel=options.parallel,
             plugin=options.plugin,
         )
         of_public = WorkerOptions(
@@ -93,6 +94,7 @@ class Supervisor:
             private=False,
             clients=options.clients,
             handshake=options.handshake,
+            parallel=options.parallel,
             plugin=options.plugin,
             tls=options.tls,
             identity=identity,

@@ -33,13 +33,15 @@ class Options:
     """Times are seconds. `access` is the gateway's control socket for workers that run as `user`.
 
     `handshake` is how long a client may take until it has opened a disk; 0: any time. `stay`: never end by
-    itself. `ready_fd` is where to say in JSON that clients are answered, or why not.
+    itself. `parallel`: see the plugin's `thread_model`. `ready_fd` is where to say in JSON that clients are
+    answered, or why not.
     """
 
     state_dir: str
     host: str
     port: int
     insecure: bool
+    parallel: bool
     workers: int
     clients: int
     handshake: float
@@ -60,6 +62,7 @@ class Options:
             "host": self.host,
             "port": self.port,
             "insecure": self.insecure,
+            "parallel": self.parallel,
             "workers": self.workers,
             "clients": self.clients,
             "tls": self.tls is not None,
@@ -74,6 +77,7 @@ def read_arguments(arguments: list[str]) -> Options:
     parser.add_argument("--state-dir", required=True)
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
     parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--parallel", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--clients", type=int, default=0)
     parser.add_argument("--handshake", type=float, default=HANDSHAKE_SECONDS)
@@ -95,6 +99,7 @@ def read_arguments(arguments: list[str]) -> Options:
         host=host.removeprefix("[").removesuffix("]"),
         port=int(port),
         insecure=given.insecure,
+        parallel=given.parallel,
         workers=given.workers,
         clients=given.clients,
         handshake=given.handshake,

@@ -46,6 +46,7 @@ class WorkerOptions:
     private: bool
     clients: int
     handshake: float
+    parallel: bool = False
     tls: str | None = None
     plugin: str | None = None
     identity: Identity | None = None
@@ -211,7 +212,7 @@ def _command(options: WorkerOptions, leash: int) -> list[str]:
         f"clients={options.clients}",
         f"handshake={options.handshake:g}",
         # With TLS no nbdkit is aborted by a client that goes; see the plugin's `thread_model`.
-        f"parallel={str(options.tls is not None).lower()}",
+        f"parallel={str(options.parallel or options.tls is not None).lower()}",
     ]
 
 

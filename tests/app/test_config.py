@@ -103,6 +103,7 @@ def test_an_argument_comes_before_the_file_and_the_file_before_the_default(tmp_p
         ("[listen]\nnbd = '10809'", ["listen.nbd: '10809' is no HOST:PORT", '"off"']),
         ("[listen]\nnbd = ['127.0.0.1:10809']", ["listen.nbd: an array is no text"]),
         ("[nbd]\nuser = ''", ["nbd.user: '' is no name"]),
+        ("[nbd]\nparallel = 1", ["nbd.parallel: 1 is neither true nor false"]),
         ("[limits]\nnbd_workers = 0", ["limits.nbd_workers: 0 is out of range"]),
         ("[listen]\ninsecure = 'yes'", ["listen.insecure: 'yes' is neither true nor false"]),
         ("[tls]\ncertificate = 'x.pem'", ["tls.key is missing"]),

@@ -13,7 +13,7 @@ from gateway.nbd_files import NbdFiles
 def test_a_certificate_is_there_for_workers_also_after_the_clock_was_put_back(tmp_path: Path) -> None:
     state: Any = SimpleNamespace(path=str(tmp_path))
     config: Any = SimpleNamespace(
-        nbd=("127.0.0.1", 0), nbd_insecure=False, nbd_user="root", named=lambda name: name
+        nbd=("127.0.0.1", 0), nbd_insecure=False, nbd_parallel=False, nbd_user="root", named=lambda name: name
     )
     files = NbdFiles(state, config)
     certificate = ensure_server_certificate(str(tmp_path / "tls"), ["localhost"])

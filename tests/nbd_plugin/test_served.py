@@ -17,7 +17,16 @@ import pytest
 
 from tests.conftest import clean_environment, program
 from tests.nbd_plugin.dead_host import Host, another_host
-from tests.nbd_plugin.served import NbdSite, answers, filled, pending, public_workers, run, serving
+from tests.nbd_plugin.served import (
+    NbdSite,
+    answers,
+    command_line,
+    filled,
+    pending,
+    public_workers,
+    run,
+    serving,
+)
 from tests.nbd_plugin.supervised import ended
 from tests.system.site import MIB, Vdi, depth, wait_until
 
@@ -334,6 +343,18 @@ def test_serve_with_other_options_replaces_the_supervisor_and_clients_stay(
     assert before in nbd_site.supervisors()
     client.shutdown()
     wait_until(lambda: before not in nbd_site.supervisors(), "the old one ends after its client")
+
+
+def test_who_configures_it_gets_several_requests_of_a_connection_at_a_time(nbd_site: NbdSite) -> None:
+    vdi = nbd_site.create_vdi(MIB)
+    for configuration, wanted in (("", "parallel=false"), ("[nbd]\nparallel = true\n", "parallel=true")):
+        assert nbd_site.gateway.stop() == 0
+        (nbd_site.gateway.state_dir / "config.toml").write_text(configuration)
+        nbd_site.gateway.start()
+        assert answers(nbd_site, vdi)
+        workers = nbd_site.workers()
+        assert len(workers) == 2
+        assert all(wanted in command_line(each) for each in workers)
 
 
 def test_a_client_whose_host_died_has_lost_its_lease_within_a_minute(dead_host: DeadHost) -> None:
