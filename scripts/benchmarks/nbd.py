@@ -1,13 +1,15 @@
 #!/usr/bin/env -S .venv/bin/python
 """NBD exports of a running gateway beside nbdkit's file plugin (C) and qemu-nbd.
 
-    scripts/bench nbd [--size MiB] [--rounds N] [--only GROUP] [--tcp] [--directory DIR]
+    scripts/bench nbd [--size MiB] [--rounds N] [--only GROUP] [--tcp] [--parallel]
+        [--directory DIR]
 
 Groups: read, random, write, partial, sparse, memory. The same bytes are a raw VDI, a dense chain of three
 VHDs whose blocks are spread over its levels, a raw file, and a VHD for qemu-nbd. The peer of a comparison
 with the file plugin is the better of `-t 16`, its default, and `-t 4`. Everything lies in memory (/dev/shm)
 unless `--directory` says where, so that programs are measured and not disks; a write ends with a flush. All
-servers listen on Unix sockets, with `--tcp` on TCP ports of loopback. A markdown table goes to stdout.
+servers listen on Unix sockets, with `--tcp` on TCP ports of loopback. With `--parallel` the plugin has four
+requests of a connection at a time with any nbdkit, see docs/nbd.md. A markdown table goes to stdout.
 """
 
 import sys
@@ -38,11 +40,12 @@ RANDOM_SECONDS = 4
 
 class Bench(Benchmark):
     tcp = False
+    parallel = False
 
     def __init__(self, place: Workplace, size: int, rounds: int) -> None:
         super().__init__(place, size, rounds)
         self._noise = os.urandom(64 * MIB)
-        self.ours = self._serve(plugin, self.access)
+        self.ours = self._serve(plugin, self.access, self.parallel)
         self.file = self.directory / "flat.raw"
         write_noise(self.file, size, self._noise)
         self.vpc = self.directory / "flat.vhd"
@@ -235,10 +238,6 @@ class Bench(Benchmark):
                 disk.pwrite(self._noise[start : start + BLOCK], offset)
 
 
-class BenchOverTcp(Bench):
-    tcp = True
-
-
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "read": Bench.read,
     "random": Bench.random,
@@ -253,9 +252,11 @@ def main() -> None:
     parser = options_of("nbd", __doc__, directory="where all files lie", default=IN_MEMORY)
     add_groups(parser, GROUPS, size=1024, of="of the disks", rounds=7)
     parser.add_argument("--tcp", action="store_true", help="over TCP on loopback, not Unix sockets")
+    parser.add_argument("--parallel", action="store_true", help="several requests of a connection at a time")
     options = parser.parse_args()
+    Bench.tcp, Bench.parallel = options.tcp, options.parallel
     with workplace("nbd", options.directory, options.directory) as place:
-        run_groups(BenchOverTcp if options.tcp else Bench, GROUPS, place, options)
+        run_groups(Bench, GROUPS, place, options)
 
 
 if __name__ == "__main__":

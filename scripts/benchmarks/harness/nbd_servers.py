@@ -36,9 +36,10 @@ class Server(Peer):
         return self._address.exists() if isinstance(self._address, Path) else answers(self._address)
 
 
-def plugin(address: Address, control: Path, threads: int = 4) -> Server:
+def plugin(address: Address, control: Path, parallel: bool = False) -> Server:
     """nbdkit with the gateway's plugin. A disk is named in the URI: `export`."""
-    return _nbdkit(address, threads, "python", PLUGIN, f"control={control}", "private=true")
+    parameters = (f"control={control}", "private=true", f"parallel={str(parallel).lower()}")
+    return _nbdkit(address, 4, "python", PLUGIN, *parameters)
 
 
 def export(server: Server, vdi: str, *, write: bool = False) -> str:
