@@ -264,7 +264,7 @@ class FileTarget(ExportTarget):
         if usable:
             # Of a file that is whole the last byte is fetched anew: a request for none is refused, and its
             # task fails.
-            self.etag, self._size, self.offset = etag, size, max(0, min(offset, size - 1))
+            self.etag, self._size, self.offset = etag, size, min(offset, size - 1)
             self._written_back = self.offset
 
     def _write_note(self) -> None:
