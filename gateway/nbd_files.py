@@ -129,6 +129,7 @@ class NbdFiles:
         command += ["--workers", str(int(limits["nbd_workers"]))]
         command += ["--clients", str(int(limits["nbd_clients"]))]
         command += ["--grace", str(limits["shutdown_seconds"]), "--version", version]
+        command += ["--log-level", self._config.log_level]
         if self._config.nbd_insecure:
             command.append("--insecure")
         if self._config.nbd_parallel:

@@ -47,7 +47,7 @@ class Supervisor:
     def __init__(self, options: Options) -> None:
         """Raises Refused when it can't begin."""
         self._options: Final = options
-        self._log: Final = Log()
+        self._log: Final = Log(options.log_level)
         self._leaving: str | None = None
         self._kill_at: float | None = None
         self._begun = False

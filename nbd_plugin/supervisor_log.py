@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+LEVELS: Final = ("debug", "info", "warning", "error")
+
 _SECRET: Final = re.compile(r"(session_id(?:=|%3[dD]))[^\s&;,\"'<>]+", re.IGNORECASE)
-
-
 _TRACEBACK: Final = "Traceback (most recent call last):"
 _LONGEST_TRACEBACK: Final = 200
 # What people do, not what is broken. A lease that was taken away is ESHUTDOWN, which is a BrokenPipeError.
@@ -67,9 +67,13 @@ class Tracebacks:
 
 
 class Log:
-    """`link` sends a message to the gateway; it is None, or returns False, where there is none."""
+    """`link` sends a message to the gateway; it is None, or returns False, where there is none.
 
-    def __init__(self) -> None:
+    What is below `least` isn't written then; a gateway has a level of its own.
+    """
+
+    def __init__(self, least: str = LEVELS[0]) -> None:
+        self._silent: Final = LEVELS[: LEVELS.index(least)]
         self.link: Callable[[dict[str, Any]], bool] | None = None
 
     def info(self, event: str, **about: object) -> None:
@@ -84,6 +88,8 @@ class Log:
     def _write(self, level: str, event: str, about: dict[str, object]) -> None:
         told = {key: masked(value) if isinstance(value, str) else value for key, value in about.items()}
         if self.link is not None and self.link({"log": {"level": level, "event": event, "about": told}}):
+            return
+        if level in self._silent:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
         try:

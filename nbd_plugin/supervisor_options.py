@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nbd_plugin.supervisor_log import LEVELS
 from nbd_plugin.worker import SEARCH_PATH, Identity
 
 LINGER_SECONDS: Final = 60.0
@@ -53,6 +54,7 @@ class Options:
     linger: float
     grace: float
     version: str
+    log_level: str
     ready_fd: int | None
 
     @property
@@ -89,6 +91,7 @@ def read_arguments(arguments: list[str]) -> Options:
     parser.add_argument("--linger", type=float, default=LINGER_SECONDS)
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS)
     parser.add_argument("--version", default="")
+    parser.add_argument("--log-level", choices=LEVELS, default=LEVELS[0])
     parser.add_argument("--ready-fd", type=int)
     given = parser.parse_args(arguments)
     host, _, port = given.listen.rpartition(":")
@@ -111,6 +114,7 @@ def read_arguments(arguments: list[str]) -> Options:
         linger=given.linger,
         grace=given.grace,
         version=given.version,
+        log_level=given.log_level,
         ready_fd=given.ready_fd,
     )
 

@@ -76,3 +76,19 @@ def test_lines_go_to_the_gateway_and_without_one_to_stderr(capsys: pytest.Captur
     assert sent[0] == {"log": {"level": "info", "event": "one", "about": {"line": "session_id=***"}}}
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"], line["process"]) == ("two", "error", 7)
+
+
+def test_what_nobody_wants_to_read_goes_to_the_gateway_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log("warning")
+    log.info("one")
+    log.warning("two")
+    assert json.loads(capsys.readouterr().err)["event"] == "two"
+    sent: list[dict[str, Any]] = []
+
+    def send(message: dict[str, Any]) -> bool:
+        sent.append(message)
+        return True
+
+    log.link = send
+    log.info("three")
+    assert sent[0]["log"]["event"] == "three"
