@@ -106,6 +106,11 @@ print("closed", flush=True)
         self.process.stdin.flush()
         return self.line()
 
+    def stop(self) -> None:
+        """Until all of its threads have stopped, they may still hear what is asked of them."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
@@ -216,7 +221,7 @@ def test_until_a_disk_is_announced_the_kernel_keeps_others_away(site: Site) -> N
     vdi = site.create_vdi()
     client = OtherProcess(site, vdi, "read")
     site.gateway.kill()
-    client.process.send_signal(signal.SIGSTOP)
+    client.stop()
     site.gateway.start()
     destroyed = refusal(site, "VDI.destroy", vdi.ref)
     assert "VDI_IN_USE" in destroyed
@@ -315,7 +320,7 @@ def test_a_disk_is_taken_away_from_all_who_hold_it(site: Site) -> None:
 def test_a_stopped_process_keeps_a_revoked_disk_until_it_goes_on_and_the_log_says_so(site: Site) -> None:
     vdi = site.create_vdi()
     client = OtherProcess(site, vdi, "write")
-    client.process.send_signal(signal.SIGSTOP)
+    client.stop()
     site.gateway.call("VDI.force_unlock", vdi.ref)
     wait_until(lambda: "it is stopped, and goes on with SIGCONT" in site.gateway.log(), "the log to say so")
     with pytest.raises(AccessRefused, match="VDI_IN_USE"):
