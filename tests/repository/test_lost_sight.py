@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from gateway.core.leases import Leases
-from gateway.images.files import FILES, Buffer, FileCalls
+from gateway.images.files import FILES
 from gateway.repository.directory import SRDirectory
 from gateway.repository.fork import unfinished_forks
 from gateway.repository.journal_recovery import recover_journals
 from gateway.repository.relink_steps import leaf_relink
 from tests.images.merges import merge
 from tests.repository.chains import Chains, H, L, Q, assert_sound, attach_and_scan, image
+from tests.repository.failing_once import FailingOnce
 from tests.repository.journal_steps import LEAF, MOVED_ASIDE, TOOK_ITS_NAME, Step
 from tests.repository.test_killed_and_power import BASE, Killed, Mortal, forks, recover, unmerged
 
@@ -39,35 +40,17 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Blind:
     return Blind(monkeypatch)
 
 
-class FailingOnce(FileCalls):
-    """The call of this number fails, and with it the sight of the names."""
+class Blinding(FailingOnce):
+    """With the call that fails goes the sight of the names."""
 
     def __init__(self, failing: int, blind: Blind, names: set[str]) -> None:
-        self.left = failing
+        super().__init__(failing, errno.EIO)
         self._blind = blind
         self._names = names
 
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == -1:
-            self._blind.names = self._names
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
-        self._count()
-        super().pwrite(fd, data, offset)
-
-    def datasync(self, fd: int) -> None:
-        self._count()
-        super().datasync(fd)
-
-    def rename(self, source: str, target: str) -> None:
-        self._count()
-        super().rename(source, target)
-
-    def sync_directory(self, path: str) -> None:
-        self._count()
-        super().sync_directory(path)
+    def fail(self) -> None:
+        self._blind.names = self._names
+        super().fail()
 
 
 @pytest.mark.parametrize("unseen", [f"{Q}.vhd", f"OLD_{L}.vhd"])
@@ -78,7 +61,7 @@ async def test_a_merge_that_fails_is_not_undone_over_a_parent_that_cannot_be_see
         root = tmp_path / str(number)
         expected = chains.place(root, H, Q, L)
         merge(image(root, L), image(root, Q))
-        files = FailingOnce(number, blind, {unseen})
+        files = Blinding(number, blind, {unseen})
         try:
             leaf_relink(SRDirectory(str(root)), leaf=L, parent=Q, files=files)
         except OSError as error:

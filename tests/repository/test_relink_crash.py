@@ -1,5 +1,6 @@
 """Relinks, and the recovery from them, crashed after each call: every VDI reads on, nothing is left over."""
 
+import errno
 import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -38,6 +39,7 @@ from tests.repository.chains import (
     attach_and_scan,
     image,
 )
+from tests.repository.failing_once import FailingOnce
 from tests.repository.journal_steps import Step
 from tests.repository.test_journals import INLINE_STEPS, LEAF_STEPS, SNAPSHOTS
 
@@ -194,34 +196,6 @@ async def test_a_recovery_that_crashed_is_done_again_in_many_ways(
     await sweep_recovery(tmp_path, leases, chains, name, per_point=8)
 
 
-class FailingOnce(FileCalls):
-    """One call that changes names or makes them durable fails, as on a full or failing disk."""
-
-    def __init__(self, failing: int) -> None:
-        self.left = failing
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == -1:
-            raise OSError(5, "the disk failed")
-
-    def rename(self, source: str, target: str) -> None:
-        self._count()
-        super().rename(source, target)
-
-    def unlink(self, path: str) -> None:
-        self._count()
-        super().unlink(path)
-
-    def sync_directory(self, path: str) -> None:
-        self._count()
-        super().sync_directory(path)
-
-    def datasync(self, fd: int) -> None:
-        self._count()
-        super().datasync(fd)
-
-
 @pytest.mark.parametrize("work", [relink_inline, relink_leaf])
 async def test_a_relink_that_fails_anywhere_is_finished_or_undone(
     tmp_path: Path, leases: Leases, chains: Chains, work: Work
@@ -231,11 +205,11 @@ async def test_a_relink_that_fails_anywhere_is_finished_or_undone(
         expected = chains.place(root)
         merge(image(root, C), image(root, P))
         merge(image(root, L), image(root, Q))
-        files = FailingOnce(number)
+        files = FailingOnce(number, errno.EIO)
         try:
             work(SRDirectory(str(root)), files)
         except OSError as error:
-            assert error.errno == 5
+            assert error.errno == errno.EIO
         assert_sound(root, await attach_and_scan(root, leases), expected, number, libvhdi=False)
         if files.left >= 0:
             assert number > 5
@@ -248,7 +222,7 @@ async def test_a_leaf_relink_that_fails_is_undone_at_once_or_done(tmp_path: Path
         root = tmp_path / str(number)
         chains.place(root, H, Q, L)
         merge(image(root, L), image(root, Q))
-        files = FailingOnce(number)
+        files = FailingOnce(number, errno.EIO)
         failed = False
         try:
             relink_leaf(SRDirectory(str(root)), files)

@@ -10,56 +10,12 @@ import pytest
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Leases
 from gateway.core.records import VDI
-from gateway.images.files import Buffer, FileCalls
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScannedImage, Scanner
 from tests.repository.chains import Chains, H, L, Q, image
 from tests.repository.conftest import SR_UUID, OpenInventory
+from tests.repository.failing_once import FailingOnce
 from tests.repository.vdis import MIB, content, root_of, write
-
-
-class FailingOnce(FileCalls):
-    """Once armed, the call of this number fails, as on a full disk; all others are done."""
-
-    def __init__(self) -> None:
-        self.left: float = float("inf")
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == -1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
-        self._count()
-        return super().open(path, flags, mode)
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
-        self._count()
-        super().pwrite(fd, data, offset)
-
-    def sync(self, fd: int) -> None:
-        self._count()
-        super().sync(fd)
-
-    def datasync(self, fd: int) -> None:
-        self._count()
-        super().datasync(fd)
-
-    def link(self, source: str, target: str) -> None:
-        self._count()
-        super().link(source, target)
-
-    def rename(self, source: str, target: str) -> None:
-        self._count()
-        super().rename(source, target)
-
-    def unlink(self, path: str) -> None:
-        self._count()
-        super().unlink(path)
-
-    def sync_directory(self, path: str) -> None:
-        self._count()
-        super().sync_directory(path)
 
 
 @pytest.mark.parametrize("what", ["clone", "tracked snapshot"])
