@@ -1,6 +1,6 @@
 """A snapshot or revert that fails or is killed at any call is undone or finished, and no byte is lost."""
 
-import errno
+import itertools
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -10,13 +10,13 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode, Leases
-from gateway.images.files import FileCalls
 from gateway.images.vhd.check import check_vhd
 from gateway.repository.directory import SRDirectory
 from gateway.repository.fork import Fork, Revert, unfinished_forks
 from gateway.repository.repository import Repository
 from tests.crash import CrashState, RecordingFileCalls
 from tests.repository.conftest import SR_UUID, OpenInventory
+from tests.repository.failing_once import FailingOnce
 from tests.repository.test_crash import CHILD, HOLDER, NEW, PARENT, RAW, SAMPLE, prepare, states
 from tests.repository.test_repository import read
 from tests.repository.test_repository import replace as replace_image
@@ -25,41 +25,14 @@ from tests.repository.vdis import content, hidden, make, root_of
 BASE = "00000009-0000-4000-8000-000000000000"
 
 
-class Failing(FileCalls):
-    """Fails at the n-th of the calls that change something, once."""
-
-    left = -1
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == -1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def link(self, source: str, target: str) -> None:
-        self._count()
-        super().link(source, target)
-
-    def rename(self, source: str, target: str) -> None:
-        self._count()
-        super().rename(source, target)
-
-    def sync_directory(self, path: str) -> None:
-        self._count()
-        super().sync_directory(path)
-
-    def datasync(self, fd: int) -> None:
-        self._count()
-        super().datasync(fd)
-
-
 async def test_a_snapshot_that_fails_at_any_call_leaves_every_byte_and_no_second_vdi(
     open_inventory: OpenInventory, tmp_path: Path
 ) -> None:
-    files = Failing()
+    files = FailingOnce()
     async with open_inventory(files=files) as inventory:
         sr, ref = await make(inventory, tmp_path)
         expected = content(inventory, ref)
-        for number in range(40):
+        for number in itertools.count():
             # The copy of the records must not take the failure.
             await inventory._copies.write(sr)
             files.left = number
@@ -67,9 +40,9 @@ async def test_a_snapshot_that_fails_at_any_call_leaves_every_byte_and_no_second
                 taken = await inventory.vdi_snapshot(ref)
             except XenAPIError as error:
                 assert error.code == "SR_FULL"
-                files.left = -2
+                files.left = float("inf")
             else:
-                files.left = -2
+                files.left = float("inf")
                 await inventory.vdi_destroy(taken)
                 break
             await inventory.sr_scan(sr)
