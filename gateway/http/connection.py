@@ -67,6 +67,8 @@ class Connection:
             first = True
             while await self._one_request(first=first):
                 first = False
+                # Whoever sends on without reading is never waited for: everybody else gets a turn here.
+                await trio.lowlevel.checkpoint()
         except (WireBroken, trio.TooSlowError) as broken:
             log.debug("connection broken", address=self.wire.address, why=str(broken))
         finally:

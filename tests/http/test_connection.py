@@ -41,6 +41,32 @@ async def test_requests_on_one_connection_pipelined_or_not(gate: Gate) -> None:
         assert [(await client.answer()).body for _ in range(2)] == [b"http:c", b"http:d"]
 
 
+async def test_others_have_their_turn_between_requests_that_came_at_once() -> None:
+    turns, seen = 0, []
+
+    async def count(_body: bytes, _request: Request, _connection: Connection) -> bytes:
+        seen.append(turns)
+        return b""
+
+    async with trio.open_nursery() as nursery:
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        nursery.start_soon(others)
+        await talk(
+            b"POST / HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\n\r\nx" * 50,
+            Routes({"/": {"POST": rpc_handler(count, XML)}}),
+        )
+        nursery.cancel_scope.cancel()
+    # Who comes first in a round of the loop differs from round to round.
+    assert len(seen) == 50
+    assert len(set(seen)) >= 25
+
+
 async def test_continue_is_sent_only_to_who_waits_for_it(gate: Gate) -> None:
     async with gate.client() as client:
         await client.head("POST", "/", {"content-length": "1", "expect": "100-Continue"})
