@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag, Texts
-from gateway.cli.connection import Connection, GatewayChoice
+from gateway.cli.connection import CallRefusedError, Connection, GatewayChoice
 from gateway.cli.listing import Column, Row, Shape, print_list
 from gateway.cli.output import CommandError, UsageError, parse_size, print_json, print_note, size_text
 from gateway.cli.sr import find_sr
@@ -322,16 +322,29 @@ def find_vdi(connection: Connection, wanted: str, *, snapshots: bool = True) -> 
     """
     if not wanted:
         raise UsageError("the uuid or name of the disk is empty; vdi-list shows the disks")
-    records: dict[str, dict[str, Any]] = connection.call("VDI.get_all_records")
-    found = [ref for ref, record in records.items() if wanted in (record["uuid"], ref)]
-    found = found or [
-        ref
-        for ref, record in records.items()
-        if record["name_label"] == wanted and (snapshots or not record["is_a_snapshot"])
-    ]
+    # Not all records, of which there may be thousands.
+    if reference := _identified(connection, wanted):
+        return reference, connection.call("VDI.get_record", reference)
+    named = connection.call("VDI.get_by_name_label", wanted)
+    records: dict[str, dict[str, Any]] = {ref: connection.call("VDI.get_record", ref) for ref in named}
+    found = [ref for ref, record in records.items() if snapshots or not record["is_a_snapshot"]]
     if not found:
         raise CommandError(f"there is no disk {wanted!r}; vdi-list shows them")
     if len(found) > 1:
         uuids = ", ".join(records[ref]["uuid"] for ref in found)
         raise CommandError(f"several disks are called {wanted!r}; give the uuid of one: {uuids}")
     return found[0], records[found[0]]
+
+
+def _identified(connection: Connection, wanted: str) -> str | None:
+    """The reference of the disk that has this uuid or reference, if there is one."""
+    try:
+        if wanted.startswith("OpaqueRef:"):
+            connection.call("VDI.get_uuid", wanted)
+            return wanted
+        reference: str = connection.call("VDI.get_by_uuid", wanted)
+    except CallRefusedError as refused:
+        if refused.code not in ("UUID_INVALID", "HANDLE_INVALID"):
+            raise
+        return None
+    return reference

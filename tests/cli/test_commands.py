@@ -97,6 +97,22 @@ def test_without_an_sr_vdi_create_says_how_to_make_one(gateway: RunningGateway) 
     assert "sr-create" in refused(gateway.command("vdi-create", "disk", "2MiB"))
 
 
+def test_a_disk_is_named_by_its_uuid_in_either_case_its_reference_or_a_name_of_its_own(
+    with_sr: RunningGateway,
+) -> None:
+    made = json.loads(with_sr.run("vdi-create", "one", "2MiB", "--json").stdout)
+    twins = [with_sr.run("vdi-create", "twin", "2MiB").stdout.strip() for _ in range(2)]
+    for wanted in (made["uuid"], made["uuid"].upper(), made["ref"], "one"):
+        assert with_sr.run("vdi-chain", wanted).stdout.startswith(made["uuid"])
+    ambiguous = refused(with_sr.run("vdi-destroy", "twin"))
+    assert all(uuid in ambiguous for uuid in ("several disks are called 'twin'", *twins))
+    for unknown in ("no one", made["uuid"].replace(made["uuid"][0], "x"), "OpaqueRef:" + made["uuid"]):
+        assert f"there is no disk {unknown!r}" in refused(with_sr.run("vdi-destroy", unknown))
+    # A name may look like a reference.
+    with_sr.run("vdi-create", "OpaqueRef:one", "2MiB")
+    assert with_sr.run("vdi-destroy", "OpaqueRef:one").returncode == 0
+
+
 def test_a_refusal_of_the_gateway_is_its_sentence_and_its_code(with_sr: RunningGateway) -> None:
     line = refused(with_sr.command("vdi-create", "huge", "3000GiB"))
     assert "3221225472000 bytes" in line
