@@ -102,6 +102,8 @@ class Sessions:
         self._now = now
         self._by_digest: dict[str, _Open] = {}
         self._by_uuid: dict[str, _Open] = {}
+        # Of sessions that have ended: the rows that are still there.
+        self._rows_left: set[str] = set()
         self._ended: list[Callable[[str], None]] = []
         self._delay = PasswordDelay(limits)
         self._believed = BelievedCredentials(users, limits)
@@ -130,9 +132,7 @@ class Sessions:
             idle = max(0.0, (now() - session.last_active).total_seconds())
             used = trio.current_time() - idle
             sessions._put(_Open(digest, session, used, used))
-        await sessions._end(
-            [entry for entry in sessions._by_digest.values() if not sessions._is_valid(entry)]
-        )
+        await sessions._end_idle()
         return sessions
 
     async def run(self) -> None:
@@ -142,11 +142,7 @@ class Sessions:
             for entry in list(self._by_digest.values()):
                 if entry.users:
                     await self._touch(entry)
-            try:
-                await self._end([entry for entry in self._by_digest.values() if not self._is_valid(entry)])
-            except (SQLAlchemyError, DatabaseFailed):
-                # They open nothing any more, and their rows go at the next start.
-                log.exception("sessions that have ended could not be removed from the database")
+            await self._end_idle()
 
     async def login(
         self, user: str, password: str, *, version: str = "", originator: str = "", address: str
@@ -200,11 +196,11 @@ class Sessions:
         log.info(
             "logged in", user=user.name, session=session.uuid, originator=session.originator, address=address
         )
-        await self._end(self._beyond_the_limit(session.user))
+        await self._end_or_log(self._beyond_the_limit(session.user))
         return ref
 
     async def logout(self, ref: str) -> None:
-        """End a session. Raises SESSION_INVALID."""
+        """End a session. Raises SESSION_INVALID; DatabaseFailed if a restart might still bring it back."""
         await self._end([self._entry(ref)])
 
     def on_end(self, call: Callable[[str], None]) -> None:
@@ -363,16 +359,28 @@ class Sessions:
         idle = sorted((entry for entry in own if not entry.users), key=lambda entry: entry.used)
         return idle[: max(0, excess)]
 
+    async def _end_idle(self) -> None:
+        await self._end_or_log([entry for entry in self._by_digest.values() if not self._is_valid(entry)])
+
+    async def _end_or_log(self, entries: list[_Open]) -> None:
+        try:
+            await self._end(entries)
+        except (SQLAlchemyError, DatabaseFailed):
+            log.exception("sessions that have ended could not be removed from the database")
+
     async def _end(self, entries: list[_Open]) -> None:
-        if not entries:
-            return
+        """End sessions. Raises DatabaseFailed; then their rows go with those that end next, or by `run`."""
         # Out of memory first: a session that ends must not open anything while the database is waited for.
         for entry in entries:
             self._drop(entry)
+            self._rows_left.add(entry.digest)
+        if not self._rows_left:
+            return
         statement = delete(schema.sessions).where(schema.sessions.c.ref_sha256 == bindparam("_digest"))
-        rows = [{"_digest": entry.digest} for entry in entries]
+        rows = [{"_digest": digest} for digest in self._rows_left]
         with trio.CancelScope(shield=True):
             await self._database.run(lambda connection: connection.execute(statement, rows))
+        self._rows_left.difference_update(row["_digest"] for row in rows)
 
     def _put(self, entry: _Open) -> None:
         self._by_digest[entry.digest] = entry

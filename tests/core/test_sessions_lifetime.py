@@ -49,7 +49,7 @@ async def test_looking_at_a_session_does_not_renew_it(gate: Gate, mock_clock: Mo
         gate.sessions.get(ref)
 
 
-async def test_a_session_in_use_does_not_end_but_by_logging_out(gate: Gate, mock_clock: MockClock) -> None:
+async def test_a_session_in_use_does_not_end_by_being_idle(gate: Gate, mock_clock: MockClock) -> None:
     ref = await gate.login()
     session = gate.sessions.get(ref)
     with gate.sessions.in_use(session), gate.sessions.in_use(session.uuid):
@@ -57,7 +57,16 @@ async def test_a_session_in_use_does_not_end_but_by_logging_out(gate: Gate, mock
         gate.sessions.get(ref)
     mock_clock.jump(23 * 3600)
     gate.sessions.get(ref)
-    with gate.sessions.in_use(session):
+    with pytest.raises(OSError), gate.sessions.in_use(session):
+        raise OSError
+    mock_clock.jump(25 * 3600)
+    with refused("SESSION_INVALID"):
+        gate.sessions.get(ref)
+
+
+async def test_logging_out_ends_a_session_in_use(gate: Gate) -> None:
+    ref = await gate.login()
+    with gate.sessions.in_use(gate.sessions.get(ref)):
         await gate.sessions.logout(ref)
         with refused("SESSION_INVALID"):
             gate.sessions.get(ref)
@@ -92,7 +101,7 @@ async def test_a_wall_clock_that_was_set_back_ends_no_session(gate: Gate) -> Non
 async def test_use_is_written_down_once_a_minute_at_most(
     gate: Gate, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ref = await gate.login()
+    ref, other = await gate.login(), await gate.login()
     writes = 0
     run = gate.database.run
 
@@ -110,7 +119,9 @@ async def test_use_is_written_down_once_a_minute_at_most(
     for _ in range(50):
         await gate.by_ref(ref)
     assert writes == 1
+    await gate.reopen()
     assert gate.sessions.get(ref).last_active == gate.now
+    assert gate.sessions.get(other).last_active == gate.now - timedelta(seconds=60)
 
 
 async def test_ended_sessions_are_removed_in_the_background_and_used_ones_are_not(
@@ -145,11 +156,36 @@ async def test_a_full_disk_keeps_nobody_out_who_comes_to_make_room(
     async def fail(_work: object) -> None:
         raise DatabaseFailed("(database or disk is full)")
 
+    gate.limits = replace(Limits(), sessions_per_user=2)
+    await gate.reopen()
     with monkeypatch.context() as patch:
         patch.setattr(gate.database, "run", fail)
-        ref = await gate.login()
+        # The third makes the first one end.
+        for _ in range(3):
+            ref = await gate.login()
         assert (await gate.by_ref(ref)).user == "root"
     await gate.by_ref(ref)
+    await gate.reopen()
+    with refused("SESSION_INVALID"):
+        gate.sessions.get(ref)
+
+
+async def test_who_logs_out_on_a_full_disk_stays_out_after_a_restart(
+    gate: Gate, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_work: object) -> None:
+        raise DatabaseFailed("(database or disk is full)")
+
+    ref = await gate.login()
+    with monkeypatch.context() as patch, refused("INTERNAL_ERROR"):
+        patch.setattr(gate.database, "run", fail)
+        await gate.sessions.logout(ref)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.sessions.run)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(600)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
     await gate.reopen()
     with refused("SESSION_INVALID"):
         gate.sessions.get(ref)
@@ -173,7 +209,8 @@ async def test_a_full_disk_ends_neither_the_background_work_nor_a_session_in_use
                 await wait_all_tasks_blocked()
                 mock_clock.jump(25 * 3600)
             await wait_all_tasks_blocked()
-        assert len(failures) == 3
+        # Twice each: the use of the one, the row of the other.
+        assert len(failures) == 4
         await gate.by_ref(used)
         with refused("SESSION_INVALID"):
             gate.sessions.get(idle)
