@@ -75,7 +75,7 @@ class ExportRawVDI:
         task = asked.task(identity)
         choice = export_choice(request, vdi, self._services.inventory.records.vdis)
         asked.require_here(vdi)
-        if choice.image_format is ExportFormat.RAW:
+        if choice.image_format is ExportFormat.RAW and await self._is_as_recorded(vdi):
             tag = raw_entity_tag(vdi.content_id)
             if await _is_answered_by(
                 connection, request, _Head(vdi, choice.image_format, tag), vdi.virtual_size
@@ -90,6 +90,13 @@ class ExportRawVDI:
                 await self._answer(download, task)
             finally:
                 lease.release()
+
+    async def _is_as_recorded(self, vdi: "VDI") -> bool:
+        """Whether the record may answer without a lease; what is wrong with the file is found with one."""
+        try:
+            return await self._services.inventory.is_as_recorded(vdi.ref)
+        except (OSError, XenAPIError):
+            return False
 
     async def _leases(
         self, asking: "_Asking", vdi: "VDI", choice: ExportChoice
@@ -144,9 +151,12 @@ class ExportRawVDI:
             )
             try:
                 await self._services.publications.settled(ref, lease.chain.nodes[0].identity)
-                vdi = records.get(ref)
-            except BaseException:
+                vdi = await self._services.inventory.vdi_as_it_is(ref)
+            except BaseException as error:
                 lease.release()
+                if isinstance(error, (OSError, ImageError, XenAPIError)):
+                    told = as_xenapi_error(error)
+                    raise Refusal(status_of(told), told) from error
                 raise
             if vdi.content_id == before.content_id:
                 return vdi, lease

@@ -29,7 +29,9 @@ from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sect
 from gateway.repository.chain_operations import ChainOperations
 from gateway.repository.coalescers import Coalescers
 from gateway.repository.reconcile import CBT_METADATA, described
+from gateway.repository.records_file import STAMP_KEY
 from gateway.repository.repository import Repository
+from gateway.repository.scan import FileStamp
 
 log = structlog.get_logger("gateway.repository")
 
@@ -309,6 +311,36 @@ class Inventory(ChainOperations):
             # Nobody may be sent the new bytes under the old id, also if the database can't be written.
             await self.records.vdis.record_fact(ref, changes)
             await self.refresh_sizes(vdi.sr)
+
+    async def vdi_as_it_is(self, ref: str) -> VDI:
+        """The record of a VDI that is leased for reading; if its file was changed from outside, by XenServer
+        or another gateway, it gets a new content id first, as a scan would give it.
+
+        Raises SR_NOT_ATTACHED, VDI_MISSING, ImageError, OSError.
+        """
+        if not await self.is_as_recorded(ref):
+            await self.vdi_changed(ref)
+        return self.records.vdis.get(ref)
+
+    async def is_as_recorded(self, ref: str) -> bool:
+        """Whether the file under the VDI's name is the one that its record speaks of, as it was then.
+
+        True also while somebody here replaces it or writes to it: the record follows. Raises SR_NOT_ATTACHED,
+        VDI_MISSING, OSError.
+        """
+        while True:
+            vdi = self.records.vdis.get(ref)
+            path = self.repository(vdi.sr).image_path(vdi.uuid)
+            ours = any(mode is not LeaseMode.READ for mode in self.leases.modes_for(ref))
+            try:
+                stamp = FileStamp.of(await trio.to_thread.run_sync(os.stat, path))
+            except FileNotFoundError:
+                raise XenAPIError("VDI_MISSING") from None
+            recorded = vdi.sm_config.get(STAMP_KEY)
+            if ours or recorded == str(stamp):
+                return True
+            if self.records.vdis.get(ref).sm_config.get(STAMP_KEY) == recorded:
+                return False
 
     async def _remove_vdi(self, ref: str) -> None:
         for snapshot in self.records.snapshots_of_vdi(ref):

@@ -6,6 +6,7 @@ import pytest
 
 from gateway.core.database import DatabaseFailed
 from gateway.core.tasks import TaskStatus
+from gateway.images.chain import open_chain_files, open_disk
 from tests.http.gate import MIB, Gate
 
 DATA = os.urandom(2 * MIB)
@@ -71,3 +72,22 @@ async def test_a_disk_whose_new_content_cannot_be_written_down_has_another_tag_a
     answer = await gate.ask("GET", target, {"range": "bytes=9-99", "if-range": tag})
     assert (answer.status, answer.body) == (200, other)
     assert answer.headers["etag"] != tag
+
+
+@pytest.mark.parametrize("image_format", ["raw", "vhd", "qcow2"])
+async def test_a_disk_that_another_program_has_written_to_has_another_tag_before_any_scan(
+    gate: Gate, image_format: str
+) -> None:
+    """As XenServer, another gateway or a qemu-img by hand do where the SR is read-only here."""
+    target, tag = await tagged(gate, image_format)
+    [vdi] = gate.inventory.records.vdis.all()
+    path = gate.inventory.repository_of(vdi.ref).image_path(vdi.uuid)
+    disk = open_disk(open_chain_files(path, writable=True), read_only=False)
+    disk.pwrite(bytes(512), MIB)
+    disk.close()
+    os.utime(path)  # the clock of the file system may not have gone on since the upload
+    resumed = await gate.ask("GET", target, {"range": f"bytes={MIB}-", "if-match": tag})
+    assert resumed.status == 412
+    assert (await gate.ask("GET", target, {"if-none-match": tag})).status == 200
+    head = await gate.ask("HEAD", target)
+    assert head.headers["etag"] == resumed.headers["etag"] != tag
