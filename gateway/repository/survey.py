@@ -270,8 +270,9 @@ class Survey:
     # Whether the directory is there
 
     def _require_writable(self) -> None:
+        # Whoever asks for a change of what is attached read-only has been refused before.
         if not self.writable:
-            raise PermissionError(f"{self.directory.root}: attached read-only")
+            raise XenAPIError("SR_NOT_ATTACHED", self.uuid)
         self._require_available()
 
     def _require_available(self) -> None:

@@ -110,10 +110,25 @@ async def test_attaching_read_only_and_reading_changes_nothing_at_all(
     await lease.released()
     with pytest.raises(XenAPIError, match="VDI_READONLY"):
         await reader.lease(A, LeaseMode.WRITE, HOLDER)
-    with pytest.raises(PermissionError):
+    with pytest.raises(XenAPIError, match="SR_NOT_ATTACHED"):
         await reader.create_image(B, 4 * MIB, "vhd")
     await reader.detach()
     assert listing(repository.directory.root) == before
+
+
+async def test_what_was_begun_before_a_detach_is_told_that_the_sr_is_not_attached(
+    repository: Repository,
+) -> None:
+    """An unplug waits for leases, not for who is on the way to one."""
+    await repository.create_image(A, 4 * MIB, "vhd")
+    await repository.detach()
+    for begun in (
+        repository.create_image(B, 4 * MIB, "vhd"),
+        repository.restructure(lambda: None, (A,)),
+        repository.remove_service_files(),
+    ):
+        with pytest.raises(XenAPIError, match="SR_NOT_ATTACHED"):
+            await begun
 
 
 async def test_a_directory_without_its_marker_or_images_is_not_mounted(
