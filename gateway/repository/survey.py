@@ -272,7 +272,7 @@ class Survey:
     def _require_writable(self) -> None:
         # Whoever asks for a change of what is attached read-only has been refused before.
         if not self.writable:
-            raise XenAPIError("SR_NOT_ATTACHED", self.uuid)
+            raise XenAPIError("SR_NOT_ATTACHED", self.uuid or self.directory.root)
         self._require_available()
 
     def _require_available(self) -> None:
