@@ -197,7 +197,9 @@ def _chosen(only: tuple[str, ...], changes: "Changes") -> frozenset[str] | None:
     chosen: set[str] = set()
     for name in only:
         found = [vdi.uuid for vdi in disks if name in (vdi.uuid, vdi.ref)]
-        found = found or [vdi.uuid for vdi in disks if vdi.label == name]
+        called = {vdi.ref: vdi for vdi in disks if vdi.label == name}
+        # A snapshot, which is called like its disk at first, comes with it.
+        found = found or [vdi.uuid for vdi in called.values() if vdi.snapshot_of not in called]
         if not found:
             raise CommandError(f"there is no disk {name!r}; vdi-list shows them")
         if len(found) > 1:

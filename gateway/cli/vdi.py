@@ -197,7 +197,7 @@ def vdi_destroy(disk: Disk, *, gateway: GatewayChoice | None = None) -> int:
         Uuid or name of the disk.
     """
     with (gateway or GatewayChoice()).connect() as connection:
-        connection.call("VDI.destroy", find_vdi(connection, disk)[0])
+        connection.call("VDI.destroy", find_vdi(connection, disk, sole=True)[0])
     return 0
 
 
@@ -314,20 +314,26 @@ def pairs(entries: list[str], argument: str) -> dict[str, str]:
     return found
 
 
-def find_vdi(connection: Connection, wanted: str, *, snapshots: bool = True) -> tuple[str, dict[str, Any]]:
+def find_vdi(
+    connection: Connection, wanted: str, *, snapshots: bool = True, sole: bool = False
+) -> tuple[str, dict[str, Any]]:
     """Reference and record of the disk with this uuid or name. CommandError if there is none, or several.
 
-    Without `snapshots` a name is never that of a snapshot, which is called like its disk at first. An empty
-    name is refused: it is what a variable holds that was never set, and a disk without a name must not be it.
+    A name that a disk shares with snapshots, which are called like their disk at first, is the disk's; with
+    `sole` it counts as that of several: what is destroyed doesn't come back. Without `snapshots` a name is
+    never that of a snapshot. An empty name is refused: it is what a variable holds that was never set, and a
+    disk without a name must not be it.
     """
     if not wanted:
         raise UsageError("the uuid or name of the disk is empty; vdi-list shows the disks")
     # Not all records, of which there may be thousands.
     if reference := _identified(connection, wanted):
         return reference, connection.call("VDI.get_record", reference)
-    named = connection.call("VDI.get_by_name_label", wanted)
+    named: list[str] = connection.call("VDI.get_by_name_label", wanted)
     records: dict[str, dict[str, Any]] = {ref: connection.call("VDI.get_record", ref) for ref in named}
-    found = [ref for ref, record in records.items() if snapshots or not record["is_a_snapshot"]]
+    found = [ref for ref, record in records.items() if sole or not record["is_a_snapshot"]]
+    if snapshots and not found:
+        found = named
     if not found:
         raise CommandError(f"there is no disk {wanted!r}; vdi-list shows them")
     if len(found) > 1:

@@ -37,6 +37,23 @@ def test_a_name_of_several_lines_is_one_line_of_a_tree_and_of_an_error(house: Ru
     assert house.run("vdi-destroy", disk).returncode == 0
 
 
+def test_a_name_that_a_disk_shares_with_its_snapshots_is_the_disks(house: RunningGateway) -> None:
+    disk = house.run("vdi-create", "nightly", "2MiB").stdout.strip()
+    snapshots = [house.run("vdi-snapshot", "nightly").stdout.strip() for _ in range(2)]
+    assert house.run("vdi-param-set", "nightly", "name-description=the disk").returncode == 0
+    listed = house.run("vdi-list", "name-label=nightly", "params=uuid,name-description").stdout
+    assert f"{disk}\tthe disk\n" in listed
+    assert listed.count("the disk") == 1
+    # What is destroyed doesn't come back.
+    line = error(house.run("vdi-destroy", "nightly"))
+    assert "several disks are called 'nightly'" in line
+    for uuid in (disk, snapshots[0], snapshots[1]):
+        assert uuid in line
+    # Of snapshots alone a name is that of the only one.
+    for uuid in (disk, snapshots[0], "nightly"):
+        assert house.run("vdi-destroy", uuid).returncode == 0
+
+
 def test_what_cannot_be_a_snapshot_is_said(house: RunningGateway) -> None:
     house.command("vdi-create", "flat", "1MiB", "sm-config:image-format=raw")
     assert "raw image has no snapshots" in error(house.command("vdi-snapshot", "flat"))
