@@ -159,14 +159,18 @@ class _Lenient(string.Formatter):
 
 _FORMATTER: Final = _Lenient()
 
+# Characters; longer than any path. Strangers are answered with what they have sent, and tasks keep it.
+_LONGEST_PARAMETER: Final = 5000
+
 
 class XenAPIError(Exception):
     """A refusal or failure that the client is told, as XenAPI tells it: a code and string parameters."""
 
     def __init__(self, code: str, *params: str) -> None:
-        super().__init__(code, *params)
+        shortened = tuple(map(_shortened, params))
+        super().__init__(code, *shortened)
         self.code: Final = code
-        self.params: Final[tuple[str, ...]] = tuple(str(param) for param in params)
+        self.params: Final[tuple[str, ...]] = shortened
 
     @property
     def error_info(self) -> list[str]:
@@ -191,6 +195,11 @@ class XenAPIError(Exception):
 
     def __repr__(self) -> str:
         return f"XenAPIError({str(self)!r})"
+
+
+def _shortened(param: object) -> str:
+    text = str(param)
+    return text if len(text) <= _LONGEST_PARAMETER else f"{text[:_LONGEST_PARAMETER]}…"
 
 
 def as_xenapi_error(error: BaseException) -> XenAPIError:

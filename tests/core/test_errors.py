@@ -55,6 +55,13 @@ def test_the_reference_of_a_session_is_in_the_answer_but_not_in_the_text() -> No
     assert "secret" not in str(error) + repr(error) + error.message
 
 
+def test_what_a_client_has_sent_is_not_sent_back_by_the_megabyte() -> None:
+    error = XenAPIError("HANDLE_INVALID", "VDI", "x" * 1_000_000)
+    assert len(error.params[1]) == 5001
+    assert len(str(error)) < 6000
+    assert "x" * 5002 not in repr(error.args)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
