@@ -22,6 +22,7 @@ from gateway.xenapi.types import (
     Records,
     Reference,
     WireType,
+    is_large,
     moment_text,
     parse_moment,
 )
@@ -149,3 +150,21 @@ def test_dates_survive_their_text_to_the_second(moment: datetime) -> None:
 def test_an_enumeration_is_read_in_any_case_and_kept_in_its_own() -> None:
     assert COLOUR.accept("Red", "f") == "red"
     assert Choice("mode", ("RO", "RW")).accept("ro", "f") == "RO"
+
+
+@pytest.mark.parametrize(
+    ("value", "large"),
+    [
+        ("x" * 1000, False),
+        ("x" * 4_000_000, True),
+        ({f"key {number}": "value" for number in range(4000)}, False),
+        ({f"key {number}": "value" for number in range(6000)}, True),
+        ({"ref": {"other_config": {f"key {number}": "value" for number in range(6000)}}}, True),
+        ([{"snapshot": {"name_description": "x" * 4_000_000}}], True),
+        ([{"members": ("a",) * 50} for _ in range(200)], True),
+        ([{"members": ("a",) * 50} for _ in range(50)], False),
+        (3, False),
+    ],
+)
+def test_what_takes_long_to_write_is_known_before(value: Any, large: bool) -> None:
+    assert is_large(value) == large
