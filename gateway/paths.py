@@ -9,12 +9,12 @@ from gateway.http.export_raw_vdi import ExportRawVDI
 from gateway.http.import_raw_vdi import ImportRawVDI
 from gateway.http.request import Request
 from gateway.http.routes import Routes
-from gateway.http.rpc import JSON, XML, rpc_handler
+from gateway.http.rpc import JSON, XML, LargeBodies, Reply, rpc_handler
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import LOCAL, Api, Caller
 from gateway.xenapi.estate import Estate
-from gateway.xenapi.jsonrpc import answer_jsonrpc
-from gateway.xenapi.xmlrpc import answer_xmlrpc
+from gateway.xenapi.jsonrpc import read_jsonrpc
+from gateway.xenapi.xmlrpc import read_xmlrpc
 
 
 def routes_of(estate: Estate, limits: Limits, nursery: trio.Nursery) -> Routes:
@@ -24,19 +24,22 @@ def routes_of(estate: Estate, limits: Limits, nursery: trio.Nursery) -> Routes:
     )
     api = Api(estate, nursery, CLASSES)
 
-    async def xmlrpc(body: bytes, request: Request, connection: Connection) -> bytes:
-        return await answer_xmlrpc(api, body, _caller(request, connection))
+    def xmlrpc(body: bytes) -> Reply:
+        call = read_xmlrpc(body)
+        return lambda request, connection: call(api, _caller(request, connection))
 
-    async def jsonrpc(body: bytes, request: Request, connection: Connection) -> bytes:
-        return await answer_jsonrpc(api, body, _caller(request, connection))
+    def jsonrpc(body: bytes) -> Reply:
+        call = read_jsonrpc(body)
+        return lambda request, connection: call(api, _caller(request, connection))
 
-    xml = {"POST": rpc_handler(xmlrpc, XML)}
+    large = LargeBodies()
+    xml = {"POST": rpc_handler(xmlrpc, XML, large)}
     return Routes(
         {
             "/": xml,
             "/RPC2": xml,
             "/xmlrpc": xml,
-            "/jsonrpc": {"POST": rpc_handler(jsonrpc, JSON)},
+            "/jsonrpc": {"POST": rpc_handler(jsonrpc, JSON, large)},
             "/import_raw_vdi": {"PUT": ImportRawVDI(services)},
             "/export_raw_vdi": {"GET": ExportRawVDI(services)},
         }

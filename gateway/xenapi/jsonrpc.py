@@ -10,6 +10,7 @@ missing id) and batches exist in the specification but not in XenAPI, and must b
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -19,7 +20,11 @@ from gateway.core.errors import XenAPIError
 from gateway.xenapi.types import Int32, WireValue, is_large, moment_text
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from gateway.xenapi.dispatch import Api, Caller
+
+    Ask = Callable[[Api, Caller], Awaitable[bytes]]
 
 CONTENT_TYPE: Final = "application/json"
 """Without a charset parameter: clients compare the header literally."""
@@ -30,8 +35,9 @@ INVALID_PARAMS: Final = -32602
 XENAPI_FAILURE: Final = 1
 """The code of every XenAPI failure in JSON-RPC 2.0."""
 
-_LARGE: Final = 64 << 10
-"""Bodies and answers from this many bytes or values on are read and written in a worker thread."""
+MAX_PARTS: Final = 100_000
+"""Brackets that open and commas in one request, also those in strings: as many as XML-RPC may have elements.
+The decoder keeps the interpreter to itself: a million empty arrays stopped everybody for two seconds."""
 
 _Id = str | int | float | None
 
@@ -59,6 +65,8 @@ class Request(msgspec.Struct, frozen=True):
 
 def parse_request(body: bytes) -> Request:
     """The call in `body`; MalformedRequestError for any other body."""
+    if body.count(b"[") + body.count(b"{") + body.count(b",") > MAX_PARTS:
+        raise MalformedRequestError(PARSE_ERROR, f"it has more than {MAX_PARTS} brackets and commas")
     try:
         request = msgspec.json.decode(body)
     except msgspec.DecodeError as error:
@@ -137,15 +145,21 @@ def dump_malformed(error: MalformedRequestError) -> bytes:
     return _encode({"jsonrpc": "2.0", "error": details, "id": error.call_id})
 
 
-async def answer_jsonrpc(api: Api, body: bytes, caller: Caller) -> bytes:
-    """The body of the answer (HTTP status 200, content type application/json) to the body of a request."""
+def read_jsonrpc(body: bytes) -> Ask:
+    """What asks the API for the body of the answer (HTTP status 200, content type application/json) to the
+    body of a request. Never raises.
+    """
     try:
-        if len(body) < _LARGE:
-            request = parse_request(body)
-        else:
-            request = await trio.to_thread.run_sync(parse_request, body)
+        return partial(_answer, parse_request(body))
     except MalformedRequestError as error:
-        return dump_malformed(error)
+        return partial(_tell, dump_malformed(error))
+
+
+async def _tell(problem: bytes, _api: Api, _caller: Caller) -> bytes:
+    return problem
+
+
+async def _answer(request: Request, api: Api, caller: Caller) -> bytes:
     try:
         value = await api.call(request.method, request.params, caller)
     except XenAPIError as error:

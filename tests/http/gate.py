@@ -26,7 +26,7 @@ from gateway.http.export_raw_vdi import ExportRawVDI
 from gateway.http.import_raw_vdi import ImportRawVDI
 from gateway.http.request import Request
 from gateway.http.routes import Routes
-from gateway.http.rpc import JSON, XML, rpc_handler
+from gateway.http.rpc import JSON, XML, LargeBodies, Reply, rpc_handler
 from gateway.http.server import Listener, Server, listen
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.files import FILES, FileCalls
@@ -143,6 +143,7 @@ class Gate:
         self.port = 0
         self.tls_port = 0
         self.session = ""
+        self.heard: list[bytes] = []
         self.services: DiskServices
         self.server: Server
 
@@ -214,16 +215,23 @@ class Gate:
         return [path.name for path in (self.directory / ".vdi-gateway" / "staging").iterdir()]
 
 
-async def _echo(body: bytes, request: Request, _connection: Connection) -> bytes:
-    return request.scheme.encode() + b":" + body
+def routes(services: DiskServices, heard: list[bytes]) -> Routes:
+    """RPC paths answer what they have read; `heard` gets the first byte of each body in that order."""
 
+    def _echo(body: bytes) -> Reply:
+        heard.append(body[:1])
 
-def routes(services: DiskServices) -> Routes:
-    rpc = rpc_handler(_echo, XML)
+        async def answer(request: Request, _connection: Connection) -> bytes:
+            return request.scheme.encode() + b":" + body
+
+        return answer
+
+    large = LargeBodies()
+    rpc = rpc_handler(_echo, XML, large)
     return Routes(
         {
             "/": {"POST": rpc},
-            "/jsonrpc": {"POST": rpc_handler(_echo, JSON)},
+            "/jsonrpc": {"POST": rpc_handler(_echo, JSON, large)},
             "/import_raw_vdi": {"PUT": ImportRawVDI(services)},
             "/export_raw_vdi": {"GET": ExportRawVDI(services)},
         }
@@ -258,7 +266,7 @@ async def open_gate(
         gate.sr = await inventory.sr_create("local", str(gate.directory))
         gate.session = await sessions.login("root", "secret", address="test")
         gate.services = DiskServices.for_limits(inventory, tasks, sessions, limits)
-        gate.server = Server(routes(gate.services), limits)
+        gate.server = Server(routes(gate.services, gate.heard), limits)
         listeners = [Listener(one) for one in listen("127.0.0.1", 0)]
         gate.port = listeners[0].socket.getsockname()[1]
         if tls is not None:

@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gateway.core.limits import Limits
 from gateway.http.connection import Connection
 from gateway.http.request import BadRequest, Request, parse_cookies, parse_head
 from gateway.http.routes import Routes
-from gateway.http.rpc import XML, rpc_handler
+from gateway.http.rpc import XML, LargeBodies, Reply, rpc_handler
 from gateway.http.wire import Wire
 from tests.http.gate import Client, Gate, open_gate, until
 
@@ -44,7 +45,7 @@ async def test_requests_on_one_connection_pipelined_or_not(gate: Gate) -> None:
 async def test_others_have_their_turn_between_requests_that_came_at_once() -> None:
     turns, seen = 0, []
 
-    async def count(_body: bytes, _request: Request, _connection: Connection) -> bytes:
+    async def count(_request: Request, _connection: Connection) -> bytes:
         seen.append(turns)
         return b""
 
@@ -59,7 +60,7 @@ async def test_others_have_their_turn_between_requests_that_came_at_once() -> No
         nursery.start_soon(others)
         await talk(
             b"POST / HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\n\r\nx" * 50,
-            Routes({"/": {"POST": rpc_handler(count, XML)}}),
+            rpc(lambda _body: count),
         )
         nursery.cancel_scope.cancel()
     # Who comes first in a round of the loop differs from round to round.
@@ -233,13 +234,13 @@ async def test_the_log_keeps_the_begin_of_a_long_target_alone(gate: Gate) -> Non
 
 
 async def test_an_unexpected_failure_is_500_without_details() -> None:
-    async def fail(_body: bytes, _request: Request, _connection: Connection) -> bytes:
+    async def fail(_request: Request, _connection: Connection) -> bytes:
         raise ValueError("the secret detail")
 
     with structlog.testing.capture_logs() as logs:
         said = await talk(
             b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
-            Routes({"/": {"POST": rpc_handler(fail, XML)}}),
+            rpc(lambda _body: fail),
         )
     assert said.startswith(b"HTTP/1.1 500 ")
     assert b"secret" not in said
@@ -297,11 +298,18 @@ async def talk(data: bytes, routes: Routes) -> bytes:
     return said
 
 
-async def _echo(body: bytes, _request: Request, _connection: Connection) -> bytes:
-    return body
+def rpc(read: Callable[[bytes], Reply]) -> Routes:
+    return Routes({"/": {"POST": rpc_handler(read, XML, LargeBodies())}})
 
 
-ROUTES = Routes({"/": {"POST": rpc_handler(_echo, XML)}})
+def _echo(body: bytes) -> Reply:
+    async def answer(_request: Request, _connection: Connection) -> bytes:
+        return body
+
+    return answer
+
+
+ROUTES = rpc(_echo)
 WORDS = st.sampled_from(
     [
         b"GET", b"POST", b"PUT", b" ", b"/", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n", b"\r\n\r\n", b":",

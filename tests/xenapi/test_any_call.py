@@ -13,8 +13,8 @@ from gateway.core.refs import NULL_REF
 from gateway.core.roles import Role
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Caller
-from gateway.xenapi.jsonrpc import answer_jsonrpc
-from gateway.xenapi.xmlrpc import answer_xmlrpc
+from gateway.xenapi.jsonrpc import read_jsonrpc
+from gateway.xenapi.xmlrpc import read_xmlrpc
 
 from .estate_for_tests import ADMIN, CALLER, open_site
 
@@ -75,9 +75,9 @@ def test_any_call_gets_a_result_that_both_codecs_carry_or_an_error_of_xenapi(
                     continue
                 method = f"{model.name}.get_all_records"
                 body = xmlrpc.client.dumps((ADMIN,), method).encode()
-                (xml,), _ = xmlrpc.client.loads(await answer_xmlrpc(site.api, body, CALLER))
+                (xml,), _ = xmlrpc.client.loads(await read_xmlrpc(body)(site.api, CALLER))
                 body = json.dumps({"method": method, "params": [ADMIN], "id": 1}).encode()
-                plain = json.loads(await answer_jsonrpc(site.api, body, CALLER))["result"]
+                plain = json.loads(await read_jsonrpc(body)(site.api, CALLER))["result"]
                 assert isinstance(xml, dict)
                 assert set(xml["Value"]) == set(plain)
 

@@ -13,8 +13,8 @@ from gateway.core.log import configure
 from gateway.core.roles import Role
 from gateway.core.task import TaskStatus
 from gateway.xenapi.datamodel import Call
-from gateway.xenapi.jsonrpc import answer_jsonrpc
-from gateway.xenapi.xmlrpc import answer_xmlrpc, dump_value
+from gateway.xenapi.jsonrpc import read_jsonrpc
+from gateway.xenapi.xmlrpc import dump_value, read_xmlrpc
 
 from .estate_for_tests import ADMIN, CALLER, Site, refusal
 
@@ -253,7 +253,7 @@ async def test_an_asynchronous_call_is_refused_before_it_becomes_a_task(site: Si
 
 async def test_pythons_client_gets_its_answer_through_xmlrpc(site: Site) -> None:
     body = xmlrpc.client.dumps((ADMIN,), "pool.get_all_records").encode()
-    (answer,), _ = xmlrpc.client.loads(await answer_xmlrpc(site.api, body, CALLER))
+    (answer,), _ = xmlrpc.client.loads(await read_xmlrpc(body)(site.api, CALLER))
     assert isinstance(answer, dict)
     (pool,) = answer["Value"].values()
     assert pool["master"] == site.estate.records.this_host.ref
@@ -261,14 +261,12 @@ async def test_pythons_client_gets_its_answer_through_xmlrpc(site: Site) -> None
 
 async def test_integers_are_numbers_through_jsonrpc_and_text_through_xmlrpc(site: Site) -> None:
     host = site.estate.records.this_host.ref
-    json = await answer_jsonrpc(
-        site.api,
-        f'{{"method": "host.get_API_version_major", "params": ["{ADMIN}", "{host}"], "id": 1}}'.encode(),
-        CALLER,
-    )
+    json = await read_jsonrpc(
+        f'{{"method": "host.get_API_version_major", "params": ["{ADMIN}", "{host}"], "id": 1}}'.encode()
+    )(site.api, CALLER)
     assert json == b'{"result":2,"error":null,"id":1}'
-    xml = await answer_xmlrpc(
-        site.api, xmlrpc.client.dumps((ADMIN, host), "host.get_API_version_major").encode(), CALLER
+    xml = await read_xmlrpc(xmlrpc.client.dumps((ADMIN, host), "host.get_API_version_major").encode())(
+        site.api, CALLER
     )
     assert dump_value(2).encode() in xml
 

@@ -14,7 +14,7 @@ from gateway.core.roles import Role
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api, Caller
 from gateway.xenapi.event import token_of
-from gateway.xenapi.jsonrpc import answer_jsonrpc
+from gateway.xenapi.jsonrpc import read_jsonrpc
 from gateway.xenapi.xmlrpc import dump_value
 
 from .estate_for_tests import ADMIN, CALLER, Site, open_site, refusal, sr_of
@@ -348,7 +348,7 @@ async def test_counts_are_32_bit_integers_in_xml_and_a_batch_is_carried_by_both_
     batch = await site.call("event.from", ADMIN, ["task"], "", 0.0)
     assert "<name>task</name><value><i4>1</i4></value>" in dump_value(batch)
     body = f'{{"method":"event.from","params":["{ADMIN}",["task"],"",1],"id":1}}'.encode()
-    assert b'"valid_ref_counts":{"task":1}' in await answer_jsonrpc(site.api, body, CALLER)
+    assert b'"valid_ref_counts":{"task":1}' in await read_jsonrpc(body)(site.api, CALLER)
 
 
 async def test_who_is_logged_out_meanwhile_is_told_nothing(site: Site) -> None:

@@ -12,9 +12,9 @@ from gateway.xenapi.jsonrpc import (
     INVALID_REQUEST,
     PARSE_ERROR,
     MalformedRequestError,
-    answer_jsonrpc,
     dump_success,
     parse_request,
+    read_jsonrpc,
 )
 
 from .stub_api import CALLER, stub
@@ -25,7 +25,7 @@ V2 = {"jsonrpc": "2.0", **V1}
 
 async def answer(api_answer: Any, body: Any) -> Any:
     _, api = stub(api_answer)
-    return json.loads(await answer_jsonrpc(api, json.dumps(body).encode(), CALLER))
+    return json.loads(await read_jsonrpc(json.dumps(body).encode())(api, CALLER))
 
 
 async def test_version_2_is_answered_in_version_2() -> None:
@@ -66,13 +66,13 @@ async def test_integers_are_numbers_and_dates_are_xenapis_text() -> None:
 
 async def test_the_params_arrive_as_they_were_sent() -> None:
     api, as_api = stub("")
-    await answer_jsonrpc(as_api, json.dumps(V2).encode(), CALLER)
+    await read_jsonrpc(json.dumps(V2).encode())(as_api, CALLER)
     assert api.calls == [("VDI.get_record", ["OpaqueRef:s", "OpaqueRef:v"])]
 
 
 async def test_missing_params_are_none() -> None:
     api, as_api = stub("")
-    await answer_jsonrpc(as_api, b'{"jsonrpc": "2.0", "method": "system.listMethods", "id": 1}', CALLER)
+    await read_jsonrpc(b'{"jsonrpc": "2.0", "method": "system.listMethods", "id": 1}')(as_api, CALLER)
     assert api.calls == [("system.listMethods", [])]
 
 
@@ -83,6 +83,7 @@ async def test_missing_params_are_none() -> None:
         (b"\xff", PARSE_ERROR, "not JSON"),
         (b'{"method": "\xff", "id": 1}', PARSE_ERROR, "not"),
         (b"[" * 100_000, PARSE_ERROR, "nests too deeply"),
+        (b"[" + b"[]," * 50_000 + b"1]", PARSE_ERROR, "brackets and commas"),
         (b"[]", INVALID_REQUEST, "batches"),
         (json.dumps([V2, V2]).encode(), INVALID_REQUEST, "batches"),
         (b"3", INVALID_REQUEST, "not an object"),
@@ -97,7 +98,7 @@ async def test_missing_params_are_none() -> None:
 )
 async def test_what_is_no_call_gets_a_reserved_code_and_the_reason(body: bytes, code: int, why: str) -> None:
     _, api = stub("fine")
-    error = json.loads(await answer_jsonrpc(api, body, CALLER))["error"]
+    error = json.loads(await read_jsonrpc(body)(api, CALLER))["error"]
     assert error["code"] == code
     assert why in error["message"]
 
@@ -138,7 +139,7 @@ def _without_none(value: Any) -> Any:
 
 async def _one_known_answer(body: bytes) -> None:
     _, api = stub("fine")
-    answered = json.loads(await answer_jsonrpc(api, body, CALLER))
+    answered = json.loads(await read_jsonrpc(body)(api, CALLER))
     if answered.get("error") is None:
         assert answered["result"] == "fine"
     else:
