@@ -8,7 +8,8 @@ import pytest
 from gateway.images.disk import Disk, Extent, ExtentKind, FileRange, Hole
 from gateway.images.errors import CorruptImage
 from gateway.images.files import FileCalls
-from tests.images.disks import open_leaf, read, read_by_segments
+from gateway.images.vhd.create import create_dynamic
+from tests.images.disks import open_leaf, put, read, read_by_segments
 
 MIB = 1 << 20
 
@@ -101,7 +102,12 @@ def test_a_sync_that_failed_fails_for_good_and_the_descriptor_is_closed(image: P
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_flush_beside_another_one_waits_for_its_sync(image: Path) -> None:
+@pytest.mark.parametrize("kind", ["raw", "dynamic"])
+def test_a_flush_beside_another_one_waits_for_its_sync(tmp_path: Path, image: Path, kind: str) -> None:
+    if kind == "dynamic":
+        image = tmp_path / "full.vhd"
+        create_dynamic(str(image), 2 * MIB)
+        put(image, (0, b"o" * 2 * MIB))
     outcomes: list[str] = []
 
     class Failing(FileCalls):

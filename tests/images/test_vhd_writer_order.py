@@ -12,8 +12,19 @@ import pytest
 
 from gateway.images.disk import FileRange
 from gateway.images.files import Buffer, FileCalls
+from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.format import SECTOR, BatmapHeader
-from tests.images.disks import entries, inspect, libvhdi_reads, make_child, open_leaf, pattern, read, read_all
+from tests.images.disks import (
+    entries,
+    inspect,
+    libvhdi_reads,
+    make_child,
+    open_leaf,
+    pattern,
+    put,
+    read,
+    read_all,
+)
 from tests.images.watched_calls import Watched
 
 MIB = 1 << 20
@@ -170,6 +181,20 @@ def test_a_false_batmap_is_cleared_before_a_block_is_added(image: Path) -> None:
     assert content[map_at : map_at + 512] == bytes(512)
     batmap = BatmapHeader.unpack(content[header.table_end : map_at], "x")
     assert batmap.map_checksum == 0xFFFFFFFF
+
+
+def test_a_batmap_may_be_shorter_than_the_table(tmp_path: Path) -> None:
+    image = tmp_path / "a.vhd"
+    create_dynamic(str(image), 4097 * 4096, block_size=4096)
+    put(image, (0, DATA[:4096]))
+    header = inspect(image).header
+    assert header is not None
+    map_at = header.table_end + 512
+    with image.open("r+b") as file:
+        file.seek(header.table_end)
+        file.write(BatmapHeader(map_at, 1, ~0x80 & 0xFFFFFFFF).pack() + b"\x80")
+    put(image, (4096 * 4096, DATA[:4096]))
+    assert libvhdi_reads([image])[-4096:] == DATA[:4096]
 
 
 def test_a_batmap_that_claims_most_of_a_huge_file_is_cleared_in_no_memory(image: Path) -> None:

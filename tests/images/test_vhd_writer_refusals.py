@@ -2,12 +2,13 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gateway.images.chain import open_chain_files, open_disk
-from gateway.images.errors import CorruptImage
+from gateway.images.errors import CorruptImage, ImageTooLarge
 from gateway.images.files import Buffer, FileCalls
 from gateway.images.vhd.create import create_dynamic
 from gateway.images.vhd.format import UNUSED
@@ -58,6 +59,18 @@ def test_a_block_may_begin_where_the_disk_ends_in_the_last_one_but_not_before(od
     assert_refuses_writes(odd, "block 2 and block 0 overlap")
 
 
+def test_only_the_last_block_may_be_cut_off(odd: Vhd) -> None:
+    odd.set_entry(1, entries(odd.path)[0] + CUT_OFF)
+    assert_refuses_writes(odd, "block 0 and block 1 overlap")
+
+
+def test_a_block_whose_last_sector_is_metadata_is_found(child: Vhd) -> None:
+    put(child.path, (0, DATA))
+    header, place = child.header(), entries(child.path)[2] * 512 + 2 * MIB
+    child.set_header(locators=(replace(header.locators[0], data_offset=place), *header.locators[1:]))
+    assert_refuses_writes(child, "block 2 is said to lie in the metadata")
+
+
 def test_a_block_in_the_metadata_is_found_behind_a_last_block_that_ends_before_it(odd: Vhd) -> None:
     header = odd.header()
     table = odd.get(header.table_offset, 512)
@@ -87,6 +100,23 @@ def assert_refuses_writes(vhd: Vhd, why: str) -> None:
         disk.pwrite(b"x" * 512, 4 * MIB)
     disk.close()
     assert vhd.path.read_bytes() == before
+
+
+def test_no_block_comes_to_lie_where_its_entry_would_say_that_there_is_none(image: Path) -> None:
+    put(image, (0, DATA[:512]))
+    vhd = Vhd(image)
+    footer, block = vhd.get(-512, 512), (512 + 2 * MIB) // 512
+    last = UNUSED + 1 - 8 - block  # the last block that ends before 2 TiB, with its data aligned
+    vhd.set_entry(0, last - 8 - 4096)
+    vhd.truncate((last - 7) * 512 + 512)
+    vhd.put(-512, footer)
+    disk = open_leaf(image, writable=True)
+    disk.pwrite(DATA[:512], 2 * MIB)
+    with pytest.raises(ImageTooLarge, match="2 TiB"):
+        disk.pwrite(DATA[:512], 4 * MIB)
+    disk.close()
+    assert entries(image)[1:] == [last, UNUSED, UNUSED]
+    assert libvhdi_reads([image])[2 * MIB : 2 * MIB + 512] == DATA[:512]
 
 
 def test_an_image_without_its_last_footer_is_read_but_not_written(image: Path) -> None:

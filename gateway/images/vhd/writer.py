@@ -278,7 +278,7 @@ class LeafWriter:
         self._files.pwrite(self._fd, self._footer, new)
         if self._published:
             self._sync()  # or a crash could keep data and lose the only footer
-        self._files.pwrite(self._fd, bytes(min(SECTOR, new - old)), old)
+        self._files.pwrite(self._fd, bytes(SECTOR), old)
         self._footer_at = new
 
     def _clear_false_batmap(self) -> None:
