@@ -38,6 +38,14 @@ def upgrade():
     op.execute("DELETE FROM settings")
     op.execute("this is no SQL")
 """
+ORPHANING_MIGRATION = """
+from alembic import op
+revision = "0002"
+down_revision = "0001"
+def upgrade():
+    op.execute("DELETE FROM settings")
+    op.execute("INSERT INTO pbds VALUES ('p', 'p', 'no host', 'no SR', '{}', 1, '{}')")
+"""
 
 
 def put(name: str, value: str) -> "sqlalchemy.Insert":
@@ -202,6 +210,15 @@ async def test_a_full_disk_is_told_as_one_and_over_once_there_is_space(tmp_path:
     await database.aclose()
 
 
+async def test_nobody_is_told_to_move_a_database_away_that_can_only_be_read(tmp_path: Path) -> None:
+    database = await Database.open(str(tmp_path / "gateway.sqlite3"))
+    # Root may write whatever the mode says.
+    await database.run(lambda connection: connection.exec_driver_sql("PRAGMA query_only = ON").close())
+    with pytest.raises(DatabaseFailed, match="make it and its directory readable and writable"):
+        await database.run(lambda connection: connection.execute(put("colour", "red")))
+    await database.aclose()
+
+
 async def test_no_error_shows_what_was_to_be_written(tmp_path: Path) -> None:
     database = await Database.open(str(tmp_path / "gateway.sqlite3"))
     await database.run(lambda connection: connection.execute(put("colour", "a secret")))
@@ -293,13 +310,18 @@ async def test_an_older_schema_is_copied_beside_itself_and_upgraded(tmp_path: Pa
         await Database.open(str(path))
 
 
-async def test_an_upgrade_that_fails_leaves_the_database_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "why"), [(BROKEN_MIGRATION, "this"), (ORPHANING_MIGRATION, "rows that refer to nothing")]
+)
+async def test_an_upgrade_that_fails_leaves_the_database_as_it_was(
+    tmp_path: Path, script: str, why: str
+) -> None:
     path = tmp_path / "gateway.sqlite3"
     database = await Database.open(str(path))
     await database.run(lambda connection: connection.execute(put("colour", "red")))
     await database.aclose()
-    migrations = migrations_with(tmp_path / "migrations", BROKEN_MIGRATION)
-    with pytest.raises(DatabaseUnusable, match="this"):
+    migrations = migrations_with(tmp_path / "migrations", script)
+    with pytest.raises(DatabaseUnusable, match=why):
         await Database.open(str(path), revisions=("0001", "0002"), migrations=migrations)
     database = await Database.open(str(path))
     assert await database.run(lambda connection: value_of(connection, "colour")) == "red"

@@ -1,7 +1,10 @@
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import trio
+from sqlalchemy import Connection
+from trio.testing import wait_all_tasks_blocked
 
 from gateway.core.database import Database
 from gateway.core.errors import XenAPIError
@@ -111,6 +114,47 @@ async def test_a_name_is_taken_once_and_an_unknown_one_is_named(database: Databa
     with pytest.raises(XenAPIError) as refusal:
         await users.set_password("bob", "right")
     assert refusal.value.error_info == ["HANDLE_INVALID", "user", "bob"]
+
+
+async def test_a_name_that_two_ask_for_at_once_goes_to_one_of_them(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hashed_at_once(password: str) -> str:
+        return password
+
+    users = await Users.load(database, cheap())
+    monkeypatch.setattr(users.passwords, "hash", hashed_at_once)
+    refusals: list[str] = []
+
+    async def ask(password: str) -> None:
+        try:
+            await users.create("ann", password, Role.READ_ONLY)
+        except XenAPIError as refused:
+            refusals.append(refused.code)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, "one")
+        nursery.start_soon(ask, "other")
+    assert refusals == ["DB_UNIQUENESS_CONSTRAINT_VIOLATION"]
+
+
+async def test_a_user_who_is_removed_while_something_else_is_changed_stays_removed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = await Users.load(database, cheap())
+    await users.create("ann", "right", Role.READ_ONLY)
+    run = database.run
+
+    async def removed_meanwhile(work: Callable[[Connection], object]) -> object:
+        monkeypatch.setattr(database, "run", run)
+        nursery.start_soon(users.remove, "ann")
+        await wait_all_tasks_blocked()
+        return await run(work)
+
+    async with trio.open_nursery() as nursery:
+        monkeypatch.setattr(database, "run", removed_meanwhile)
+        await users.set_role("ann", Role.POOL_ADMIN)
+    assert users.find("ann") is None
 
 
 async def test_a_user_does_not_print_the_hash(database: Database) -> None:

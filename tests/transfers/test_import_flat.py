@@ -54,6 +54,11 @@ def test_a_footer_is_no_part_of_the_disk(wanted: BodyFormat, known: bool) -> Non
     assert take(DATA + FOOTER, wanted, known=known, told=False) == expected
 
 
+def test_a_footer_of_old_programs_lacks_its_last_byte() -> None:
+    assert take(DATA + FOOTER[:-1], VHD) == DATA.ljust(ROOM, b"\0")
+    assert take(DATA + FOOTER[:-1], VHD, room=None) == DATA
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("length", [1, 511, 512, 513, 70_001, MIB, ROOM - 512, ROOM])
 def test_without_a_footer_all_of_it_is_the_disk(length: int, known: bool) -> None:

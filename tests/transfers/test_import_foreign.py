@@ -161,6 +161,12 @@ def test_a_qcow2_that_wants_more_than_its_file(
     assert "/import" not in str(caught.value)
 
 
+def test_what_the_head_shows_is_refused_before_the_rest_has_come(take: Callable[..., bytes]) -> None:
+    head = changed("qcow2", (24, u64(6 * MIB + 1)))[: 4 * MIB].ljust(4 * MIB, b"\0")
+    with pytest.raises(XenAPIError, match="VDI_TOO_SMALL"):
+        take(head, "qcow2", length=60 * MIB)
+
+
 def vmdk_text(old: bytes, new: bytes, kind: str = "vmdk") -> bytes:
     data = sample(kind)
     assert old in data[:10240]
