@@ -149,7 +149,7 @@ class Origins:
     def read(self) -> Config:
         """The configuration as it is now. Raises ConfigError."""
         file = self.file or os.path.join(self.state_dir, FILE_NAME)
-        present = self.file is not None or os.path.lexists(file)
+        present = self.file is not None or _is_there(file)
         settings = {each.path: Setting(each.default, Source.DEFAULT) for each in OPTIONS}
         settings |= _of_file(file) if present else {}
         settings |= _of_arguments(self.arguments)
@@ -162,6 +162,19 @@ class Origins:
             settings["listen.http"] = Setting([address(DEFAULT_HTTP)], Source.DEFAULT)
         _check_together(settings, file)
         return Config(settings, os.path.abspath(file) if present else None)
+
+
+def _is_there(file: str) -> bool:
+    """Raises ConfigError where nobody can tell: the defaults in place of what it says would be wrong."""
+    try:
+        os.lstat(file)
+    except PermissionError as error:
+        raise ConfigError(
+            f"{file} can't be looked for: {error.strerror}; run this as the user of the gateway"
+        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def _of_file(file: str) -> dict[str, Setting]:

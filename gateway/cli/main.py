@@ -119,7 +119,24 @@ def run(arguments: Sequence[str]) -> int:
             return _complain(name, f"a connection was broken off: {error.strerror}; try again", 1)
         # The reader of our output has seen enough (`| head`).
         return 0
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # the same of `--help`, which rich prints
+            return 0
+        raise
+    except FileNotFoundError:
+        if _is_somewhere():
+            raise
+        return _complain(name, "the current directory has been removed; change to another one (cd)", 1)
     return code if isinstance(code, int) else 0
+
+
+def _is_somewhere() -> bool:
+    """Whether there is a current directory, where relative paths begin."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_open(descriptor: int) -> bool:

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import tomllib
 from dataclasses import fields
@@ -142,6 +144,17 @@ def test_a_named_file_must_be_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "other.toml")
     with pytest.raises(ConfigError, match=re.escape(f"{missing}: No such file or directory")):
         Origins(state_dir=str(tmp_path), file=missing, arguments={}).read()
+
+
+def test_a_file_that_can_not_be_looked_for_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("os.lstat", refuse)
+    with pytest.raises(ConfigError, match=r"config.toml can't be looked for: Permission denied; run this as"):
+        Origins(state_dir=str(tmp_path), file=None, arguments={}).read()
 
 
 def test_paths_in_the_file_start_at_its_directory(tmp_path: Path) -> None:

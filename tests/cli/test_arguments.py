@@ -90,6 +90,15 @@ def test_without_a_running_gateway_commands_say_how_to_start_one(tmp_path: Path)
     assert f"vdi-gateway serve --state-dir {tmp_path}/state" in done.stderr
 
 
+def test_a_current_directory_that_was_removed_is_told(tmp_path: Path) -> None:
+    script = f"cd {tmp_path} && mkdir gone && cd gone && rmdir ../gone && {program()} vdi-list"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "vdi-gateway vdi-list: the current directory has been removed; change to another one (cd)\n"
+    )
+
+
 def test_a_gateway_that_does_not_answer_is_named(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("x\n")
     done = run("vdi-list", "--url", "http://127.0.0.1:1", "--password-file", str(tmp_path / "password"))
