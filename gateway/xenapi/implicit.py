@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
@@ -19,9 +21,20 @@ if TYPE_CHECKING:
     from gateway.xenapi.estate import Estate
     from gateway.xenapi.fields import Field, StoredObjects
 
-RECORDS_PER_TURN: Final = 500
-"""So many records are built before other tasks of the trio loop get their turn: some two milliseconds'
-work."""
+_TURN_SECONDS: Final = 0.005
+
+
+class Turn:
+    """A turn on the trio loop. Goes by time, since objects have maps as large as users make them."""
+
+    def __init__(self) -> None:
+        self._began = monotonic()
+
+    async def end_in_time(self) -> None:
+        """Asked after each object: let the others have their turn if this one has been long enough."""
+        if monotonic() - self._began >= _TURN_SECONDS:
+            await trio.lowlevel.checkpoint()
+            self._began = monotonic()
 
 
 def implicit_messages(model: ApiClass) -> Iterator[Message]:
@@ -83,29 +96,28 @@ def _queries(model: ApiClass) -> Iterator[Message]:
         return [item.ref for item in objects(call.estate).all()]
 
     async def get_all_records(call: Call) -> WireValue:
-        estate = call.estate
+        estate, turn = call.estate, Turn()
         records: dict[str, WireValue] = {}
-        for number, item in enumerate(objects(estate).all(), start=1):
+        for item in objects(estate).all():
             records[item.ref] = model.record(item, estate)
-            if number % RECORDS_PER_TURN == 0:
-                await trio.lowlevel.checkpoint()
+            await turn.end_in_time()
         return records
 
     readers = {each.name: each.read for each in model.fields}
 
     async def get_all_records_where(call: Call, expr: str) -> WireValue:
-        estate = call.estate
+        estate, turn = call.estate, Turn()
         matches = parse_query(expr, readers)
         records: dict[str, WireValue] = {}
 
         def text_of(item: Any) -> Callable[[str], str]:
-            return lambda name: database_text(readers[name](item, estate))
+            # A query may name a field hundreds of times, and a map may be large.
+            return cache(lambda name: database_text(readers[name](item, estate)))
 
-        for number, item in enumerate(objects(estate).all(), start=1):
+        for item in objects(estate).all():
             if matches(text_of(item)):
                 records[item.ref] = model.record(item, estate)
-            if number % RECORDS_PER_TURN == 0:
-                await trio.lowlevel.checkpoint()
+            await turn.end_in_time()
         return records
 
     async def get_by_uuid(call: Call, uuid: str) -> WireValue:

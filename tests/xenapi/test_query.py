@@ -2,10 +2,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.core.errors import XenAPIError
+from gateway.xenapi import implicit
 from gateway.xenapi.query import database_text, parse_query
 
 from .estate_for_tests import ADMIN, Site
@@ -110,3 +112,44 @@ async def test_records_are_found_by_a_query(site: Site) -> None:
     assert found == {first: await site.call("task.get_record", ADMIN, first)}
     assert len(await site.call("task.get_all_records_where", ADMIN, "true")) == 2
     assert await site.call("VBD.get_all_records_where", ADMIN, 'field "VM" = "x"') == {}
+
+
+async def test_a_query_of_hundreds_of_conditions_writes_a_field_once_for_each_object(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def counted(value: Any) -> str:
+        written.append(value)
+        return database_text(value)
+
+    monkeypatch.setattr(implicit, "database_text", counted)
+    tasks = [await site.call("task.create", ADMIN, "a", "") for _ in range(3)]
+    query = " or ".join(['field "other_config" = "x"'] * 500)
+    assert await site.call("task.get_all_records_where", ADMIN, query) == {}
+    assert len(written) == len(tasks)
+
+
+@pytest.mark.parametrize("method", ["get_all_records", "get_all_records_where", "event.from"])
+async def test_others_have_their_turn_between_two_objects(
+    site: Site, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(implicit, "_TURN_SECONDS", 0)
+    for _ in range(50):
+        await site.call("task.create", ADMIN, "a", "")
+    turns = 0
+    async with trio.open_nursery() as nursery:
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        nursery.start_soon(others)
+        if method == "event.from":
+            await site.call(method, ADMIN, ["task"], "", 0.0)
+        else:
+            await site.call(f"task.{method}", ADMIN, *(["true"] if method.endswith("where") else []))
+        nursery.cancel_scope.cancel()
+    assert turns >= 49
