@@ -17,11 +17,11 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.xenapi.datamodel import ApiClass, Call, Parameter, message
-from gateway.xenapi.implicit import RECORDS_PER_TURN
+from gateway.xenapi.implicit import Turn
 from gateway.xenapi.types import FLOAT, INT, STRING, STRINGS, Int32, Record, SetOf
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
     from gateway.core.events import Event, Events
     from gateway.core.roles import Role
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from gateway.xenapi.fields import ListedObjects
 
 _TOKEN: Final = re.compile(r"([0-9]{1,20}),([0-9]{1,20})", re.ASCII)
+
+MOST_WORDS: Final = 1000
+"""Classes and single objects that a client may listen to: a session's are kept as long as it lives, and each
+change is held against them."""
+
+_LONGEST_WORD: Final = 200
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which event.from answers whatever it was asked for: by then a proxy has closed the
@@ -73,9 +79,13 @@ def _objects(model: ApiClass, estate: Estate) -> ListedObjects:
     return objects  # type: ignore[no-any-return]  # has_events says that they can be listed
 
 
-def parse_subscription(words: Iterable[str], told: Mapping[str, ApiClass], role: Role) -> Subscription:
+def parse_subscription(words: Collection[str], told: Mapping[str, ApiClass], role: Role) -> Subscription:
     """`*`, a class in any case, or class/reference. Classes that do not exist, or whose objects the caller
-    may not see, have no events. EVENT_SUBSCRIPTION_PARSE_FAILURE for anything else."""
+    may not see, have no events. EVENT_SUBSCRIPTION_PARSE_FAILURE for anything else, VALUE_NOT_SUPPORTED for
+    too many."""
+    if len(words) > MOST_WORDS:
+        reason = f"{MOST_WORDS} are the most that a client may listen to; listen to whole classes"
+        raise XenAPIError("VALUE_NOT_SUPPORTED", "classes", str(len(words)), reason)
     visible = {name: model for name, model in told.items() if role >= model.reader}
     by_lower = {name.lower(): name for name in visible}
     whole: set[str] = set()
@@ -85,7 +95,7 @@ def parse_subscription(words: Iterable[str], told: Mapping[str, ApiClass], role:
             whole.update(visible)
             continue
         class_name, slash, ref = word.partition("/")
-        if not class_name or (slash and not ref):
+        if not class_name or (slash and not ref) or len(word) > _LONGEST_WORD:
             raise XenAPIError("EVENT_SUBSCRIPTION_PARSE_FAILURE", word[:100])
         name = by_lower.get(class_name.lower())
         if name is None:
@@ -155,7 +165,8 @@ async def _cancel_after(ending: Callable[[], Awaitable[None]], scope: trio.Cance
 async def _told(call: Call, changes: Iterable[Event], models: Mapping[str, ApiClass]) -> list[dict[str, Any]]:
     """Events as they are sent, each with the record as it is now."""
     told: list[dict[str, Any]] = []
-    for number, event in enumerate(changes, start=1):
+    turn = Turn()
+    for event in changes:
         model = models[event.class_name]
         entry = _entry(event.counter, event.moment, event.class_name, event.operation, event.ref)
         if event.operation != "del":
@@ -166,21 +177,19 @@ async def _told(call: Call, changes: Iterable[Event], models: Mapping[str, ApiCl
             else:
                 entry["snapshot"] = model.record(item, call.estate)
         told.append(entry)
-        if number % RECORDS_PER_TURN == 0:
-            await trio.lowlevel.checkpoint()
+        await turn.end_in_time()
     return told
 
 
 async def _everything(call: Call, subscription: Subscription) -> list[dict[str, Any]]:
     """All objects as if they had just come."""
-    events = call.estate.events
+    events, turn = call.estate.events, Turn()
     told: list[dict[str, Any]] = []
-    for number, (name, item) in enumerate(subscription.present(call.estate), start=1):
+    for name, item in subscription.present(call.estate):
         entry = _entry(events.counter, events.epoch / 1e6, name, "add", item.ref)
         entry["snapshot"] = subscription.models[name].record(item, call.estate)
         told.append(entry)
-        if number % RECORDS_PER_TURN == 0:
-            await trio.lowlevel.checkpoint()
+        await turn.end_in_time()
     return told
 
 
@@ -211,7 +220,7 @@ def event_class(models: Iterable[ApiClass]) -> ApiClass:
         Parameter("timeout", FLOAT, "seconds to wait at most for something to happen"),
         result=Record("event batch", {}),
         asynchronous=False,
-        errors=("EVENT_FROM_TOKEN_PARSE_FAILURE", "EVENT_SUBSCRIPTION_PARSE_FAILURE"),
+        errors=("EVENT_FROM_TOKEN_PARSE_FAILURE", "EVENT_SUBSCRIPTION_PARSE_FAILURE", "VALUE_NOT_SUPPORTED"),
     )
     async def from_(call: Call, classes: tuple[str, ...], token: str, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109 - XenAPI's parameter
         estate, events = call.estate, call.estate.events
@@ -261,11 +270,19 @@ def event_class(models: Iterable[ApiClass]) -> ApiClass:
     async def get_current_id(call: Call) -> int:
         return call.estate.events.counter
 
-    @message("register", "Hear of classes through event.next.", _CLASSES, asynchronous=False)
+    @message(
+        "register",
+        "Hear of classes through event.next.",
+        _CLASSES,
+        asynchronous=False,
+        errors=("EVENT_SUBSCRIPTION_PARSE_FAILURE", "VALUE_NOT_SUPPORTED"),
+    )
     async def register(call: Call, classes: tuple[str, ...]) -> None:
-        parse_subscription(classes, by_name, call.identity.role)
+        known = call.estate.registrations.find(_listener(call))
+        wanted = {**(known.classes if known is not None else {}), **dict.fromkeys(classes)}
+        parse_subscription(wanted, by_name, call.identity.role)
         registration = call.estate.registrations.of(_listener(call), call.estate.events.counter)
-        registration.classes.update(dict.fromkeys(classes))
+        registration.classes = wanted
 
     @message("unregister", "Hear of classes no more through event.next.", _CLASSES, asynchronous=False)
     async def unregister(call: Call, classes: tuple[str, ...]) -> None:

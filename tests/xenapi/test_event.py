@@ -13,7 +13,7 @@ from gateway.core.leases import Holder, LeaseMode
 from gateway.core.roles import Role
 from gateway.xenapi.classes import CLASSES
 from gateway.xenapi.dispatch import Api, Caller
-from gateway.xenapi.event import token_of
+from gateway.xenapi.event import MOST_WORDS, token_of
 from gateway.xenapi.jsonrpc import read_jsonrpc
 from gateway.xenapi.xmlrpc import dump_value
 
@@ -256,6 +256,24 @@ async def test_event_next_tells_what_was_registered_once(site: Site) -> None:
     site.events.publish("pool", "mod", pool)
     (event,) = await site.call("event.next", ADMIN)
     assert event["ref"] == pool
+
+
+async def test_what_one_client_listens_to_is_bounded(site: Site) -> None:
+    tasks = [f"task/{number}" for number in range(MOST_WORDS)]
+    await site.call("event.register", ADMIN, tasks)
+    await site.call("event.register", ADMIN, tasks[:10])
+    for refused in (
+        ("event.register", ["VDI"]),
+        ("event.from", ["VDI", *tasks], "", 0.0),
+    ):
+        assert (await refusal(site, refused[0], ADMIN, *refused[1:]))[:2] == [
+            "VALUE_NOT_SUPPORTED",
+            "classes",
+        ]
+    await site.call("event.unregister", ADMIN, tasks)
+    await site.call("event.register", ADMIN, ["VDI"])
+    long = await refusal(site, "event.register", ADMIN, ["task/" + "x" * 1000])
+    assert long[0] == "EVENT_SUBSCRIPTION_PARSE_FAILURE"
 
 
 async def test_event_next_says_when_events_are_lost(tmp_path: Path) -> None:
