@@ -121,7 +121,7 @@ MESSAGES: Final[dict[str, str]] = {
     # Tasks.
     "TASK_CANCELLED": "The task {0} was cancelled; start the operation again if you still want it.",
     "TASK_INTERRUPTED": "The gateway was stopped while the task ran; start the operation again.",
-    "TOO_MANY_PENDING_TASKS": "There are {0} pending tasks, the most that are allowed; "
+    "TOO_MANY_PENDING_TASKS": "You have {0} pending tasks, the most that a user may have; "
     "destroy those that nobody needs.",
     # Events.
     "EVENT_FROM_TOKEN_PARSE_FAILURE": "{0!r} is no token of event.from; begin with an empty one.",

@@ -176,8 +176,8 @@ class Limits:
     task_keep: int = _number(
         1000,
         (1, 100_000),
-        "so many finished ones: each takes about 1 KiB, and a list of more helps nobody; and as many pending"
-        " ones that clients make",
+        "so many finished ones of each user: each takes about 1 KiB, and a list of more helps nobody; and as"
+        " many pending ones that clients make",
     )
     task_progress_seconds: float = _seconds(
         1.0,

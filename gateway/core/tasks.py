@@ -159,7 +159,7 @@ class Tasks:
             worked_on=not client_made,
         )
         async with self._lock:
-            if client_made and waiting_for_clients(self._table) >= self._limits.task_keep:
+            if client_made and waiting_for_clients(self._table, user) >= self._limits.task_keep:
                 raise XenAPIError("TOO_MANY_PENDING_TASKS", str(self._limits.task_keep))
             await self._table.add(task)
             await self._forget_beyond_the_limits()

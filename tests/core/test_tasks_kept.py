@@ -147,6 +147,20 @@ async def test_a_client_cannot_fill_the_memory_with_pending_tasks(board: Board) 
     await board.task(client_made=False)
 
 
+async def test_a_user_fills_the_list_for_nobody_else(board: Board) -> None:
+    board.limits = replace(Limits(), task_keep=3)
+    await board.restart()
+    theirs = await board.tasks.create("import", user="bob", client_made=False)
+    async with board.tasks.operation(theirs, nothing):
+        pass
+    for _ in range(4):
+        await board.tasks.cancel((await board.task()).ref)
+    for _ in range(3):
+        await board.task()
+    assert board.tasks.get(theirs.ref).status is TaskStatus.SUCCESS
+    await board.tasks.create("import", user="bob", client_made=True)
+
+
 async def test_old_tasks_that_cannot_be_removed_harm_no_other(
     board: Board, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
