@@ -190,7 +190,7 @@ _SELF = Parameter("self", Reference("VDI"), "the VDI")
 
 @message(
     "create",
-    "Create a VDI, empty, in an attached SR. Its size is rounded up to 2 MiB.",
+    "Create a VDI, empty, in an attached SR. Its size is rounded up to 2 MiB, if raw to 512 bytes.",
     Parameter(
         "args", given("VDI", FIELDS), "the fields of the new VDI; a complete record of another will do"
     ),
@@ -205,7 +205,7 @@ async def create(call: Call, args: dict[str, Any]) -> str:
 
 @message(
     "resize",
-    "Make the VDI larger. The size is rounded up to 2 MiB; what is new reads as zeroes.",
+    "Make the VDI larger. The size is rounded up to 2 MiB, if raw to 512 bytes; what is new reads as zeroes.",
     Parameter("vdi", Reference("VDI"), "the VDI"),
     Parameter("size", INT, "the new size in bytes, not less than the VDI has"),
     role=Role.VM_ADMIN,
