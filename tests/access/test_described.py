@@ -63,6 +63,15 @@ async def test_a_vdi_is_described_with_its_content_and_file_and_without_a_lease(
     assert room.tasks.all() == []
 
 
+async def test_of_the_last_block_counts_what_the_disk_has_of_it(room: Room) -> None:
+    ref = await room.inventory.vdi_create(sr=room.sr, virtual_size=3 * MIB, sm_config={"type": "raw"})
+    vdi = room.inventory.records.vdis.get(ref)
+    fd = os.open(path_of(room, vdi), os.O_WRONLY)
+    os.pwrite(fd, b"x", 5 * MIB // 2)
+    os.close(fd)
+    assert (await described(room, vdi)).stored == MIB
+
+
 async def test_a_writer_of_the_vdi_keeps_nobody_from_asking(room: Room) -> None:
     vdi = await room.vdi()
     lease = await room.inventory.lease(vdi, LeaseMode.WRITE, Holder("test", "write", vdi.ref))

@@ -1,16 +1,18 @@
 """Why a disk is refused: it is told to who asked, and with the disk, but never a secret."""
 
 import os
+from typing import Any
 
 import pytest
 import structlog
 import trio
 
-from gateway.access.protocol import Closed, Granted, Open
-from gateway.core.leases import Holder, LeaseMode
+from gateway.access.protocol import Closed, Granted, Open, Revoke
+from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.limits import Limits
 from gateway.core.nbd_service import NbdService
 from gateway.core.roles import Role
-from tests.access.conftest import Room, opened, refused, stranger
+from tests.access.conftest import Room, ended, opened, refused, stranger
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -97,6 +99,35 @@ async def test_a_refusal_says_why_and_ends_the_connection(
     await talk.send(asked)
     assert refused(await talk.receive()).code == code
     assert await talk.receive() is None
+
+
+async def test_one_connection_too_many_is_refused_until_another_has_ended(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room.server, "_limits", Limits(connections=1))
+    vdi = await room.vdi()
+    talk = await opened(room, vdi)
+    other = room.connect()
+    assert refused(await other.receive()).code == "TOO_MANY_TRANSFERS"
+    assert await other.receive() is None
+    await ended(talk)
+    await room.until(lambda: not room.nursery.child_tasks)
+    await opened(room, vdi)
+
+
+async def test_a_session_that_ends_while_its_disk_is_opened_does_not_keep_it(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vdi, session = await room.vdi(), await room.session(Role.VM_ADMIN)
+    take = room.inventory.lease
+
+    async def logged_out_meanwhile(*asked: Any) -> Lease:
+        await room.sessions.logout(session)
+        return await take(*asked)
+
+    monkeypatch.setattr(room.inventory, "lease", logged_out_meanwhile)
+    talk = await opened(room, vdi, session=session)
+    assert await talk.receive() == Revoke("its session has ended")
 
 
 async def test_another_user_needs_a_session(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,11 +91,16 @@ async def test_a_session_that_ended_while_the_gateway_was_down_is_removed(gate: 
         gate.sessions.get(ref)
 
 
-async def test_a_wall_clock_that_was_set_back_ends_no_session(gate: Gate) -> None:
-    ref = await gate.login()
+async def test_a_wall_clock_that_was_set_back_neither_ends_a_session_nor_makes_it_last(
+    gate: Gate, mock_clock: MockClock
+) -> None:
+    ref, idle = await gate.login(), await gate.login()
     gate.now = datetime(2001, 1, 1, tzinfo=UTC)
     await gate.reopen()
     await gate.by_ref(ref)
+    mock_clock.jump(24 * 3600)
+    with refused("SESSION_INVALID"):
+        gate.sessions.get(idle)
 
 
 async def test_use_is_written_down_once_a_minute_at_most(

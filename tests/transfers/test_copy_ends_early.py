@@ -138,6 +138,8 @@ async def test_on_a_full_sr_nothing_is_left_behind_whenever_the_space_ends(
                 # The rename over the target's image was done, but its durability isn't known.
                 assert place == "into"
                 break
+            if place == "into":
+                assert not any(foreign_reads(inventory, into))
             number += 1
         assert number > 5
         if after == records:

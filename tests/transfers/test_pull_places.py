@@ -1,5 +1,6 @@
 """Where a file is fetched from: redirections, names and addresses, TLS; and an abort wherever it waits."""
 
+import os
 import socket
 import ssl
 import threading
@@ -95,12 +96,24 @@ def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
         ending.wait()
         return []
 
+    pipes: list[tuple[int, int]] = []
+    make = os.pipe2
+
+    def noted(flags: int) -> tuple[int, int]:
+        pipes.append(make(flags))
+        return pipes[-1]
+
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(os, "pipe2", noted)
     try:
         error = refusal("http://a.example/", patience=NO_PATIENCE)
+        for read_end, _ in pipes:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(read_end)
     finally:
         ending.set()
     assert (error.code, "in time" in error.message) == ("PULL_ERROR_UNREACHABLE", True)
+    assert pipes
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +157,8 @@ def test_a_certificate_of_nobody_or_of_somebody_else_is_refused(
 ) -> None:
     rules = trusting(authority, tmp_path)
     with serving(file_of(DATA), context_of(authority, "127.0.0.1")) as server:
-        assert refusal(server.url).code == "PULL_ERROR_CERTIFICATE"
+        error = refusal(server.url)
+        assert (error.code, "can't be used" in error.message) == ("PULL_ERROR_CERTIFICATE", False)
         assert server.requests == []
     with serving(file_of(DATA), context_of(authority, "other.example")) as server:
         assert refusal(server.url, rules=rules).code == "PULL_ERROR_CERTIFICATE"
