@@ -7,13 +7,14 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gateway.access.client import AccessRefused, open_vdi
 from tests.system.clients import curl, upload_with_curl
+from tests.system.crew import Crew
 from tests.system.site import MIB, Site, Vdi, wait_until
 
 SIZE = 6 * MIB
@@ -69,86 +70,29 @@ class Kept:
     doomed: bool = False
 
 
-@dataclass
 class Load:
-    """Everybody who uses the SR, each in a thread until `end`; `turns` counts what each has done."""
+    """Everybody who uses the SR, each in a thread of the crew."""
 
-    site: Site
-    directory: Path
-    rng: random.Random
-    disks: list[Disk]
-    alone: Disk
-    kept: list[Kept] = field(default_factory=list)
-    turns: dict[str, int] = field(default_factory=dict)
-    failures: list[BaseException] = field(default_factory=list)
-    _threads: list[threading.Thread] = field(default_factory=list)
-    _going: threading.Event = field(default_factory=threading.Event)
-    _ending: threading.Event = field(default_factory=threading.Event)
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-    _resting: set[str] = field(default_factory=set)
-
-    # The threads
+    def __init__(
+        self, site: Site, directory: Path, rng: random.Random, disks: list[Disk], alone: Disk
+    ) -> None:
+        self.site = site
+        self.directory = directory
+        self.disks = disks
+        self.alone = alone
+        self.kept: list[Kept] = []
+        self.crew = Crew(rng)
+        self._guard = threading.Lock()
 
     def begin(self) -> None:
-        self._going.set()
+        self.crew.go()
         for number, disk in enumerate(self.disks):
-            self._start(f"writer {number}", self._write, disk)
-            self._start(f"download {number}", self._download, disk)
-            self._start(f"reader {number}", self._read, disk)
-        self._start("reader of what is kept", self._read_kept)
-        self._start("administrator", self._administer)
-        self._start("asker", self._ask)
-
-    def _start(self, name: str, turn: Callable[..., None], *arguments: object) -> None:
-        rng = random.Random(self.rng.random())
-        self.turns[name] = 0
-
-        def loop() -> None:
-            try:
-                while not self._ending.is_set():
-                    if not self._going.is_set():
-                        self._resting.add(name)
-                        self._going.wait()
-                        self._resting.discard(name)
-                        continue
-                    turn(rng, *arguments)
-                    self.turns[name] += 1
-            except BaseException as error:  # noqa: BLE001 - it is raised by `check`
-                self.failures.append(error)
-
-        thread = threading.Thread(target=loop, name=name)
-        self._threads.append(thread)
-        thread.start()
-
-    def check(self) -> bool:
-        """Raise what went wrong in a thread."""
-        if self.failures:
-            raise self.failures[0]
-        return True
-
-    def everybody_has_had(self, turns: int) -> None:
-        """Wait until each thread has had so many turns from now on."""
-        goal = {name: count + turns for name, count in self.turns.items()}
-        wait_until(
-            lambda: self.check() and all(self.turns[name] >= goal[name] for name in goal),
-            f"{turns} turns of everybody",
-            300,
-        )
-
-    @contextmanager
-    def resting(self) -> Iterator[None]:
-        """Nobody uses anything for the time of a block."""
-        self._going.clear()
-        wait_until(lambda: self.check() and len(self._resting) == len(self._threads), "all to rest", 120)
-        yield
-        self._going.set()
-        wait_until(lambda: not self._resting, "all to go on")
-
-    def end(self) -> None:
-        self._ending.set()
-        self._going.set()
-        for thread in self._threads:
-            thread.join()
+            self.crew.start(f"writer {number}", self._write, disk)
+            self.crew.start(f"download {number}", self._download, disk)
+            self.crew.start(f"reader {number}", self._read, disk)
+        self.crew.start("reader of what is kept", self._read_kept)
+        self.crew.start("administrator", self._administer)
+        self.crew.start("asker", self._ask)
 
     # What each does in a turn
 

@@ -45,19 +45,19 @@ def soak(site: Site, directory: Path, seed: int, *, rounds: int, turns: int) -> 
             load.leave_something_to_merge(rng)
             # Whatever the others do: nobody uses this one, so its snapshot's base copy goes.
             wait_until(
-                lambda: load.check() and nodes(site)[load.alone.vdi.uuid] is None,
+                lambda: load.crew.check() and nodes(site)[load.alone.vdi.uuid] is None,
                 "the lone disk to be merged",
                 120,
             )
-            load.everybody_has_had(turns)
-            with load.resting():
+            load.crew.everybody_has_had(turns)
+            with load.crew.resting():
                 site.gateway.call("SR.coalesce", site.repository)
                 assert left_to_merge(site) == {}
                 assert failed_merges(site) == []
                 assert_nothing_hidden_is_left_alone(site)
     finally:
-        load.end()
-    load.check()
+        load.crew.end()
+    load.crew.check()
     load.destroy_all_kept()
     wait_until(
         lambda: nodes(site) == {disk.vdi.uuid: None for disk in disks}, "the chains to become short", 60
@@ -69,7 +69,7 @@ def soak(site: Site, directory: Path, seed: int, *, rounds: int, turns: int) -> 
         [".vdi-gateway", *(disk.vdi.file.name for disk in disks)]
     )
     assert site.staged_files() == []
-    assert min(load.turns.values()) >= rounds * turns
+    assert min(load.crew.turns.values()) >= rounds * turns
 
 
 def assert_nothing_hidden_is_left_alone(site: Site) -> None:
