@@ -58,9 +58,9 @@ def require_encoding(request: "Request", *, as_proposed: bool) -> None:
 
 
 def require_plain(request: "Request") -> None:
-    """Refuse a part of a body, as of an upload that is gone on with (400), and a compressed one (415).
+    """Refuse a part of a body, as of an upload that is gone on with (400), a compressed one and a form (415).
 
-    As the beginning of the disk, or as its bytes, either would spoil it (RFC 9110, sections 14.5 and 8.4).
+    As the beginning of the disk, or as its bytes, each would spoil it (RFC 9110, sections 14.5, 8.4, 8.3.3).
     """
     part = request.headers.get("content-range")
     if part is not None:
@@ -71,6 +71,12 @@ def require_plain(request: "Request") -> None:
     if coding.lower() not in ("", "identity"):
         reason = "unpack what you send"
         error = XenAPIError("VALUE_NOT_SUPPORTED", "content-encoding", coding[:50], reason)
+        raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, error)
+    # Other types say nothing: curl and wget name that of a form's fields for bytes as they are.
+    media = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media.lower().startswith("multipart/"):
+        reason = "the disk has to be the body itself, not a part of a form (curl: -T, not -F)"
+        error = XenAPIError("VALUE_NOT_SUPPORTED", "content-type", media[:50], reason)
         raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, error)
 
 

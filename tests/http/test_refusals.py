@@ -172,6 +172,7 @@ async def test_a_part_of_a_disk_or_a_packed_one_is_not_taken_for_its_beginning(g
     for status, headers in (
         (400, {"content-range": "bytes 1048576-4194303/4194304"}),
         (415, {"content-encoding": "gzip"}),
+        (415, {"content-type": 'Multipart/form-data; boundary="x"'}),
     ):
         task = await gate.task()
         target = gate.target(vdi, format=form, task_id=task.ref)
