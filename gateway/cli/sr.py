@@ -90,7 +90,7 @@ def sr_attach(
         Name of the SR; the last part of PATH when it is left out.
     uuid
         Uuid of the SR; needed only where the gateway is another machine. When it is left out: what the SR
-        says of itself, else the last part of PATH if that is a uuid, else a new one.
+        says of itself or is known as already, else the last part of PATH if that is a uuid, else a new one.
     device_config
         location=PATH says the same as PATH.
     json
@@ -98,9 +98,9 @@ def sr_attach(
     """
     location = _location(path, device_config)
     configuration = {"location": location, "writable": "true" if writable else "false"}
-    wanted = uuid or _uuid_of(location)
     with (gateway or GatewayChoice()).connect() as connection:
         host = this_host(connection)
+        wanted = uuid or _uuid_of(location, _uuid_at(connection, host, location))
         known = [ref for ref, sr in connection.call("SR.get_all_records").items() if sr["uuid"] == wanted]
         if known:
             reference = known[0]
@@ -280,9 +280,20 @@ def _choices(records: dict[str, dict[str, Any]]) -> str:
     return ", ".join(f"{record['uuid']} ({record['name_label']})" for record in records.values()) or "(none)"
 
 
-def _uuid_of(location: str) -> str:
-    """What the SR says of itself, else the directory's name where that is a uuid, else a new one."""
-    for found in (_marked_uuid(location), os.path.basename(location)):
+def _uuid_at(connection: Connection, host: str, location: str) -> str:
+    """The uuid of the SR that the host reaches in this directory already; empty if there is none."""
+    for pbd in connection.call("PBD.get_all_records").values():
+        if pbd["host"] == host and pbd["device_config"].get("location") == location:
+            uuid: str = connection.call("SR.get_uuid", pbd["SR"])
+            return uuid
+    return ""
+
+
+def _uuid_of(location: str, known: str) -> str:
+    """What the SR says of itself, else what it is known as, for a directory that was never writable here has
+    no mark; else the directory's name where that is a uuid, else a new one.
+    """
+    for found in (_marked_uuid(location), known, os.path.basename(location)):
         try:
             if len(found) == 36:
                 return str(uuids.UUID(found))

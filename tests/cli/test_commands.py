@@ -142,6 +142,19 @@ def test_sr_attach_is_read_only_until_writable_is_said(with_sr: RunningGateway, 
         other.kill()
 
 
+def test_an_sr_that_no_gateway_has_marked_becomes_writable_and_read_only_again(
+    gateway: RunningGateway, tmp_path: Path
+) -> None:
+    sr = tmp_path / "of a XenServer"
+    sr.mkdir()
+    attached = gateway.run("sr-attach", str(sr), "--name", "old").stdout
+    for arguments in (["--writable"], [], []):
+        again = gateway.run("sr-attach", str(sr), *arguments)
+        assert (again.returncode, again.stdout) == (0, attached)
+    gateway.run("sr-attach", str(sr), "--writable")
+    assert gateway.run("vdi-create", "disk", "2MiB", "--sr", "old").returncode == 0
+
+
 def test_an_sr_that_another_gateway_has_is_refused_and_can_be_attached_later(
     with_sr: RunningGateway, tmp_path: Path
 ) -> None:
