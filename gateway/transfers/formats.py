@@ -36,23 +36,33 @@ _MAGIC: Final = (
     (b"vhdxfile", BodyFormat.VHDX),
     (b"KDMV", BodyFormat.VMDK),
 )
-# What nobody means to write to a disk as it is: the place of the magic, the magic, and what it is.
+_CONVERT: Final = "convert it (qemu-img convert -O qcow2)"
+_UNPACK: Final = "unpack it"
+# What nobody means to write to a disk as it is: the place of the magic, the magic, what it is, what to do.
 _OTHERS: Final = (
-    (0, b"COWD", "a VMDK image of an old ESX host"),
-    (0, b"# Disk DescriptorFile", "the description of a VMDK image, whose data is in other files"),
+    (0, b"COWD", "a VMDK image of an old ESX host", _CONVERT),
+    (
+        0,
+        b"# Disk DescriptorFile",
+        "the description of a VMDK image, whose data is in other files",
+        f"give the file with the data if it is one (-flat.vmdk is a raw disk), or {_CONVERT}",
+    ),
     # Of its text each program has its own: QEMU, Oracle and those before.
-    (64, b"\x7f\x10\xda\xbe", "a VirtualBox image"),
-    (0, b"QED\0", "a QED image"),
-    (0, b"WithoutFreeSpace", "a Parallels image"),
-    (0, b"WithouFreSpacExt", "a Parallels image"),
-    (257, b"ustar", "a tar archive, as an OVA is"),
-    (0, b"\x1f\x8b\x08", "compressed by gzip"),
-    (0, b"\xfd7zXZ\0", "compressed by xz"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd"),
-    (0, b"BZh", "compressed by bzip2"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
+    (64, b"\x7f\x10\xda\xbe", "a VirtualBox image", _CONVERT),
+    (0, b"QED\0", "a QED image", _CONVERT),
+    (0, b"WithoutFreeSpace", "a Parallels image", _CONVERT),
+    (0, b"WithouFreSpacExt", "a Parallels image", _CONVERT),
+    (257, b"ustar", "a tar archive, as an OVA is", _UNPACK),
+    (0, b"\x1f\x8b\x08", "compressed by gzip", _UNPACK),
+    (0, b"\xfd7zXZ\0", "compressed by xz", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", _UNPACK),
+    (0, b"BZh", "compressed by bzip2", _UNPACK),
+    (0, b"PK\x03\x04", "a ZIP archive", _UNPACK),
     # What a server sends instead of a file: a list, a form to log in, an excuse.
-    *((0, begin, "a web page") for begin in (b"<!DOCTYPE ", b"<!doctype ", b"<html", b"<HTML")),
+    *(
+        (0, begin, "a web page", "give the address of the file itself")
+        for begin in (b"<!DOCTYPE ", b"<!doctype ", b"<html", b"<HTML")
+    ),
 )
 
 
@@ -72,9 +82,11 @@ def recognise(begin: bytes) -> BodyFormat:
     for magic, name in _MAGIC:
         if begin.startswith(magic):
             return name
-    for place, magic, what in _OTHERS:
+    for place, magic, what, remedy in _OTHERS:
         if begin.startswith(magic, place):
-            raise unsupported_image("auto", f"it is {what}; name the format raw if that is the disk")
+            raise unsupported_image(
+                "auto", f"it is {what}; {remedy}, or name the format raw if that is the disk"
+            )
     return BodyFormat.RAW
 
 

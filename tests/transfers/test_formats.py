@@ -28,6 +28,16 @@ def test_images_of_other_programs_are_no_raw_disks(tmp_path: Path, image_format:
         recognise(made_by_qemu(tmp_path / "image", image_format))
     assert refused.value.code == "IMPORT_ERROR_UNSUPPORTED_IMAGE"
     assert called in refused.value.params[1]
+    assert "qemu-img convert" in refused.value.params[1]
+
+
+def test_the_description_of_a_vmdk_image_says_where_its_data_is(tmp_path: Path) -> None:
+    flat = ["-f", "vmdk", "-o", "subformat=monolithicFlat"]
+    subprocess.run(["qemu-img", "create", "-q", *flat, tmp_path / "a.vmdk", "4M"], check=True)
+    with pytest.raises(XenAPIError) as refused:
+        recognise(begin_of(tmp_path / "a.vmdk"))
+    assert (tmp_path / "a-flat.vmdk").exists()
+    assert "-flat.vmdk is a raw disk" in refused.value.params[1]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
