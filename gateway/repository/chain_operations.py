@@ -249,6 +249,21 @@ class ChainOperations(CbtLifecycle):
             raise XenAPIError("VDI_INCOMPATIBLE_TYPE", ref, vdi.type)
         return repository
 
+    async def lease_data(
+        self, repository: Repository, vdi: VDI, mode: LeaseMode, holder: Holder, wait: float | None
+    ) -> Lease:
+        """As Repository.lease; VDI_INCOMPATIBLE_TYPE if the data of a snapshot was destroyed meanwhile.
+
+        Who has waited for that would get what is left of the image, which reads as zeroes.
+        """
+        lease = await repository.lease(vdi.uuid, mode, holder, wait)
+        if vdi.ref in self.records.vdis and self.records.vdis.get(vdi.ref).type == CBT_METADATA:
+            lease.release()
+            with trio.CancelScope(shield=True):
+                await lease.released()
+            raise XenAPIError("VDI_INCOMPATIBLE_TYPE", vdi.ref, CBT_METADATA)
+        return lease
+
     @asynccontextmanager
     async def _leased(
         self,
@@ -258,7 +273,7 @@ class ChainOperations(CbtLifecycle):
         wait: float | None,
         mode: LeaseMode = LeaseMode.REPLACE,
     ) -> AsyncIterator[Lease]:
-        lease = await repository.lease(self.records.vdis.get(ref).uuid, mode, holder, wait)
+        lease = await self.lease_data(repository, self.records.vdis.get(ref), mode, holder, wait)
         try:
             yield lease
         finally:

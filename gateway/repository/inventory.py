@@ -122,7 +122,7 @@ class Inventory(ChainOperations):
             raise XenAPIError("VDI_INCOMPATIBLE_TYPE", record.ref, record.type)
         if mode is not LeaseMode.READ and (record.read_only or record.is_a_snapshot or not record.managed):
             raise XenAPIError("VDI_READONLY", record.ref)
-        return await self.repository(record.sr).lease(record.uuid, mode, holder, wait)
+        return await self.lease_data(self.repository(record.sr), record, mode, holder, wait)
 
     async def vdi_create(
         self,
