@@ -8,7 +8,6 @@ somebody has written to the file since, also after the last byte was sent and th
 of a body, as much as may be on its way then, is copied out of the file.
 """
 
-import errno
 from pathlib import Path
 from typing import Final
 
@@ -87,10 +86,7 @@ class DiskExport:
     def _send_copied(self, sink: Sink, pieces: Gather) -> None:
         if self._buffer is None:
             self._buffer = memoryview(bytearray(GATHER_MAXIMUM))
-        try:
-            pieces.read_into(self._buffer)
-        except EOFError as error:
-            raise OSError(errno.EIO, str(error)) from error
+        pieces.read_into(self._buffer)
         sink.send(self._buffer[: pieces.length])
         self.sent += pieces.length
 

@@ -161,12 +161,16 @@ async def test_a_new_file_is_told_of_with_its_content_and_never_with_the_one_bef
         told.append(await describing.describe(vdi.uuid))
 
     async with trio.open_nursery() as nursery:
-        with publications.publishing(vdi.ref, leaf_of(room, vdi)):
+        with (
+            pytest.raises(OSError, match="not durable"),
+            publications.publishing(vdi.ref, leaf_of(room, vdi)),
+        ):
             os.rename(path_of(room, other), path_of(room, vdi))
             nursery.start_soon(ask)
             await trio.testing.wait_all_tasks_blocked(0.1)
             assert told == []
             await room.inventory.records.vdis.change(vdi.ref, content_id="new")
+            raise OSError("renamed, but not durable")
     assert [(each.content_id, each.leaf) for each in told] == [("new", leaf_of(room, vdi))]
 
 

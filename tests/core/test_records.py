@@ -124,6 +124,8 @@ async def test_records_are_found_by_reference_uuid_name_and_reference_to_another
     await records.vdis.change(one.ref, name_label="renamed")
     assert records.vdis.by_name_label("disk") == [two]
     await records.vdis.remove(two.ref)
+    with pytest.raises(XenAPIError, match="UUID_INVALID"):
+        records.vdis.by_uuid(two.uuid)
     assert records.vdis.by_name_label("disk") == []
     assert records.snapshots_of_vdi(two.snapshot_of) == []
 

@@ -38,8 +38,11 @@ async def test_what_is_not_there_is_named(board: Board) -> None:
     with refused("HANDLE_INVALID", "task", missing):
         async with board.tasks.operation(missing, nothing):
             pytest.fail("no operation without a task")
-    with refused("UUID_INVALID", "task"):
-        board.tasks.by_uuid(new_uuid())
+    gone = await board.task()
+    await board.tasks.destroy(gone.ref)
+    for uuid in (new_uuid(), gone.uuid):
+        with refused("UUID_INVALID", "task"):
+            board.tasks.by_uuid(uuid)
 
 
 async def test_work_that_ends_well_is_a_success_with_its_result(board: Board) -> None:
