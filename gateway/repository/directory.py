@@ -139,11 +139,26 @@ def make_service_directory(directory: SRDirectory, files: FileCalls = FILES) -> 
         files.sync_directory(os.path.dirname(path))  # also if a killed predecessor made it
 
 
+def read_regular(path: str, longest: int = -1) -> bytes:
+    """The content of a file of ours, at most `longest` bytes. Raises OSError.
+
+    Others may be able to write to the directory: a pipe or a link of that name is neither waited for nor
+    followed.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "this is not a regular file", path)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(longest)
+    finally:
+        os.close(fd)
+
+
 def read_marker(directory: SRDirectory) -> str | None:
     """The uuid in the marker, or None without one. Raises DirectoryUnavailable if it cannot be understood."""
     try:
-        with open(directory.marker, "rb") as file:
-            content = json.loads(file.read(65536))
+        content = json.loads(read_regular(directory.marker, 65536))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -33,7 +33,13 @@ from gateway.images.files import FileCalls, FileIdentity
 from gateway.images.vhd.create import create_differencing, set_hidden
 from gateway.images.vhd.format import DiskType
 from gateway.images.vhd.image import VhdFile, open_vhd, parent_names
-from gateway.repository.directory import DirectoryUnavailable, SRDirectory, is_there, replace_file
+from gateway.repository.directory import (
+    DirectoryUnavailable,
+    SRDirectory,
+    is_there,
+    read_regular,
+    replace_file,
+)
 from gateway.repository.intended import INTENDED_FORMAT, forget_intended, intended_path, write_intended
 from gateway.repository.staging import staging_path
 
@@ -286,10 +292,8 @@ def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> Non
 
 
 def _read_journal(path: str) -> _Journal:
-    with open(path, "rb") as file:
-        text = file.read(_LONGEST_JOURNAL)
     try:
-        journal = msgspec.json.decode(text, type=_Journal)
+        journal = msgspec.json.decode(read_regular(path, _LONGEST_JOURNAL), type=_Journal)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DirectoryUnavailable(path, "not a journal of an interrupted snapshot") from error
     if journal.format != _JOURNAL_FORMAT:

@@ -20,7 +20,13 @@ import msgspec
 
 from gateway.core.records import VDI
 from gateway.images.files import FileCalls
-from gateway.repository.directory import DirectoryUnavailable, SRDirectory, is_there, replace_file
+from gateway.repository.directory import (
+    DirectoryUnavailable,
+    SRDirectory,
+    is_there,
+    read_regular,
+    replace_file,
+)
 
 INTENDED_FORMAT: Final = 1
 _NAME: Final = re.compile(r"made-[0-9a-f-]{36}\.json")
@@ -91,10 +97,8 @@ def _remove(directory: SRDirectory, paths: Sequence[str], files: FileCalls) -> N
 
 
 def _read(path: str) -> Sequence[VDI]:
-    with open(path, "rb") as file:
-        text = file.read()
     try:
-        intended = msgspec.json.decode(text, type=_Intended)
+        intended = msgspec.json.decode(read_regular(path), type=_Intended)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DirectoryUnavailable(path, "not what an interrupted snapshot or copy leaves") from error
     if intended.format != INTENDED_FORMAT:

@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.core.records import SR, VDI
 from gateway.images.files import FILES, FileCalls
-from gateway.repository.directory import SRDirectory, replace_file
+from gateway.repository.directory import SRDirectory, read_regular, replace_file
 from gateway.repository.scan import FileStamp
 
 RECORDS_FORMAT: Final = 1
@@ -86,9 +86,7 @@ def read_records(directory: SRDirectory, keep: FileCalls | None = None) -> Recor
 
 def _read(directory: SRDirectory) -> RecordsCopy | None:
     try:
-        fd = os.open(directory.records, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            content = file.read()
+        content = read_regular(directory.records)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

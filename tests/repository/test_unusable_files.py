@@ -126,6 +126,28 @@ async def test_what_is_no_log_and_no_staging_file_keeps_no_sr_from_being_attache
     await repository.detach()
 
 
+@pytest.mark.parametrize("name", ["sr.json", f"made-{L}.json", f"fork-{L}.json"])
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+async def test_what_somebody_puts_in_the_place_of_our_own_files_is_not_waited_for(
+    tmp_path: Path, leases: Leases, chains: Chains, name: str, kind: str
+) -> None:
+    root = tmp_path / "sr"
+    chains.place(root, H, Q, L)
+    place = root / ".vdi-gateway" / name
+    place.unlink(missing_ok=True)
+    fifo = place if kind == "fifo" else tmp_path / "fifo"
+    os.mkfifo(fifo)
+    if kind == "link":
+        place.symlink_to(fifo)
+    try:
+        repository = await Repository.attach(str(root), leases, writable=True, who="me", uuid=SR_UUID)
+        told = " ".join((await repository.scan()).unfinished())
+        await repository.detach()
+    except (DirectoryUnavailable, OSError) as error:
+        told = str(error)
+    assert ("not a regular file" if kind == "fifo" else "symbolic links") in told
+
+
 async def test_the_data_of_no_snapshot_is_destroyed_while_a_file_may_stand_on_it(
     inventory: Inventory, tmp_path: Path
 ) -> None:
