@@ -15,7 +15,7 @@ from gateway.images.at_hand import AtHand, how_at_hand
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.disk import FileDisk
 from gateway.images.vhd.create import create_dynamic
-from tests.images.disks import make_child, open_leaf, read, read_all
+from tests.images.disks import make_child, open_leaf, put, read, read_all
 from tests.images.exports import random_chain
 
 MIB = 1 << 20
@@ -152,6 +152,39 @@ def test_what_a_writer_has_written_is_read_at_once(tmp_path: Path) -> None:
     disk.pwrite(b"w" * 2 * MIB, 2 * MIB)
     now(buffer, 3 * MIB)
     assert buffer == b"w" * 4096
+    disk.close()
+
+
+def test_what_a_writer_has_changed_is_not_read_where_it_lay_before(tmp_path: Path) -> None:
+    parent, leaf = tmp_path / "parent.vhd", tmp_path / "leaf.vhd"
+    create_dynamic(str(parent), 2 * MIB)
+    put(parent, (0, b"p" * 4096))
+    make_child(leaf, parent)
+    disk = opened(leaf, writable=True)
+    disk.pwrite(b"l" * 512, 0)
+    assert read(disk, 0, 1024) == b"l" * 512 + b"p" * 512
+    disk.pwrite(b"l" * 512, 512)
+    with pytest.raises(BlockingIOError):
+        disk.reader(nowait=True)(bytearray(1024), 0)
+    disk.close()
+
+
+def test_of_a_run_that_is_in_memory_in_part_nothing_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.vhd"
+    create_dynamic(str(path), 4 * MIB)
+    put(path, (0, b"d" * 4 * MIB))
+    disk = opened(path)
+    read_all(disk)
+
+    def half(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        return os.preadv(fd, [memoryview(buffers[0])[: len(buffers[0]) // 2]], offset, flags)
+
+    monkeypatch.setattr("gateway.images.vhd.chain.preadv", half)
+    for offset in (0, 2 * MIB - 512):
+        with pytest.raises(BlockingIOError):
+            disk.reader(nowait=True)(bytearray(1024), offset)
     disk.close()
 
 

@@ -12,7 +12,9 @@ import pytest
 from gateway.images.chain import NodeKind, chain_is_current, open_chain_files, open_disk
 from gateway.images.errors import CorruptImage, ImageError, MissingParent, UnsupportedImage
 from gateway.images.vhd.create import create_dynamic
-from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, DynamicHeader
+from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, DiskType, DynamicHeader
+from gateway.images.vhd.relink import set_parent
+from tests.images.damaged import Vhd
 from tests.images.disks import inspect, make_child, open_leaf, read
 
 MIB = 1 << 20
@@ -152,6 +154,21 @@ def test_a_chain_is_no_longer_current_when_a_file_was_replaced(
 def test_a_chain_is_no_longer_current_when_a_file_is_gone(family: tuple[Path, Path, Path]) -> None:
     chain = open_chain_files(str(family[2]), writable=False)
     family[1].unlink()
+    assert not chain_is_current(chain)
+    chain.close()
+
+
+def test_a_chain_is_no_longer_current_when_its_raw_root_gave_way_to_another(tmp_path: Path) -> None:
+    raw, leaf, other = (tmp_path / name for name in ("raw.raw", "leaf.vhd", "other.vhd"))
+    raw.write_bytes(bytes(4 * MIB))
+    make_child(leaf, raw)
+    create_dynamic(str(other), 4 * MIB)
+    chain = open_chain_files(str(leaf), writable=False)
+    set_parent(str(leaf), str(other), keep=str(tmp_path / "keep"))
+    assert not chain_is_current(chain)
+    chain.close()
+    chain = open_chain_files(str(leaf), writable=False)
+    Vhd(leaf).set_footers(disk_type=DiskType.DYNAMIC)
     assert not chain_is_current(chain)
     chain.close()
 

@@ -76,6 +76,23 @@ def test_an_edge_does_not_undo_what_others_have_written_to_its_sector(
     disk.close()
 
 
+def test_of_two_edges_in_one_sector_none_undoes_the_other(image: Path) -> None:
+    class Meeting(Watched):
+        def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+            if beside.ident is None:
+                beside.start()
+                beside.join(timeout=0.3)  # who does not wait is done by then
+            super().pwrite(fd, data, offset)
+
+    put(image, (0, OLD))
+    disk = open_leaf(image, writable=True, files=Meeting())
+    beside = threading.Thread(target=disk.pwrite, args=(EDGE, 0))
+    disk.pwrite(EDGE, 200)
+    beside.join()
+    assert read(disk, 0, SECTOR) == EDGE + OLD[:100] + EDGE + OLD[:212]
+    disk.close()
+
+
 def _tell_who_waits(monkeypatch: pytest.MonkeyPatch, disk: Any, files: Meeting) -> None:
     turns = disk._turns
     enter = turns.enter

@@ -96,6 +96,7 @@ def test_a_trim_reads_as_zeroes_and_takes_blocks_only_where_a_parent_has_somethi
         disk.close()
 
         disk = open_leaf(leaf, writable=True)
+        assert read_all(disk) == expected  # now it knows where all of it lies
         hidden: set[int] = set()
         for ends in trims:
             start, stop = sorted(size // SECTOR * end // 1024 * SECTOR for end in ends)
