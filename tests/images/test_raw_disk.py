@@ -1,13 +1,14 @@
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gateway.images.disk import Disk, Extent, ExtentKind, FileRange, Hole
 from gateway.images.errors import CorruptImage
-from gateway.images.files import FileCalls
+from gateway.images.files import Buffer, FileCalls
 from gateway.images.vhd.create import create_dynamic
 from tests.images.disks import open_leaf, put, read, read_by_segments
 
@@ -100,6 +101,47 @@ def test_a_sync_that_failed_fails_for_good_and_the_descriptor_is_closed(image: P
     with pytest.raises(OSError, match="earlier sync failed"):
         disk.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Counted(FileCalls):
+    """Does something at first: before the data of the write, or before the sync of the flush."""
+
+    def __init__(self, call: str, what: Callable[[], None]) -> None:
+        self.syncs = 0
+        self._at_first = {call: what}
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
+        self._at_first.pop("pwrite", lambda: None)()
+        super().pwrite(fd, data, offset)
+
+    def datasync(self, fd: int) -> None:
+        self.syncs += 1
+        super().datasync(fd)
+        self._at_first.pop("datasync", lambda: None)()
+
+
+def test_each_change_is_synced_by_the_flush_after_it_and_not_by_one_beside_it(image: Path) -> None:
+    def flush() -> None:
+        disk.flush()
+
+    beside = Counted("pwrite", flush)
+    disk = open_leaf(image, writable=True, files=beside)
+    disk.pwrite(b"w", 0)  # a flush runs before the byte is written
+    assert beside.syncs == 0
+    disk.flush()
+    assert beside.syncs == 1
+    for number, trim in enumerate((True, False), 2):
+        disk.zero(0, 4096, trim=trim)
+        disk.flush()
+        assert beside.syncs == number
+    disk.close()
+    within = Counted("datasync", lambda: disk.pwrite(b"w", 0))
+    disk = open_leaf(image, writable=True, files=within)
+    disk.pwrite(b"w", 0)
+    disk.flush()  # a byte is written while it syncs
+    disk.flush()
+    assert within.syncs == 2
+    disk.close()
 
 
 @pytest.mark.parametrize("kind", ["raw", "dynamic"])

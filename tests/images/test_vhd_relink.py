@@ -18,6 +18,7 @@ from gateway.images.vhd.relink import restore_header, set_parent
 from tests.crash import RecordingFileCalls
 from tests.images.disks import content, entries, inspect, libvhdi_reads, make_child, noise, put
 from tests.images.merges import merge
+from tests.images.watched_calls import Watched
 
 MIB = 1 << 20
 SECTOR = 512
@@ -104,6 +105,11 @@ def with_a_locator_over_the_header(path: Path) -> None:
         out.write(replace(image.header, locators=locators).pack() + footer)
 
 
+def with_two_locators_in_one_place(path: Path) -> None:
+    locators = header_of(path).locators
+    rewrite_header(path, locators=(replace(locators[0], data_offset=locators[1].data_offset), *locators[1:]))
+
+
 FOREIGN = [
     without_locators,
     with_one_locator_and_no_name,
@@ -146,6 +152,15 @@ class TestTheNewParent:
         assert header_of(leaf).locators == old.locators
         assert entries(leaf) == table
 
+    def test_is_durable_before_the_locators_also_when_a_killed_predecessor_wrote_it(
+        self, tmp_path: Path
+    ) -> None:
+        leaf, _, parent = build(tmp_path)
+        set_parent(str(leaf), str(parent))
+        files = Watched()
+        set_parent(str(leaf), str(parent), files=files)
+        assert [name for name, *_ in files.calls] == ["datasync", *["pwrite"] * 3, "datasync"]
+
     def test_can_replace_a_raw_one(self, tmp_path: Path) -> None:
         raw, parent, leaf = tmp_path / "r.raw", tmp_path / "p.vhd", tmp_path / "l.vhd"
         raw.write_bytes(noise(MIB))
@@ -168,7 +183,7 @@ class TestTheNewParent:
         assert check_vhd(str(leaf)).problems == ()
         assert not (tmp_path / "keep").exists()
 
-    @pytest.mark.parametrize("make_foreign", FOREIGN)
+    @pytest.mark.parametrize("make_foreign", [*FOREIGN, with_two_locators_in_one_place])
     def test_gets_all_locators_in_a_foreign_child(
         self, tmp_path: Path, make_foreign: Callable[[Path], None]
     ) -> None:
@@ -288,7 +303,9 @@ class TestRestoring:
         leaf, _, _ = build(tmp_path)
         before = leaf.read_bytes()
         (tmp_path / "keep").write_bytes(kept)
-        restore_header(str(leaf), str(tmp_path / "keep"))
+        files = Watched()
+        restore_header(str(leaf), str(tmp_path / "keep"), files)
+        assert files.calls == [("datasync", 0, 0)]  # nobody knows whether it is the new one, and durable
         assert leaf.read_bytes() == before
         assert not (tmp_path / "keep").exists()
 
