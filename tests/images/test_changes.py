@@ -100,6 +100,12 @@ def test_disks_that_share_no_file_differ_where_either_has_something(base: Path, 
     assert difference(base, fixed) == set(range(96))
 
 
+def test_nothing_beyond_the_disk_has_changed() -> None:
+    changes = Changes(5 * MIB)
+    changes.mark(MIB, 100 * MIB)
+    assert changes.bits == b"\0\0" + b"\xff" * 8 + b"\0\0"
+
+
 def test_what_a_smaller_node_hides_has_changed(base: Path) -> None:
     put(base, (6 * MIB, b"\x22" * GRAIN))
     small = base.with_name("00000002-0000-4000-8000-000000000000.vhd")

@@ -55,6 +55,12 @@ def cut_last_block(vhd: Vhd) -> None:
     vhd.put(vhd.length, footer)
 
 
+def cut_less_than_a_sector(vhd: Vhd) -> None:
+    footer = vhd.get(-512, 512)
+    vhd.truncate(vhd.length - 512 - 100)
+    vhd.put(vhd.length, footer)
+
+
 def cut_file(vhd: Vhd) -> None:
     vhd.truncate(vhd.length - 512 - 1000)
 
@@ -84,6 +90,7 @@ def damage_batmap_checksum(vhd: Vhd) -> None:
         (hide_at_end, {ProblemKind.FLAGS_DIFFER}),
         (lose_block, {ProblemKind.BLOCK_BEYOND_END}),
         (cut_last_block, {ProblemKind.BLOCK_CUT}),
+        (cut_less_than_a_sector, {ProblemKind.BLOCK_CUT}),
         (cut_file, {ProblemKind.BLOCK_CUT, ProblemKind.FOOTER_NOT_AT_END}),
         (claim_full, {ProblemKind.BATMAP_WRONG}),
         (damage_batmap_checksum, {ProblemKind.BATMAP_DAMAGED}),
@@ -144,6 +151,25 @@ def test_trailing_bytes_and_a_damaged_copy_together_are_repaired(dynamic: Vhd) -
     assert kinds(check_vhd(str(dynamic.path))) == {ProblemKind.FOOTER_NOT_AT_END}
     assert repair_vhd(str(dynamic.path)).problems == ()
     assert content(dynamic.path) == before
+
+
+def test_a_block_behind_the_only_footer_is_not_cut_off_with_what_lies_there(tmp_path: Path) -> None:
+    small = Vhd(tmp_path / "small.vhd")
+    create_dynamic(str(small.path), 2 * 4096, block_size=4096)
+    put(small.path, (0, b"\x11" * 4096))
+    damage_copy(small)
+    small.set_entry(1, small.length // SECTOR)
+    small.put(small.length, b"\x80".ljust(SECTOR, b"\0") + b"\x33" * 4096)
+    assert repair_vhd(str(small.path)).problems == ()
+    assert content(small.path) == b"\x11" * 4096 + b"\x33" * SECTOR + bytes(4096 - SECTOR)
+
+
+def test_nothing_is_written_where_a_block_lies_in_the_metadata(dynamic: Vhd) -> None:
+    dynamic.set_entry(2, dynamic.header().table_offset // SECTOR)
+    damage_copy(dynamic)
+    before = dynamic.path.read_bytes()
+    assert repair_vhd(str(dynamic.path)).repaired == ()
+    assert dynamic.path.read_bytes() == before
 
 
 def test_a_file_that_is_written_to_is_not_checked(dynamic: Vhd) -> None:

@@ -1,5 +1,6 @@
 """A damaged or hostile VHD gives one known error or other bytes of the same disk, and nothing else."""
 
+import os
 import random
 import shutil
 import tracemalloc
@@ -10,9 +11,9 @@ import pytest
 
 from gateway.images.chain import open_chain_files, open_disk
 from gateway.images.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedImage
-from gateway.images.vhd.create import create_dynamic
-from gateway.images.vhd.format import UNUSED
-from tests.images.disks import entries, inspect, make_child, open_leaf, read, read_all
+from gateway.images.vhd.create import create_dynamic, create_fixed
+from gateway.images.vhd.format import UNUSED, DiskType, Footer
+from tests.images.disks import entries, inspect, make_child, open_leaf, put, read, read_all
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -219,6 +220,15 @@ def test_a_block_that_reaches_into_the_footer_is_corrupt(repository: Path) -> No
     with pytest.raises(CorruptImage, match="beyond the end"):
         read_all(disk)
     disk.close()
+
+
+def test_a_fixed_disk_without_its_footer_is_not_the_one_that_lies_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.vhd"
+    create_fixed(str(path), 4 << 20)
+    put(path, (0, Footer.new(1 << 20, DiskType.FIXED).pack()))
+    os.truncate(path, 4 << 20)
+    with pytest.raises(CorruptImage, match="footer of a fixed disk is damaged"):
+        open_leaf(path)
 
 
 def test_the_most_fragmented_bitmap_is_read_right_and_takes_bounded_memory(tmp_path: Path) -> None:

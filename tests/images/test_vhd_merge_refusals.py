@@ -31,6 +31,17 @@ def test_a_parent_smaller_than_the_child(tmp_path: Path) -> None:
             extra_space(*pair)
 
 
+def test_a_fixed_parent_needs_the_space_of_its_holes_and_no_more(tmp_path: Path) -> None:
+    parent, child = tmp_path / "p.vhd", tmp_path / "c.vhd"
+    create_fixed(str(parent), 2 * BLOCK)
+    make_child(child, parent)
+    put(child, (0, noise(SECTOR)))
+    with opened(child, parent) as pair:
+        assert extra_space(*pair) == BLOCK
+        put(parent, (0, noise(2 * BLOCK)))
+        assert extra_space(*pair) == 0
+
+
 def test_an_image_that_stands_on_another_one(tmp_path: Path) -> None:
     parent, child, other = (tmp_path / name for name in ("p.vhd", "c.vhd", "o.vhd"))
     create_dynamic(str(parent), 4 * MIB)

@@ -1,15 +1,19 @@
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gateway.images.errors import ImageTooLarge
+from gateway.images.errors import ImageError, ImageTooLarge, UnsupportedImage
 from gateway.images.vhd.check import check_vhd
 from gateway.images.vhd.create import create_dynamic, create_fixed
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE
+from gateway.images.vhd.image import MAX_BLOCKS
 from gateway.images.vhd.resize import grow_vhd
+from tests.images.damaged import Damage, Vhd
 from tests.images.disks import (
+    entries,
     inspect,
     libvhdi_reads,
     make_child,
@@ -100,6 +104,33 @@ def test_what_a_cut_off_last_block_holds_beyond_the_old_end_does_not_come_to_lig
         file.write(image.footer.pack())
     grow(path, 6 * MIB)
     assert_is(path, bytes(expected) + bytes(3 * MIB))
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(expected) + bytes(3 * MIB))
+    qemu_compare(path, "vpc", raw, "raw")  # it looks at no bit
+
+
+def test_what_the_last_block_had_beyond_the_old_end_does_not_hide_the_parent(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent.vhd", tmp_path / "child.vhd"
+    create_dynamic(str(parent), 6 * MIB)
+    expected = fill(parent, 6 * MIB, [(2 * MIB, 4 * MIB)])
+    make_child(child, parent, size=3 * MIB)
+    expected[2 * MIB : 3 * MIB] = fill(child, 3 * MIB, [(2 * MIB, MIB)])[2 * MIB :]
+    Vhd(child).put(entries(child)[1] * 512, b"\xff" * 512)
+    grow(child, 6 * MIB)
+    assert_is(child, bytes(expected), parent)
+
+
+def test_a_header_that_lies_behind_the_blocks_comes_back_to_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhd"
+    create_dynamic(str(path), 4 * MIB)
+    expected = fill(path, 4 * MIB, [(0, 4096)])
+    vhd = Vhd(path)
+    place, header = vhd.length - 512, vhd.header()
+    footer = replace(vhd.image().footer, data_offset=place).pack()
+    vhd.put(0, footer)
+    vhd.put(place, header.pack() + footer)
+    grow(path, 8 * MIB)
+    assert_is(path, bytes(expected) + bytes(4 * MIB))
 
 
 def test_a_grown_image_can_be_written_to_everywhere(tmp_path: Path) -> None:
@@ -164,4 +195,32 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path) -> None:
         grow(path, 2 * MIB)
     with pytest.raises(ImageTooLarge):
         grow(path, MAX_VIRTUAL_SIZE + 2 * MIB)
+    assert path.read_bytes() == before
+
+
+def end_of_file_lost(vhd: Vhd) -> None:
+    vhd.put(-512, bytes(512))
+
+
+def made_by_the_first_tapdisk(vhd: Vhd) -> None:
+    vhd.set_footers(creator=b"tap\0", creator_version=1)
+
+
+@pytest.mark.parametrize("make", [end_of_file_lost, made_by_the_first_tapdisk])
+def test_images_that_cannot_be_written_to_are_refused(tmp_path: Path, make: Damage) -> None:
+    path = tmp_path / "disk.vhd"
+    create_dynamic(str(path), 4 * MIB)
+    make(Vhd(path))
+    before = path.read_bytes()
+    with pytest.raises(ImageError, match=r"repair it|tapdisk 0\.1"):
+        grow(path, 8 * MIB)
+    assert path.read_bytes() == before
+
+
+def test_a_disk_of_tiny_blocks_grows_no_larger_than_it_can_be_opened(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhd"
+    create_dynamic(str(path), MIB, block_size=4096)
+    before = path.read_bytes()
+    with pytest.raises(UnsupportedImage, match="too many blocks"):
+        grow(path, (MAX_BLOCKS + 1) * 4096)
     assert path.read_bytes() == before

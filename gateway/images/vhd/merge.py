@@ -288,8 +288,6 @@ class _FixedTarget:
     """A fixed parent: the disk's bytes, then the footer."""
 
     def __init__(self, parent: VhdFile, files: FileCalls) -> None:
-        if parent.footer_offset is None:
-            raise CorruptImage(parent.path, "its footer is damaged; repair it before writing to it")
         # Never closed: the descriptor is the caller's.
         self._disk = RawDisk(parent.fd, parent.size, read_only=False, path=parent.path, files=files)
 
