@@ -95,6 +95,11 @@ def refuse_others(begin: bytes, wanted: BodyFormat) -> None:
     for magic, name in _MAGIC:
         if begin.startswith(magic) and name is not wanted:
             raise wrong_format(wanted, f"it is a {name} image")
+    if wanted is BodyFormat.VHD:
+        return  # A fixed one begins as its disk does.
+    for place, magic, what, remedy in _OTHERS:
+        if begin.startswith(magic, place):
+            raise wrong_format(wanted, f"it is {what}; {remedy}")
 
 
 def wrong_format(wanted: str, why: str) -> XenAPIError:

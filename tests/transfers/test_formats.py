@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.core.errors import XenAPIError
-from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise
+from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise, refuse_others
 
 
 def begin_of(image: Path) -> bytes:
@@ -38,6 +38,12 @@ def test_the_description_of_a_vmdk_image_says_where_its_data_is(tmp_path: Path) 
         recognise(begin_of(tmp_path / "a.vmdk"))
     assert (tmp_path / "a-flat.vmdk").exists()
     assert "-flat.vmdk is a raw disk" in refused.value.params[1]
+    # Who calls it vmdk, as its name does, is told the same; a fixed VHD may hold such bytes.
+    with pytest.raises(XenAPIError) as called:
+        refuse_others(begin_of(tmp_path / "a.vmdk"), BodyFormat.VMDK)
+    assert called.value.code == "IMPORT_ERROR_WRONG_FORMAT"
+    assert "-flat.vmdk is a raw disk" in called.value.params[1]
+    refuse_others(begin_of(tmp_path / "a.vmdk"), BodyFormat.VHD)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
