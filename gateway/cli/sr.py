@@ -121,6 +121,8 @@ def sr_attach(
             if not known:
                 connection.call("SR.forget", reference)
             raise
+        if not connection.call("SR.get_VDIs", reference):
+            print_note(f"no disk was found in {location}; is it the directory that the .vhd files are in?")
         return _print_sr(connection, reference, json=json)
 
 

@@ -147,7 +147,9 @@ def test_an_sr_that_no_gateway_has_marked_becomes_writable_and_read_only_again(
 ) -> None:
     sr = tmp_path / "of a XenServer"
     sr.mkdir()
-    attached = gateway.run("sr-attach", str(sr), "--name", "old").stdout
+    done = gateway.run("sr-attach", str(sr), "--name", "old")
+    attached = done.stdout
+    assert done.stderr == f"no disk was found in {sr}; is it the directory that the .vhd files are in?\n"
     for arguments in (["--writable"], [], []):
         again = gateway.run("sr-attach", str(sr), *arguments)
         assert (again.returncode, again.stdout) == (0, attached)
