@@ -99,6 +99,8 @@ class ImportRawVDI:
                 upload.identity, "import", f"import into VDI {vdi.uuid}"
             )
             lease.work_under(task.ref)
+            # A resize or revert that was waited for has given it another size.
+            vdi = upload.asked.vdi()
             target = IntoVDI(services.inventory, services.publications, vdi, lease)
             return await self._import(upload, target, task)
         finally:

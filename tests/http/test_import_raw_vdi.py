@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from gateway.core.leases import Holder, LeaseMode
 from gateway.core.tasks import TaskStatus
 from gateway.http.import_raw_vdi import LAST_LINE_BYTES
 from gateway.images.files import Buffer, FileCalls
@@ -267,6 +268,30 @@ async def test_two_imports_into_one_disk_exclude_each_other_and_others_do_not(ga
         assert (await gate.ask("PUT", gate.target(other), body=bytes(4 * MIB))).whole
         await client.send(bytes(4 * MIB))
         assert len(await client.answer_body(LAST_LINE_BYTES)) == LAST_LINE_BYTES
+
+
+async def test_what_has_become_longer_while_an_upload_waited_keeps_its_rest(gate: Gate) -> None:
+    """By a revert that was there before it: the upload isn't one of the whole disk any more."""
+    inventory, data, longer = gate.inventory, os.urandom(4 * MIB), os.urandom(8 * MIB)
+    object.__setattr__(gate.services.limits, "lease_wait", 30.0)
+    vdi = await gate.vdi()
+    short = await inventory.vdi_snapshot(vdi.ref)
+    await inventory.vdi_resize(vdi.ref, 8 * MIB)
+    assert (await gate.ask("PUT", gate.target(vdi), body=longer)).whole
+    long = await inventory.vdi_snapshot(vdi.ref)
+    await inventory.vdi_revert(short)
+    writer = await inventory.lease(vdi.ref, LeaseMode.WRITE, Holder("root", "write", vdi.ref))
+
+    async def upload() -> None:
+        assert (await gate.ask("PUT", gate.target(vdi), body=data)).whole
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inventory.vdi_revert, long)
+        await until(lambda: inventory.leases._table.waiting == 1)
+        nursery.start_soon(upload)
+        await until(lambda: inventory.leases._table.waiting == 2)
+        writer.release()
+    assert gate.content(vdi) == data + longer[4 * MIB :]
 
 
 async def test_readers_keep_the_old_version(gate: Gate) -> None:
