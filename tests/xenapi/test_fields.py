@@ -1,14 +1,8 @@
 """Fields of records: they are set and searched, maps and sets gain and lose members, also several at once."""
 
-from dataclasses import replace
-from typing import Any, cast
-
 import trio
 
-from gateway.xenapi.classes import CLASSES
-from gateway.xenapi.dispatch import Api
-
-from .estate_for_tests import ADMIN, CALLER, Site, refusal
+from .estate_for_tests import ADMIN, Site, refusal
 
 
 async def test_fields_are_set_and_searched(site: Site) -> None:
@@ -54,35 +48,3 @@ async def test_a_set_gains_and_loses_elements(site: Site) -> None:
     for tag in ("a", "c"):
         await site.call("pool.remove_tags", ADMIN, pool, tag)
     assert await site.call("pool.get_tags", ADMIN, pool) == ("b",)
-
-
-async def test_others_get_their_turn_while_many_records_are_built(site: Site) -> None:
-    for _ in range(3):
-        await site.call("task.create", ADMIN, "label", "")
-    tasks = site.estate.tasks.all()
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            await trio.lowlevel.checkpoint()
-            turns += 1
-
-    class ManyTasks:
-        def all(self) -> list[Any]:
-            return [replace(tasks[0], ref=f"OpaqueRef:{number}") for number in range(3000)]
-
-        def can_cancel(self, _ref: str) -> bool:
-            return True
-
-        def subtasks_of(self, _ref: str) -> list[Any]:
-            return []
-
-    api = Api(replace(site.estate, tasks=cast("Any", ManyTasks())), cast("Any", None), CLASSES)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count)
-        records = await api.call("task.get_all_records", [ADMIN], CALLER)
-        nursery.cancel_scope.cancel()
-    assert isinstance(records, dict)
-    assert len(records) == 3000
-    assert turns >= 3
