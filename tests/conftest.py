@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gateway.cli.main import run
 
@@ -25,6 +26,9 @@ START_SECONDS = 30
 STOP_SECONDS = 30
 MOST_EXPLAINED = 4096
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their child processes with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)

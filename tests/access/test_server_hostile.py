@@ -21,7 +21,7 @@ from gateway.core.records import VDI
 from tests.access.conftest import Room, Talk, open_files, opened, refused
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.binary(max_size=300)
     | st.builds(

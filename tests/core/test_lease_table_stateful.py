@@ -263,4 +263,4 @@ class _TrioGuest:
 
 
 TestLeaseTableMachine = LeaseTableMachine.TestCase
-TestLeaseTableMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLeaseTableMachine.settings = settings(max_examples=60, stateful_step_count=40)

@@ -4,7 +4,7 @@ import tempfile
 from typing import Any
 
 import trio
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from trio.testing import MockClock
@@ -147,9 +147,4 @@ class TaskLife(RuleBasedStateMachine):
 
 
 TestTaskLife = TaskLife.TestCase
-TestTaskLife.settings = settings(
-    max_examples=15,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestTaskLife.settings = settings(max_examples=15, stateful_step_count=25)

@@ -22,9 +22,7 @@ KNOWN = frozenset({200, 204, 400, 401, 403, 404, 405, 408, 411, 413, 417, 431, 5
 GROWTH_KIB = 64 << 10
 LARGEST_BODY = 4 * MIB
 
-thorough = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+thorough = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def exchange(gateway: RunningGateway, data: bytes) -> bytes:

@@ -247,7 +247,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(steps, max_size=12))
 def test_after_any_changes_each_shown_disk_stands_once_where_it_belongs(history: list[Changes]) -> None:
     catalogue = Catalogue()

@@ -4,7 +4,7 @@ import random
 
 import h11
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.http.chunked_body import ChunkedBody
@@ -33,7 +33,6 @@ def by_h11(pieces: list[bytes]) -> bytes:
     return b"".join(parts) + (client.send(h11.EndOfMessage()) or b"")
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=9000), max_size=6), st.integers(0, 1000))
 def test_what_h11_sends_comes_out(pieces: list[bytes], seed: int) -> None:
     body = by_h11(pieces)

@@ -320,7 +320,7 @@ WORDS = st.sampled_from(
 
 
 @given(st.one_of(st.binary(max_size=300), st.lists(WORDS, max_size=30).map(b"".join)))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 def test_any_bytes_get_answers_or_the_end_and_never_a_failure(data: bytes) -> None:
     with structlog.testing.capture_logs() as logs:
         said = trio.run(talk, data, ROUTES)
@@ -329,7 +329,7 @@ def test_any_bytes_get_answers_or_the_end_and_never_a_failure(data: bytes) -> No
 
 
 @given(st.one_of(st.binary(max_size=300), st.lists(WORDS, max_size=30).map(b"".join)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_head_is_parsed_or_refused(data: bytes) -> None:
     try:
         request, _ = parse_head(data + b"\r\n\r\n", scheme="http", address="1", largest=1 << 16)

@@ -239,7 +239,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), NUMBERS, min_size=1, max_size=4))
 @example({"footer current size": 2040 << 30, "header block size": 1 << 31, "header entries": 1020})
 @example({"footer current size": 2040 << 30, "header entries": (1 << 32) - 1, "header block size": 4096})

@@ -27,7 +27,7 @@ def trim(path: Path, offset: int, length: int) -> None:
 
 
 class TestAgainstPlainBytes:
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(data=st.data())
     def test_a_chain_reads_the_same_before_while_and_after_its_nodes_are_merged(
         self, data: st.DataObject
@@ -87,7 +87,7 @@ class TestAgainstPlainBytes:
             assert check_vhd(str(parent)).errors == ()
         assert parent.stat().st_blocks * 512 <= stored * 512 + growth + 2 * 4096  # and a footer's page
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         steps=st.lists(STEPS, min_size=1, max_size=10),
         more=st.lists(STEPS, max_size=10),

@@ -74,7 +74,7 @@ def resized(model: bytearray, size: int) -> bytearray:
     return model[:size].ljust(size, b"\0")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     root=st.sampled_from(["dynamic", "fixed", "raw"]),
     levels=st.lists(LEVELS, min_size=1, max_size=4),

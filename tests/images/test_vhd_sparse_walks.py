@@ -56,7 +56,7 @@ def _target(path: str) -> str:
         return ""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     root=st.sampled_from(["dynamic", "fixed", "raw"]),
     levels=st.lists(LEVELS, min_size=2, max_size=4),

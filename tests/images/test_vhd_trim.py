@@ -56,7 +56,7 @@ def place(size: int, where: int, sectors: int) -> tuple[int, int]:
     block_size=4096,
     trims=[(512, 1024)],
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     root=st.sampled_from(["dynamic", "fixed", "raw"]),
     odd=st.sampled_from([0, 1, 300]),

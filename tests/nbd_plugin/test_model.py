@@ -99,7 +99,6 @@ def chain_of(nbd: Nbd, vdi: Vdi) -> list[Path]:
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @settings(
     max_examples=4,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # each example takes a VDI: no shrinking
     suppress_health_check=list(HealthCheck),
 )
@@ -113,7 +112,6 @@ def test_a_chain_behaves_as_plain_bytes_do(nbd: Nbd, libnbd: Any, depth: int, da
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @settings(
     max_examples=150,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

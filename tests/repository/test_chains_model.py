@@ -33,7 +33,7 @@ async def play(directory: Path, story: list[Step]) -> None:
         await lives.assert_true(again=True)
 
 
-@settings(max_examples=7, deadline=None, derandomize=True)
+@settings(max_examples=7, derandomize=True)
 @given(st.lists(steps, min_size=8, max_size=20))
 def test_any_order_of_operations_gives_every_vdi_its_bytes(story: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -44,7 +44,7 @@ def test_any_order_of_operations_gives_every_vdi_its_bytes(story: list[Step]) ->
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(story=st.lists(steps, min_size=10, max_size=60))
 def test_any_long_order_of_operations_gives_every_vdi_its_bytes(part: int, story: list[Step]) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -98,7 +98,7 @@ async def do(
         await inventory.sr_scan(record.sr)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(steps, st.lists(st.booleans(), min_size=18, max_size=18))
 def test_any_order_of_operations_under_coalescing_gives_every_vdi_its_bytes(
     story: list[tuple[str, int, int, int]], asked: list[bool]

@@ -4,7 +4,7 @@ import random
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.errors import XenAPIError
@@ -38,7 +38,6 @@ def take(body: bytes, seed: int = 0, fill: bytes = b"\xee") -> bytes:
 PIECES = st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(0, 200_000), st.integers(0, 2)), max_size=5)
 
 
-@settings(deadline=None)
 @given(PIECES, st.integers(0, 1000))
 def test_pieces_in_any_order_and_the_later_one_counts(pieces: list[tuple[int, int, int]], seed: int) -> None:
     expected = bytearray(b"\xee" * SIZE)

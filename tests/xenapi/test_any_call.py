@@ -56,7 +56,7 @@ CALLS = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(calls=st.lists(CALLS, min_size=10, max_size=40))
 def test_any_call_gets_a_result_that_both_codecs_carry_or_an_error_of_xenapi(
     calls: list[tuple[str, Any, list[Any]]],
