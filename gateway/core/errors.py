@@ -80,8 +80,8 @@ MESSAGES: Final[dict[str, str]] = {
     "EXPORT_ERROR_BASE_UNRELATED": "The VDI {0} can't be the base of a delta of {1}: {2}; "
     "name a snapshot of the same disk, or export the whole of it.",
     "EXPORT_ERROR_CLIENT_STALLED": "The client took no data for {0} seconds; download the disk again.",
-    "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "A transfer-encoding is not accepted; send the body as it is, "
-    "with a Content-Length.",
+    "IMPORT_ERROR_CANNOT_HANDLE_CHUNKED": "This transfer-encoding is not accepted here; "
+    "send a Content-Length, or chunks with format=auto.",
     "IMPORT_ERROR_UNKNOWN_FORMAT": "The format {0!r} is not known here; use another one.",
     "IMPORT_ERROR_WRONG_FORMAT": "What was sent is not in the format {0} ({1}); "
     "nothing was changed: name the format that it has.",
