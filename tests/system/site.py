@@ -128,6 +128,16 @@ def unplugged(gateway: RunningGateway, pbd: str) -> bool:
     return True
 
 
+def nodes(site: Site) -> dict[str, str | None]:
+    """The images of the SR by uuid, with what they stand on, as the records say."""
+    records = site.gateway.call("VDI.get_all_records").values()
+    return {
+        record["uuid"]: record["sm_config"].get("vhd-parent")
+        for record in records
+        if record["SR"] == site.repository
+    }
+
+
 def stored_content(vdi: Vdi) -> bytes:
     """What the file of a VHD or raw VDI holds, read by libvhdi or as it is."""
     if vdi.file.suffix == ".raw":

@@ -11,17 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.lock_out_load import Disk, Load
-from tests.system.site import Site, assert_whole, stored_content, wait_until
-
-
-def nodes(site: Site) -> dict[str, str | None]:
-    """The images of the SR by uuid, with what they stand on, as the records say."""
-    records = site.gateway.call("VDI.get_all_records").values()
-    return {
-        record["uuid"]: record["sm_config"].get("vhd-parent")
-        for record in records
-        if record["SR"] == site.repository
-    }
+from tests.system.site import Site, assert_whole, nodes, stored_content, wait_until
 
 
 def failed_merges(site: Site) -> list[str]:
