@@ -60,7 +60,10 @@ class WritableDisk(Protocol):
 
 
 class DiskFile:
-    """`length` bytes of a disk from `start` on; `disk` is None for a file that is open for reading only."""
+    """`length` bytes of a disk from `start` on.
+
+    `disk` is None unless this mount writes to it; who only reads may sync, too, what others have written.
+    """
 
     __slots__ = (
         "_buffers",
@@ -72,6 +75,7 @@ class DiskFile:
         "_reads",
         "_start",
         "_view",
+        "_write",
         "content",
         "size",
     )
@@ -82,6 +86,7 @@ class DiskFile:
         buffers: Buffers,
         disk: WritableDisk | None,
         *,
+        write: bool,
         start: int,
         length: int,
         content: object,
@@ -93,6 +98,7 @@ class DiskFile:
         self._reads = reads
         self._buffers = buffers
         self._disk = disk
+        self._write = write
         self._close: Callable[[], Awaitable[None]] | None = close
         self._pace = Pace()
         self._now = reads.now
@@ -129,7 +135,7 @@ class DiskFile:
 
     async def write(self, offset: int, data: Buffer) -> int:
         """Write `data` at `offset`; see OpenFile."""
-        if self._disk is None:
+        if self._disk is None or not self._write:
             raise OSError(errno.EBADF, "the file is open for reading only")
         if not data:
             return 0

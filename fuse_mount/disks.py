@@ -165,7 +165,7 @@ class Disks:
         start = min(start, size)
         length = min(length, size - start)  # a table may say more than there is
         file: DiskFile
-        disk = held.disk if write else None
+        disk = held.disk if held.write else None
 
         async def close() -> None:
             held.files.discard(file)
@@ -175,6 +175,7 @@ class Disks:
             held.reads,
             self._buffers,
             disk,
+            write=write,
             start=start,
             length=length,
             content=held.content,

@@ -375,9 +375,8 @@ class VdiOperations(Operations):
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
-        handle = self._files[fh]
-        if handle.write:
-            await handle.file.flush()
+        # As of any file: sync(1) opens it for reading, and means what others have written to it.
+        await self._files[fh].file.flush()
 
     @answered
     async def release(self, fh: int) -> None:

@@ -24,7 +24,7 @@ from tests.fuse_mount.served_site import (
     served_site,
     write,
 )
-from tests.system.site import MIB, Site, Vdi
+from tests.system.site import MIB, Site, Vdi, stored_content
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,8 @@ async def test_a_write_is_read_at_once_and_ends_where_the_disk_ends(site: Site, 
     assert await writer.write(vdi.size, b"") == 0
     with pytest.raises(OSError, match="reading only"):
         await reader.write(0, b"x")
-    await writer.flush()
+    await reader.flush()  # as sync(1) does
+    assert stored_content(vdi)[1000:1003] == b"abc"
     await writer.close()
     await reader.close()
     expected = bytearray(vdi.size)

@@ -54,7 +54,7 @@ async def test_a_file_of_a_disk_is_opened_read_and_closed(
     await house.operations.flush(info.fh)
     await house.operations.fsync(info.fh, datasync=True)
     await house.operations.release(info.fh)
-    assert house.fake.file.calls == [("read", 5, 3), ("close",)]
+    assert house.fake.file.calls == [("read", 5, 3), ("flush",), ("close",)]
     assert await code_of(house.operations.read(info.fh, 0, 1)) == errno.EIO
 
 

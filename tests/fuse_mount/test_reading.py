@@ -98,7 +98,9 @@ class Opened:
         async def close() -> None:
             pass
 
-        return DiskFile(self.reads, self.buffers, None, start=0, length=SIZE, content=None, close=close)
+        return DiskFile(
+            self.reads, self.buffers, None, write=False, start=0, length=SIZE, content=None, close=close
+        )
 
     async def check(self, file: DiskFile, offset: int, length: int) -> None:
         assert bytes(await file.read(offset, length)) == self.disk.content[offset : offset + length]
