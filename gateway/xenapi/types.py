@@ -33,6 +33,7 @@ class Int32(int):
 _LARGE: Final = 5000
 _LETTERS_OF_A_PART: Final = 256
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}\Z")
+_REAL = re.compile(r"[+-]?[0-9]{1,19}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,3})?\Z")
 _INTEGER_RANGE = range(-(2**63), 2**63)
 _MOMENT = re.compile(
     r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})T([0-9]{2}):?([0-9]{2}):?([0-9]{2})(?:\.[0-9]{1,9})?Z?\Z"
@@ -101,13 +102,16 @@ class Integer:
 
 @dataclass(frozen=True, slots=True)
 class Real:
-    """A finite double; an integer will do, since JSON writes 1.0 as 1."""
+    """A finite double, as a number or as decimal digits. An integer will do: JSON writes 1.0 as 1, and Node's
+    xen-api, over XML-RPC, as the string 1."""
 
     @property
     def name(self) -> str:
         return "float"
 
     def accept(self, value: WireValue, field: str) -> float:
+        if isinstance(value, str) and _REAL.match(value):
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _wrong_type(field)
         if isinstance(value, int) and value not in _INTEGER_RANGE:

@@ -24,6 +24,8 @@ await run(async (xapi, { sr }) => {
 
   const own = await xapi.createTask('own task', 'of the test')
   const watched = xapi.watchTask(own)
+  // A whole number is a string in xen-api's XML-RPC.
+  await xapi.call('task.set_progress', own, 0)
   await xapi.call('task.set_progress', own, 0.5)
   const half = await xapi.getField('task', own, 'progress')
   // Events of progress are rare, but the last one isn't lost.
