@@ -383,6 +383,8 @@ class VdiOperations(Operations):
         handle = self._files[fh]
         try:
             await handle.file.close()
+        except Exception as error:  # noqa: BLE001  as in answered, but while it is known whose file it was
+            raise FUSEError(self.complain("release", (fh,), error)) from None
         finally:
             del self._files[fh], self._reads[fh]
 

@@ -234,3 +234,7 @@ async def test_a_failure_is_told_in_the_log_with_its_disk_and_not_again_and_agai
     with structlog.testing.capture_logs() as lines:
         await code_of(house.operations.read(handle, 0, 4096))
     assert [(line["log_level"], type(line["exc_info"])) for line in lines] == [("error", ZeroDivisionError)]
+    house.fake.file.failure = OSError(errno.EIO, "a bad sector")
+    with structlog.testing.capture_logs() as lines:
+        await code_of(house.operations.release(handle))
+    assert [(line["request"], line["vdi"]) for line in lines] == [("release", DISK.uuid)]
