@@ -5,7 +5,7 @@
     nbd/tls-*        certificate, key and authority in files that are called as nbdkit wants them
 
 The trap: nbdkit reads three files, and a certificate may be exchanged at any time, also by one that can't be
-used. So each certificate has a directory of its own, which is complete and good once it has its name.
+used. So each certificate has a directory of its own, which is whole, durable and good once it has its name.
 """
 
 import errno
@@ -22,7 +22,7 @@ from typing import Final
 import nbd_plugin
 from gateway.certificates import ServerCertificate
 from gateway.config import Config
-from gateway.state import StateDirectory
+from gateway.state import StateDirectory, write_private_file
 from nbd_plugin.listening import is_loopback
 
 SUPERVISOR: Final = str(Path(nbd_plugin.__file__).with_name("supervisor.py"))
@@ -107,8 +107,7 @@ class NbdFiles:
             os.mkdir(unfinished, 0o700)
             for name, data in (("ca-cert", authority), ("server-cert", chain), ("server-key", key)):
                 path = os.path.join(unfinished, f"{name}.pem")
-                with open(path, "xb", opener=_private) as file:
-                    file.write(data)
+                write_private_file(path, data)
                 if self._group is not None:
                     os.chown(path, 0, self._group)
                     os.chmod(path, 0o640)
@@ -172,10 +171,6 @@ def _check_pair(directory: str, certificate: ServerCertificate) -> None:
         shutil.rmtree(directory)
         why = f"can't be used with {certificate.key} ({error.reason or error})"
         raise OSError(errno.EINVAL, why, certificate.chain) from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _changed(path: Path) -> float:
