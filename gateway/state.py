@@ -17,6 +17,7 @@ somebody else's by now, who must not be sent the password.
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -102,9 +103,12 @@ class StateDirectory:
             raise StateError(
                 f"{state.path} can't be locked: {error.strerror}; put it on a local file system"
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         state._lock_fd = fd
+        note = f"{os.getpid()}\n".encode()
+        # For people alone: on a full disk the gateway starts without it. Cut last, to keep the block it has.
+        with suppress(OSError):
+            os.pwrite(fd, note, 0)
+            os.ftruncate(fd, len(note))
         return state
 
     def release(self) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 import subprocess
@@ -33,6 +34,22 @@ def test_a_process_that_died_locks_nobody_out(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no gateway runs on"):
         StateDirectory(str(tmp_path)).running()
     StateDirectory.take(str(tmp_path)).release()
+
+
+def test_a_full_disk_keeps_nobody_from_the_lock_and_the_process_is_named_again_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").write_text("123456789\n")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)
+        StateDirectory.take(str(tmp_path)).release()
+    state = StateDirectory.take(str(tmp_path))
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    state.release()
 
 
 def test_the_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
