@@ -210,6 +210,8 @@ class Answer:
 
         Raises Broken, TransferAborted.
         """
+        # A server that is quick enough is never waited for.
+        self._client.interrupt.check()
         if self._left is not None:
             view = view[: self._left]
         if not view:

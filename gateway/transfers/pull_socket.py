@@ -76,9 +76,13 @@ class Interrupt:
         if fd is not None:
             poll.register(fd, events)
         ready = poll.poll(max(0.0, seconds) * 1000)
+        self.check()
+        return bool(ready)
+
+    def check(self) -> None:
+        """Raise TransferAborted if somebody has aborted: for who has bytes, and so doesn't wait."""
         if self._aborted:
             raise TransferAborted
-        return bool(ready)
 
 
 def open_socket(url: ImageURL, rules: PullRules, patience: Patience, interrupt: Interrupt) -> socket.socket:

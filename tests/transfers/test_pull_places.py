@@ -244,3 +244,26 @@ def test_an_abort_wakes_it_wherever_it_waits(place: str, monkeypatch: pytest.Mon
             for other in others:
                 other.close()
     assert [type(error) for error in ended] == [TransferAborted]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_abort_ends_it_where_it_never_waits_because_bytes_are_there(chunked: bool) -> None:
+    sent = threading.Event()
+
+    def handler(request: Request, connection: Connection) -> None:
+        file_of(bytes(20_000), chunked=chunked)(request, connection)
+        sent.set()
+        connection.wait_for_end()
+
+    interrupt = Interrupt()
+    client = Client(PullRules.of(LOOPBACK), Patience(), interrupt)
+    with serving(handler) as server, memoryview(bytearray(1000)) as view:
+        pull = Pull(ImageURL.parse(server.url), client)
+        pull.open()
+        assert pull.recv_into(view)
+        assert sent.wait(30)
+        pull.abort()
+        with pytest.raises(TransferAborted):
+            pull.recv_into(view)
+        pull.close()
+    interrupt.close()
