@@ -55,3 +55,20 @@ def test_what_storage_fails_names_the_disk_and_the_remedy(
             request(export, *arguments)
         assert type(failed.value).__name__ == "RequestFailed"
     assert told == [errno.EIO if number == errno.EIO else errno.ENOSPC] * 2
+
+
+def test_a_disk_for_which_files_run_short_is_closed_and_its_client_not_waited_for_without_end(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = Closing(fails=False)
+    turns: list[str] = []
+    plugin.nbdkit.export_name = lambda: "any"
+    monkeypatch.setattr(plugin, "Export", lambda *_: export)
+    monkeypatch.setattr(plugin, "descriptors_run_short", lambda: True)
+    monkeypatch.setattr(plugin.handshakes, "our_turn", lambda: turns.append("ours"))
+    monkeypatch.setattr(plugin.handshakes, "clients_turn", lambda: turns.append("the client's"))
+    with pytest.raises(ConnectionRefusedError, match="too many files"):
+        plugin.open(readonly=False)
+    assert export.closed
+    assert export not in plugin._open
+    assert turns == ["ours", "the client's"]
