@@ -238,3 +238,22 @@ async def test_a_failure_is_told_in_the_log_with_its_disk_and_not_again_and_agai
     with structlog.testing.capture_logs() as lines:
         await code_of(house.operations.release(handle))
     assert [(line["request"], line["vdi"]) for line in lines] == [("release", DISK.uuid)]
+
+
+async def test_the_log_names_the_disk_that_could_not_be_opened_and_none_where_none_is_meant(
+    house: House,
+) -> None:
+    inode = await house.inode("disks/web/disk.raw")
+    house.fake.failure = OSError(errno.EIO, "a bad sector")
+    requests = (
+        house.operations.open(inode, os.O_RDONLY, CONTEXT),
+        house.operations.readdir(99, 0, CONTEXT),
+        house.operations.releasedir(99),
+    )
+    with structlog.testing.capture_logs() as lines:
+        assert [await code_of(request) for request in requests] == [errno.EIO] * 3
+    assert [(line["request"], line["vdi"]) for line in lines] == [
+        ("open", DISK.uuid),
+        ("readdir", None),
+        ("releasedir", None),
+    ]
