@@ -6,7 +6,8 @@ read sides of the clients' sockets are: requests in flight are answered, nothing
 ends after its `cleanup`. Who doesn't take his answers is disconnected after a while, unless a supervisor is
 there, which has a patience of its own.
 
-The trap: only the sockets that nbdkit has accepted may be touched, not those to the gateway.
+The traps: only the sockets that nbdkit has accepted may be touched, not those to the gateway. And it takes a
+descriptor to find them, of which none may be left by then; so some are kept for that.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from nbd_plugin.connections import client_sockets
 
 PATIENCE_SECONDS: Final = 10.0
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_SPARE: Final = 4  # one at a time is needed; whoever is accepted in that moment may take others
 
 
 def stop_at_signals(shutdown: Callable[[], None], patience: float | None = PATIENCE_SECONDS) -> None:
@@ -32,6 +34,7 @@ def stop_at_signals(shutdown: Callable[[], None], patience: float | None = PATIE
     """
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(reading, True)
+    spare = [os.dup(reading) for _ in range(_SPARE)]
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in _SIGNALS:
         # Python's own handler never runs: the main thread is in nbdkit's code. The byte in the pipe is all.
@@ -42,6 +45,8 @@ def stop_at_signals(shutdown: Callable[[], None], patience: float | None = PATIE
         until = None if patience is None else time.monotonic() + patience
         while True:
             shutdown()
+            while spare:
+                os.close(spare.pop())
             end_clients(socket.SHUT_RD)
             left = None if until is None else max(until - time.monotonic(), 0)
             if not select.select([reading], [], [], left)[0]:

@@ -40,6 +40,19 @@ def test_a_worker_without_any_descriptor_left_obeys_and_disconnects_silent_clien
         assert "Exception in thread" not in supervisor.log()
 
 
+def test_a_worker_without_any_descriptor_left_ends_in_order(tmp_path: Path) -> None:
+    with Supervised(tmp_path, plugin=None) as supervisor:
+        [worker] = supervisor.workers()
+        with connected(supervisor) as silent:
+            assert silent.recv(8) == b"NBDMAGIC"
+            allow(worker, 0)
+            with connected(supervisor):
+                eventually(lambda: "accept: Too many open files" in supervisor.log(), "no descriptor left")
+                assert supervisor.stop() == 0
+        assert "exit code 0" in supervisor.log()
+        assert "Exception in thread" not in supervisor.log()
+
+
 def test_who_comes_when_descriptors_run_short_is_refused_and_told_why_in_the_log(tmp_path: Path) -> None:
     with Supervised(tmp_path, plugin=None) as supervisor:
         [worker] = supervisor.workers()
