@@ -18,7 +18,7 @@ from typing import Final, Protocol
 import zstandard
 
 from gateway.core.errors import XenAPIError
-from gateway.transfers.body import BodyEnded, BodyReader, Bytes
+from gateway.transfers.body import BodyEnded, BodyReader, Bytes, TransferAborted
 
 COMPRESSION_BYTES: Final = 6
 """So many bytes tell compressions apart."""
@@ -67,9 +67,13 @@ class Decompressed:
         self._outer: Final = outer
         self._kind: Final = kind
         self._source: Final[_Source] = _Frames(outer) if kind is Compression.ZSTD else _Members(outer, kind)
+        self._aborted = False
 
     def recv_into(self, view: memoryview) -> int:
         """As Body.recv_into. 0 is an end that was told. Raises IMPORT_ERROR_BAD_COMPRESSION, too."""
+        if self._aborted:
+            # The outer body may not be asked for long: 64 KiB of it hold half a GiB of zeroes.
+            raise TransferAborted
         if not view:
             return 0
         try:
@@ -87,6 +91,7 @@ class Decompressed:
 
     def abort(self) -> None:
         """As Body.abort."""
+        self._aborted = True
         self._outer.body.abort()
 
 

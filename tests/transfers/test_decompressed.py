@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gateway.core.errors import XenAPIError
-from gateway.transfers.body import BodyReader
+from gateway.transfers.body import BodyReader, TransferAborted
 from gateway.transfers.decompressed import Compression, Decompressed, compression_of
 from tests.transfers.test_import_raw import Pieces
 
@@ -174,6 +174,22 @@ def zstd_of_zeroes(blocks: int) -> bytes:
 def test_the_densest_zstd_there_is_takes_no_memory() -> None:
     count, peak = read_through(zstd_of_zeroes(512))
     assert (count, peak < 8 * MIB) == (64 * MIB, True)
+
+
+@pytest.mark.parametrize("name", ["gzip", "xz", "zstd"])
+def test_an_abort_ends_it_though_the_zeroes_to_come_need_no_more_of_the_outer_body(name: str) -> None:
+    class Outer(Pieces):
+        def abort(self) -> None: ...
+
+    data = packed(bytes(8 * MIB), *PROGRAMS[name])
+    kind = compression_of(data)
+    assert kind is not None
+    body = Decompressed(BodyReader(Outer(data, repeat(1 << 16)), len(data)), kind)
+    with memoryview(bytearray(1000)) as view:
+        assert body.recv_into(view)
+        body.abort()
+        with pytest.raises(TransferAborted):
+            body.recv_into(view)
 
 
 def test_what_wants_much_memory_is_refused() -> None:
