@@ -191,18 +191,32 @@ class FileCalls:
     def forget(self, fd: int, offset: int, length: int) -> None:
         """Let the page cache go of what it holds of the range, unless it has still to be written.
 
-        A hint; errors are ignored, for nothing depends on it.
+        A length of 0 reaches to the end of the file. A hint; errors are ignored, for nothing that
+        succeeds depends on it.
         """
         with suppress(OSError):
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def datasync(self, fd: int) -> None:
-        """Make the file's bytes and length durable."""
-        os.fdatasync(fd)
+        """Make the file's bytes and length durable.
+
+        What a failed sync has not written the kernel goes on showing, as if it were on the disk. Were it
+        believed, as a BAT entry that is there already, a later sync would succeed without it. So the page
+        cache forgets the file then, and who reads it next reads the disk.
+        """
+        try:
+            os.fdatasync(fd)
+        except OSError:
+            self.forget(fd, 0, 0)
+            raise
 
     def sync(self, fd: int) -> None:
-        """Make the file durable, metadata included."""
-        os.fsync(fd)
+        """Make the file durable, metadata included; of a failure the same is true."""
+        try:
+            os.fsync(fd)
+        except OSError:
+            self.forget(fd, 0, 0)
+            raise
 
     def rename(self, source: str, target: str) -> None:
         """Rename a file over whatever `target` is."""

@@ -2,7 +2,7 @@ import ctypes
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -199,3 +199,22 @@ def test_names_and_syncs(tmp_path: Path) -> None:
     FILES.sync_directory(str(tmp_path))
     assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
     assert (tmp_path / "d").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("sync", "of_the_kernel"), [(FILES.datasync, "fdatasync"), (FILES.sync, "fsync")])
+def test_what_a_failed_sync_has_not_written_is_not_believed_to_be_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: Callable[[int], None], of_the_kernel: str
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    forgotten: list[tuple[int, int, int, int]] = []
+    fd = opened(tmp_path / "a")
+    monkeypatch.setattr(os, "posix_fadvise", lambda *advice: forgotten.append(advice))
+    sync(fd)
+    assert not forgotten
+    monkeypatch.setattr(os, of_the_kernel, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(fd)
+    assert forgotten == [(fd, 0, 0, os.POSIX_FADV_DONTNEED)]
+    FILES.close(fd)
