@@ -261,7 +261,8 @@ class CoalesceRun:
         left = self._left
         return (
             left is not None
-            and [_state(node.fd) for node in lease.chain.nodes[:2]] == [left.child, left.parent]
+            # By their names: who replaces a file without a lock, as rsync does, must not lose it to a rename.
+            and [_state(os.lstat(node.path)) for node in lease.chain.nodes[:2]] == [left.child, left.parent]
             and content_id == left.content_id
         )
 
@@ -269,7 +270,7 @@ class CoalesceRun:
         """Make the copy durable; people are let in if they want to, or if it isn't complete."""
         began = time.monotonic()
         # The child's, before anybody can write to it.
-        child, content_id = _state(self._opened[0]), self._records.content_id(self.candidate.child)
+        child, content_id = _state(os.fstat(self._opened[0])), self._records.content_id(self.candidate.child)
         finished: _FileState | OSError
         try:
             async with trio.open_nursery() as beside:
@@ -325,7 +326,7 @@ class CoalesceRun:
                 self.candidate.child,
                 files=self._repository.files,
             )
-        return _state(self._opened[1])
+        return _state(os.fstat(self._opened[1]))
 
     # The relink
 
@@ -374,10 +375,10 @@ def _require_same(fd: int, identity: FileIdentity) -> None:
         raise CandidateGone("its file was replaced from outside")
 
 
-def _state(fd: int) -> _FileState:
-    """By what a change of an open file is noticed."""
-    status = os.fstat(fd)
-    return identity_of(fd), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def _state(status: os.stat_result) -> _FileState:
+    """By what a change of a file is noticed."""
+    identity = FileIdentity(status.st_dev, status.st_ino)
+    return identity, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _until_wanted(lease: Lease) -> Callable[[], bool]:

@@ -132,6 +132,22 @@ async def test_what_others_put_on_the_parent_while_a_relink_waits_keeps_its_pare
         assert content(house.inventory, ref)[::MIB] == PATTERN
 
 
+async def test_a_file_put_in_the_place_of_a_leaf_that_is_being_copied_is_not_removed_for_its_parent(
+    open_house: OpenHouse, tmp_path: Path
+) -> None:
+    async with copying(open_house, tmp_path) as (house, gate, sr, ref):
+        # As rsync does it, which knows no locks: another file, on the same parent.
+        leaf = root_of(house.inventory, sr) / f"{house.chain(ref)[0]}.vhd"
+        restored = bytearray(leaf.read_bytes())
+        last = restored.rindex(b"\x24" * MIB)
+        restored[last : last + MIB] = b"\x77" * MIB
+        (tmp_path / "restored").write_bytes(restored)
+        os.rename(tmp_path / "restored", leaf)
+        gate.stay_open()
+        await house.settled(sr)
+        assert content(house.inventory, ref)[::MIB] == PATTERN[:-1] + b"\x77"
+
+
 async def test_a_vdi_that_is_destroyed_while_its_merge_waits_takes_all_with_it(
     open_house: OpenHouse, tmp_path: Path
 ) -> None:
