@@ -1,9 +1,13 @@
 """What reconciling does with very many images: it runs on the loop that serves everybody."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gateway.core.records import SR
-from gateway.repository.reconcile import reconcile
+import pytest
+
+from gateway.core.records import SR, VDI
+from gateway.repository.reconcile import Reconciled, reconcile
 from gateway.repository.scan import FileStamp, ScannedImage, ScanResult
 
 if TYPE_CHECKING:
@@ -38,21 +42,41 @@ def image(number: int, *, parent: int | None) -> ScannedImage:
     )
 
 
+def compared(images: dict[str, ScannedImage], known: Sequence[VDI]) -> Reconciled:
+    return reconcile(
+        SR(ref="OpaqueRef:sr", uuid=uuid(9999)),
+        ScanResult(images),
+        known,
+        writable=True,
+        elsewhere=lambda _uuid: None,
+        is_written=lambda _vdi: False,
+        ref_is_free=lambda _ref: True,
+    )
+
+
 def test_a_foreign_sr_is_gone_through_a_few_times_however_many_base_copies_it_has() -> None:
     images = Counting()
     for number in range(PAIRS):
         images[uuid(number)] = image(number, parent=None)
         images[uuid(PAIRS + number)] = image(PAIRS + number, parent=number)
     images[uuid(2 * PAIRS)] = image(2 * PAIRS, parent=None)
-    found = reconcile(
-        SR(ref="OpaqueRef:sr", uuid=uuid(9999)),
-        ScanResult(images),
-        [],
-        writable=True,
-        elsewhere=lambda _uuid: None,
-        is_written=lambda _vdi: False,
-        ref_is_free=lambda _ref: True,
-    )
+    found = compared(images, [])
     # The last one is hidden and nothing stands on it.
     assert {vdi.uuid for vdi in found.add} == images.keys() - {uuid(2 * PAIRS)}
     assert images.count < 5
+
+
+def test_of_all_records_only_that_of_a_changed_file_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = {uuid(number): image(number, parent=number - 1 if number else None) for number in range(PAIRS)}
+    known = compared(images, []).add
+    made: list[VDI] = []
+
+    def counting(vdi: VDI, **changes: object) -> VDI:
+        made.append(vdi)
+        return dataclasses.replace(vdi, **changes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gateway.repository.reconcile.replace", counting)
+    changed = known[PAIRS // 2]
+    images[changed.uuid] = dataclasses.replace(images[changed.uuid], stamp=FileStamp(0, 2, 2))
+    assert compared(images, known).change.keys() == {changed.ref}
+    assert made == [changed]
