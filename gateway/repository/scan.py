@@ -194,12 +194,16 @@ class Scanner:
         image_format: ImageFormat = "vhd" if match[2] == "vhd" else "raw"
         structure = _Structure(virtual_size=status.st_size) if image_format == "raw" else _read_vhd(path)
         structures = {os.path.basename(path): structure}
+        names: set[str] = set()
         for name in structure.parent_names:
+            parent = os.path.join(self.directory.root, name)
+            # The directory isn't listed: whatever is done to one VDI comes here, and there may be thousands.
+            if os.path.lexists(parent):
+                names.add(name)
             with suppress(OSError, ImageError):
-                parent = os.path.join(self.directory.root, name)
                 structures[name] = _read_vhd(parent) if name.endswith(".vhd") else _Structure()
         image = _scanned(match[1], path, image_format, status, structure)
-        return _with_parent(image, structures, set(os.listdir(self.directory.root)))
+        return _with_parent(image, structures, names)
 
     def _strange(self, entry: os.DirEntry[str]) -> _Structure:
         try:

@@ -127,3 +127,16 @@ def test_a_file_is_read_again_only_after_a_change(tmp_path: Path, monkeypatch: p
     scanner.scan()
     assert len(read) == 4
     assert scanner.scan_one(str(path)).virtual_size == 2 * MIB
+
+
+def test_to_look_at_one_image_its_directory_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_dynamic(str(tmp_path / f"{A}.vhd"), 2 * MIB)
+    make_child(tmp_path, B, A)
+    scanner = Scanner(SRDirectory(str(tmp_path)))
+    monkeypatch.delattr("os.listdir")
+    monkeypatch.delattr("os.scandir")
+    assert scanner.scan_one(str(tmp_path / f"{B}.vhd")).parent == A
+    (tmp_path / f"{A}.vhd").unlink()
+    assert "is missing" in (scanner.scan_one(str(tmp_path / f"{B}.vhd")).error or "")
