@@ -11,7 +11,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
-from gateway.core.records import Records
+from gateway.core.records import SR, VDI, Records
 from gateway.repository.records_file import encode_records
 from gateway.repository.repository import Repository
 
@@ -29,7 +29,7 @@ class RecordsCopies:
         self._records = records
         self._events = events
         self._attached = attached
-        self._written: dict[str, bytes] = {}
+        self._written: dict[str, tuple[SR, list[VDI]]] = {}
         self._writing = trio.Lock()
 
     async def run(self) -> None:
@@ -52,15 +52,16 @@ class RecordsCopies:
             return
         async with self._writing:
             record, vdis = self._records.srs.get(sr), self._records.vdis_of_sr(sr)
-            content = await trio.to_thread.run_sync(encode_records, record, vdis)
-            if self._written.get(sr) == content:
+            # Each lease of a VDI is an event, and changes no record: nothing is encoded to find that out.
+            if self._written.get(sr) == (record, vdis):
                 return
+            content = await trio.to_thread.run_sync(encode_records, record, vdis)
             try:
                 await repository.write_records(content)
             except (OSError, XenAPIError) as error:
                 log.warning("the copy of the records was not written", sr=record.uuid, why=str(error))
                 return
-            self._written[sr] = content
+            self._written[sr] = record, vdis
 
     def forget(self, sr: str) -> None:
         """The SR was detached: what its copy says then is not known."""

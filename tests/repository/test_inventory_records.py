@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from gateway.core.records import VDI
+from gateway.core.records import SR, VDI
 from gateway.repository.inventory import Inventory
+from gateway.repository.records_file import encode_records
 from gateway.repository.repository import Repository
 from tests.repository.conftest import OpenInventory
 from tests.repository.vdis import MIB, content, replace, write
@@ -48,6 +49,26 @@ async def test_the_copy_of_the_records_follows_without_being_asked(
     await written.wait()
     copy = json.loads((tmp_path / "sr" / ".vdi-gateway" / "records.json").read_bytes())
     assert [record["name_label"] for record in copy["vdis"]] == ["named later"]
+
+
+async def test_what_changes_no_record_encodes_none(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[list[VDI]] = []
+
+    def counting(sr: SR, vdis: list[VDI]) -> bytes:
+        encoded.append(vdis)
+        return encode_records(sr, vdis)
+
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+    ref = await inventory.vdi_create(sr=sr, virtual_size=MIB)
+    await inventory._copies.write(sr)
+    monkeypatch.setattr("gateway.repository.records_copies.encode_records", counting)
+    await inventory._copies.write(sr)  # as after the event of each lease
+    assert not encoded
+    await inventory.records.vdis.change(ref, name_label="another")
+    await inventory._copies.write(sr)
+    assert [[vdi.name_label for vdi in vdis] for vdis in encoded] == [["another"]]
 
 
 async def test_an_older_database_gives_way_to_a_copy_that_knows_the_file(
