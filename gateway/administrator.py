@@ -6,11 +6,11 @@ Whoever can read the file can log in, also after the password was changed throug
 from dataclasses import dataclass
 
 import structlog
-import trio
 
 from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.passwords import Verdict
+from gateway.core.threads import in_thread
 from gateway.core.users import Users
 from gateway.listening import ServeRefused
 from gateway.state import ADMINISTRATOR, StateDirectory
@@ -50,7 +50,7 @@ class AdministratorPassword:
                 "VALUE_NOT_SUPPORTED", "password", "***", "it goes into a file, where it must be one line"
             )
         try:
-            await trio.to_thread.run_sync(self.state.write_password, password)
+            await in_thread(self.state.write_password, password)
         except OSError as error:
             problem = f"{self.state.password_file} can't be written: {error.strerror}"
             log.warning("the password was not changed", user=name, why=problem)

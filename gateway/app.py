@@ -32,6 +32,7 @@ from gateway.core.records import Records
 from gateway.core.refusals import Refusals
 from gateway.core.sessions import Sessions
 from gateway.core.tasks import Tasks
+from gateway.core.threads import in_thread
 from gateway.core.users import Users
 from gateway.http.server import Listener, Server
 from gateway.images.heap import use_one_heap
@@ -357,7 +358,7 @@ class _Gateway:
         async with self.configuration.reloading:
             await self.configuration.reload()
             if self.context is not None:
-                await trio.to_thread.run_sync(self._reload_certificate, self.context)
+                await in_thread(self._reload_certificate, self.context)
             if nbd is not None:
                 await nbd.renew()
 
@@ -371,6 +372,6 @@ class _Gateway:
         while True:
             await trio.sleep(RENEWAL_SECONDS)
             if context.authority is not None:
-                await trio.to_thread.run_sync(context.reload)
+                await in_thread(context.reload)
                 if nbd is not None:
                     await nbd.renew()

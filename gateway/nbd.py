@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from gateway.core.nbd_service import NbdDoor
+from gateway.core.threads import in_thread
 from gateway.nbd_addresses import nbd_service
 from gateway.nbd_files import NbdFiles, NbdRefused
 
@@ -164,7 +165,7 @@ class Nbd:
 
     async def _start(self) -> None:
         if self._certificates is not None:
-            self._directory, self._chain = await trio.to_thread.run_sync(self._certificates)
+            self._directory, self._chain = await in_thread(self._certificates)
         if not await self._adopt():
             await self._launch()
         await self._tell_door()
@@ -201,7 +202,7 @@ class Nbd:
             return
         if self._certificates is not None:
             try:
-                directory, chain = await trio.to_thread.run_sync(self._certificates)
+                directory, chain = await in_thread(self._certificates)
             except OSError as error:
                 log.warning("NBD keeps the old certificate", why=str(error))
                 return
@@ -269,7 +270,7 @@ class Nbd:
         return bool(options == wanted)
 
     async def _launch(self) -> None:
-        await trio.to_thread.run_sync(self._files.prepare)
+        await in_thread(self._files.prepare)
         reading, writing = os.pipe2(os.O_CLOEXEC)
         # The supervisor ends if nobody reads any more and no gateway is connected yet.
         async with trio.lowlevel.FdStream(reading) as stream:
@@ -328,9 +329,7 @@ class Nbd:
 
     async def _tell_door(self) -> None:
         try:
-            service = await trio.to_thread.run_sync(
-                nbd_service, self._files.host, self._addresses[0][1], self._chain
-            )
+            service = await in_thread(nbd_service, self._files.host, self._addresses[0][1], self._chain)
         except (OSError, ValueError) as error:
             log.warning("clients are not told where NBD is", why=str(error))
             service = None

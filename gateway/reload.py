@@ -13,6 +13,7 @@ import trio
 from gateway.config import Config, ConfigError, Origins
 from gateway.core.limits import Limits
 from gateway.core.log import configure
+from gateway.core.threads import in_thread
 from gateway.options import OPTIONS
 
 log = structlog.get_logger("gateway.reload")
@@ -34,7 +35,7 @@ class Configuration:
     async def reload(self) -> None:
         """Read everything anew. What came of it is in the log; a mistake leaves the old values."""
         try:
-            new = await trio.to_thread.run_sync(self._origins.read, abandon_on_cancel=True)
+            new = await in_thread(self._origins.read, abandon_on_cancel=True)
         except ConfigError as error:
             log.warning("the configuration was not reloaded; the old one stays in use", why=str(error))
             return

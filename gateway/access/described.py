@@ -11,6 +11,7 @@ import trio
 
 from gateway.access.protocol import Described
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 from gateway.images.allocation import stored_blocks
 from gateway.images.chain import ChainFiles, chain_is_current, open_chain_files, open_disk
 from gateway.images.export_layout import SparseFormat, sparse_size
@@ -61,7 +62,7 @@ class Describing:
     async def _look(self, vdi: "VDI") -> Described | None:
         chain = await self._open(vdi)
         try:
-            return await trio.to_thread.run_sync(_described, chain, vdi.content_id, limiter=self._threads)
+            return await in_thread(_described, chain, vdi.content_id, limiter=self._threads)
         finally:
             chain.close()  # if it was cancelled before it began
 
@@ -71,9 +72,7 @@ class Describing:
         with trio.move_on_after(self._limits.lease_wait):
             await repository.structure_lock.acquire()
             try:
-                return await trio.to_thread.run_sync(
-                    partial(open_chain_files, path, writable=False), limiter=self._threads
-                )
+                return await in_thread(partial(open_chain_files, path, writable=False), limiter=self._threads)
             except FileNotFoundError as error:
                 raise XenAPIError("VDI_MISSING") from error
             finally:

@@ -38,6 +38,7 @@ from gateway.core.peer import Peer
 from gateway.core.refs import new_uuid
 from gateway.core.roles import Permission, Role
 from gateway.core.sessions import Credentials, Identity
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.transfers.publications import Publications
 
@@ -249,7 +250,7 @@ class AccessServer:
         try:
             vdi = self._inventory.records.vdis.by_uuid(told.vdi)
             path = self._image_path(vdi, told)
-            chain = await trio.to_thread.run_sync(verified_chain, fds, told, path)
+            chain = await in_thread(verified_chain, fds, told, path)
         except BaseException:
             link.give_back(fds)
             raise

@@ -25,6 +25,7 @@ from gateway.access.protocol import (
 )
 from gateway.core.errors import XenAPIError
 from gateway.core.peer import Peer, peer_of
+from gateway.core.threads import in_thread
 
 _SEND_SECONDS: Final = 30.0
 _PIECE: Final = 16384
@@ -95,7 +96,7 @@ class Link:
         """Close the connection, and in one of the threads what came over it."""
         self._socket.close()
         if came := self.take_descriptors():
-            await trio.to_thread.run_sync(close_descriptors, came, limiter=threads, abandon_on_cancel=True)
+            await in_thread(close_descriptors, came, limiter=threads, abandon_on_cancel=True)
 
 
 def printable(text: str) -> str:

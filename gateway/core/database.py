@@ -21,6 +21,7 @@ from sqlalchemy.pool import StaticPool
 
 from gateway.core import schema
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 
 T = TypeVar("T")
 
@@ -73,14 +74,14 @@ class Database:
         alembic's scripts. Raises DatabaseUnusable: a newer schema, somebody else's file, or no database at
         all.
         """
-        engine = await trio.to_thread.run_sync(_opened, path, revisions, migrations)
+        engine = await in_thread(_opened, path, revisions, migrations)
         return cls(path, engine)
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in the database's thread in one transaction: durable when this returns, undone if it
         raises. Raises DatabaseFailed: a full disk, a lock, a damaged file.
         """
-        return await trio.to_thread.run_sync(self._in_transaction, work, limiter=self._limiter)
+        return await in_thread(self._in_transaction, work, limiter=self._limiter)
 
     def _in_transaction(self, work: Callable[[Connection], T]) -> T:
         try:
@@ -100,7 +101,7 @@ class Database:
     async def aclose(self) -> None:
         """Close the file; the write-ahead log is folded into it. Waits for a running transaction."""
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._engine.dispose, limiter=self._limiter)
+            await in_thread(self._engine.dispose, limiter=self._limiter)
 
 
 def _opened(path: str, revisions: tuple[str, ...], migrations: Path) -> Engine:

@@ -21,6 +21,7 @@ from gateway.core.lease import Lease
 from gateway.core.lease_refusal import Blocker, LeaseRefused, refused_by_grants, refused_by_lock
 from gateway.core.lease_table import Grant, Holder, LeaseMode, LeaseTable, TableBusy
 from gateway.core.limits import Limits
+from gateway.core.threads import in_thread
 from gateway.images.chain import ChainFiles, chain_is_current, open_chain_files
 from gateway.images.file_locks import FileInUse, FileUse, lock_files
 from gateway.images.files import FileIdentity
@@ -309,7 +310,7 @@ class Leases:
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         # Never abandoned: what the thread opens always comes back to somebody who closes it.
-        return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
+        return await in_thread(call, *arguments, limiter=self._threads)
 
 
 def _open_chain(leaf_path: str, modes: Sequence[LeaseMode]) -> ChainFiles:

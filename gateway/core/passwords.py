@@ -16,6 +16,7 @@ from argon2 import PasswordHasher, Type
 from argon2.exceptions import InvalidHashError, VerificationError, VerifyMismatchError
 
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 
 MEMORY_KIB: Final = 19_456
 PASSES: Final = 2
@@ -57,11 +58,11 @@ class Passwords:
             raise XenAPIError(
                 "VALUE_NOT_SUPPORTED", "password", "***", f"it is longer than {LONGEST_PASSWORD} bytes"
             )
-        return await trio.to_thread.run_sync(self._hasher.hash, password, limiter=self._limiter)
+        return await in_thread(self._hasher.hash, password, limiter=self._limiter)
 
     async def verify(self, password_hash: str | None, password: str) -> Verdict:
         """Whether the password is the hash's; None (no such user) takes as long and is always wrong."""
-        verdict = await trio.to_thread.run_sync(
+        verdict = await in_thread(
             self._verify, password_hash or self._nobody, password[:LONGEST_PASSWORD], limiter=self._limiter
         )
         if password_hash is None or len(password) > LONGEST_PASSWORD:

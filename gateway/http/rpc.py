@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from gateway.core.network import network_of
+from gateway.core.threads import in_thread
 from gateway.http.request import BadRequest
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LargeBodies:
             )
         try:
             body = await connection.read_body(connection.limits.rpc_body_bytes)
-            return await trio.to_thread.run_sync(read, body, limiter=self._reading)
+            return await in_thread(read, body, limiter=self._reading)
         finally:
             turn.release()
 

@@ -8,16 +8,14 @@ The trap: the SR's own lock is held here, so nobody may wait for that one under 
 """
 
 import structlog
-import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.repository.cbt_logs import CbtLogs
 from gateway.repository.changed_blocks import ChangedBlocks
 from gateway.repository.repository import Repository
-
-_run = trio.to_thread.run_sync
 
 log = structlog.get_logger("gateway.repository")
 
@@ -34,7 +32,7 @@ class CbtHandover(ChangedBlocks):
 
     async def _complete_logs(self, repository: Repository) -> None:
         known = self._known(repository)
-        headers = await _run(CbtLogs(repository.directory, repository.files).headers)
+        headers = await in_thread(CbtLogs(repository.directory, repository.files).headers)
         for uuid, header in headers.items():
             vdi = known.find(uuid)
             if vdi is None or header.consistent:
@@ -51,9 +49,9 @@ class CbtHandover(ChangedBlocks):
     async def _note(self, repository: Repository, uuid: str, since: str, holder: Holder) -> None:
         """Add what has changed so far to the log of a VDI that may go on changing."""
         logs = CbtLogs(repository.directory, repository.files)
-        kept = await _run(logs.read, uuid)
+        kept = await in_thread(logs.read, uuid)
         if kept is None:
             return
         more = kept.add(await self._bits_between(repository, since, uuid, holder, None))
         if more != kept:
-            await _run(logs.write, uuid, more)
+            await in_thread(logs.write, uuid, more)

@@ -19,6 +19,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
+from gateway.core.threads import in_thread
 from gateway.images.cbtlog import CbtHeader, CbtLog, all_changed
 from gateway.images.errors import ImageError
 from gateway.repository.cbt_handover import CbtHandover
@@ -28,8 +29,6 @@ from gateway.repository.changed_blocks import let_go, own_bits
 from gateway.repository.emptied import Emptied
 from gateway.repository.reconcile import CBT_METADATA, described
 from gateway.repository.repository import Repository
-
-_run = trio.to_thread.run_sync
 
 log = structlog.get_logger("gateway.repository")
 
@@ -53,7 +52,7 @@ class CbtLifecycle(CbtHandover):
             repository.image_path(vdi.uuid)
             with trio.CancelScope(shield=True):
                 new = CbtLog.empty(vdi.virtual_size)
-                await _run(CbtLogs(repository.directory, repository.files).write, vdi.uuid, new)
+                await in_thread(CbtLogs(repository.directory, repository.files).write, vdi.uuid, new)
                 await self.records.vdis.change(ref, cbt_enabled=True)
 
     async def vdi_disable_cbt(self, ref: str) -> None:
@@ -64,7 +63,7 @@ class CbtLifecycle(CbtHandover):
                 return
             await repository.require_available()
             with trio.CancelScope(shield=True):
-                await _run(_cut_off, CbtLogs(repository.directory, repository.files), vdi.uuid)
+                await in_thread(_cut_off, CbtLogs(repository.directory, repository.files), vdi.uuid)
                 await self.records.vdis.change(ref, cbt_enabled=False)
             await self._drop_emptied(vdi.sr)
         self.coalesce(vdi.sr)
@@ -125,13 +124,13 @@ class CbtLifecycle(CbtHandover):
         """Before the image of a tracked VDI's snapshot is there. Raises OSError."""
         logs = CbtLogs(repository.directory, repository.files)
         with trio.CancelScope(shield=True):
-            await _run(logs.begin_snapshot, source.uuid, snapshot, source.virtual_size)
+            await in_thread(logs.begin_snapshot, source.uuid, snapshot, source.virtual_size)
 
     async def settle_snapshot_log(self, repository: Repository, source: VDI, snapshot: str) -> None:
         """After that, whether there is one now or not. Raises OSError; then the next attach does it."""
         logs = CbtLogs(repository.directory, repository.files)
         with trio.CancelScope(shield=True):
-            await _run(logs.settle_snapshot, source.uuid, snapshot)
+            await in_thread(logs.settle_snapshot, source.uuid, snapshot)
 
     async def forget_changes(self, vdi: VDI, lease: Lease | None, holder: Holder) -> None:
         """A tracked VDI is about to be destroyed, under its WRITE `lease` if it has an image: what its log
@@ -139,7 +138,7 @@ class CbtLifecycle(CbtHandover):
         """
         repository = self.repository(vdi.sr)
         logs = CbtLogs(repository.directory, repository.files)
-        headers = await _run(logs.headers)
+        headers = await in_thread(logs.headers)
         own = headers.get(vdi.uuid)
         if own is None:
             return
@@ -147,19 +146,21 @@ class CbtLifecycle(CbtHandover):
         after = child_of_log(headers, vdi.uuid)
         with trio.CancelScope(shield=True):
             if after is not None:
-                kept = await _run(logs.read, after)
+                kept = await in_thread(logs.read, after)
                 if kept is not None and before is None:
-                    await _run(logs.name_child, vdi.uuid, None)
-                    await _run(logs.write_header, after, replace(kept.header, parent=None))
+                    await in_thread(logs.name_child, vdi.uuid, None)
+                    await in_thread(logs.write_header, after, replace(kept.header, parent=None))
                 elif kept is not None:
                     kept = await self._with_what_is_lost(
                         vdi, lease, headers, kept=kept, after=after, holder=holder
                     )
                     # From here on its log isn't taken for that of a snapshot just being made.
-                    await _run(logs.name_child, vdi.uuid, None)
-                    await _run(logs.write, after, kept.with_header(parent=before, child=kept.header.child))
-            await _run(logs.name_child, before, after)
-            await _run(logs.remove, vdi.uuid)
+                    await in_thread(logs.name_child, vdi.uuid, None)
+                    await in_thread(
+                        logs.write, after, kept.with_header(parent=before, child=kept.header.child)
+                    )
+            await in_thread(logs.name_child, before, after)
+            await in_thread(logs.remove, vdi.uuid)
 
     async def _with_what_is_lost(
         self,
@@ -177,7 +178,7 @@ class CbtLifecycle(CbtHandover):
         repository = self.repository(vdi.sr)
         known = self._known(repository)
         logs = CbtLogs(repository.directory, repository.files)
-        own = await _run(logs.read, vdi.uuid)
+        own = await in_thread(logs.read, vdi.uuid)
         if known.is_fixed(after):
             first = await self._bits_between(repository, before, vdi.uuid, holder, lease)
             then = await self._bits_between(repository, vdi.uuid, after, holder, lease)
@@ -189,7 +190,7 @@ class CbtLifecycle(CbtHandover):
             log.warning("what has changed is not known, so all of it", vdi=after, since=before)
             return kept.add(all_changed(kept.header.size))
         # The image of the one before is gone; that of this one marks the place from now on.
-        kept = kept.add(own.bits).add(await _run(own_bits, lease))
+        kept = kept.add(own.bits).add(await in_thread(own_bits, lease))
         await self._leave_empty(repository, lease, before)
         return kept
 
@@ -197,7 +198,7 @@ class CbtLifecycle(CbtHandover):
 
     async def _destroy_data(self, repository: Repository, vdi: VDI, lease: Lease, holder: Holder) -> None:
         logs = CbtLogs(repository.directory, repository.files)
-        headers = await _run(logs.headers)
+        headers = await in_thread(logs.headers)
         if vdi.uuid not in headers:
             raise XenAPIError("VDI_NO_CBT_METADATA", vdi.ref)
         await repository.require_sound()
@@ -208,11 +209,11 @@ class CbtLifecycle(CbtHandover):
             if after is not None and known.is_fixed(after):
                 await self._seal(repository, after, holder, lease)
             elif after is not None:
-                kept = await _run(logs.read, after)
+                kept = await in_thread(logs.read, after)
                 if kept is not None:
-                    more = kept.add(await _run(own_bits, lease))
+                    more = kept.add(await in_thread(own_bits, lease))
                     if more != kept:
-                        await _run(logs.write, after, more)
+                        await in_thread(logs.write, after, more)
             # The record first: whoever comes after a crash in between knows what the image is for.
             await self.records.vdis.change(vdi.ref, type=CBT_METADATA)
             if after is None or known.is_fixed(after):
@@ -225,12 +226,12 @@ class CbtLifecycle(CbtHandover):
         """Let the name of `uuid` have the image of `lease`, emptied and hidden."""
         emptied = Emptied(repository.directory, lease, uuid, repository.files)
         try:
-            identity = await _run(emptied.prepare)
+            identity = await in_thread(emptied.prepare)
             if repository.directory.image(uuid, "vhd") == lease.leaf_path:
                 lease.move_to(identity)
             await repository.restructure(emptied.publish, (uuid,))
         finally:
-            await _run(emptied.discard)
+            await in_thread(emptied.discard)
         vdi, image = self._known(repository).find(uuid), repository.images[uuid]
         if vdi is not None:
 
@@ -248,7 +249,7 @@ class CbtLifecycle(CbtHandover):
         repository = self.repository(sr)
         known = self._known(repository)
         logs = CbtLogs(repository.directory, repository.files)
-        headers = await _run(logs.headers)
+        headers = await in_thread(logs.headers)
         for vdi in self.records.vdis_of_sr(sr):
             image = repository.images.get(vdi.uuid)
             if vdi.type != CBT_METADATA or image is None or image.error is not None:

@@ -23,6 +23,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.images.files import FileIdentity
 from gateway.repository.cbt_lifecycle import CbtLifecycle
@@ -73,7 +74,7 @@ class ChainOperations(CbtLifecycle):
         try:
             try:
                 async with repository.staging_new(vdi.uuid, vdi.virtual_size, vdi.image_format) as staging:
-                    await trio.to_thread.run_sync(write_intended, *intended, (vdi,), repository.files)
+                    await in_thread(write_intended, *intended, (vdi,), repository.files)
                     new = NewVDI(vdi, staging)
                     yield new
             finally:
@@ -86,7 +87,7 @@ class ChainOperations(CbtLifecycle):
                 # What is there and couldn't be looked at keeps its name for the next attach.
                 if image is not None or not committed:
                     with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(forget_intended, *intended, repository.files)
+                        await in_thread(forget_intended, *intended, repository.files)
         finally:
             self._being_created.discard(vdi.uuid)
             del self._being_filled[vdi.uuid]
@@ -157,11 +158,11 @@ class ChainOperations(CbtLifecycle):
 
     async def _replace(self, repository: Repository, lease: Lease, revert: Revert, uuid: str) -> None:
         try:
-            lease.move_to(await trio.to_thread.run_sync(revert.prepare))
+            lease.move_to(await in_thread(revert.prepare))
             await repository.restructure(revert.publish, (uuid,))
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(revert.discard)
+                await in_thread(revert.discard)
 
     async def _fork(
         self,
@@ -215,7 +216,7 @@ class ChainOperations(CbtLifecycle):
                     await self._withdraw(repository, fork, source, uuid if child else None, tracked)
                     raise
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(fork.settle)
+                    await in_thread(fork.settle)
                     await self._same_content(source.ref, repository.images[source.uuid], source.content_id)
                     await self.refresh_sizes(source.sr)
         finally:
@@ -283,7 +284,7 @@ class ChainOperations(CbtLifecycle):
 
     async def vdi_under(self, ref: str, lease: Lease) -> VDI:
         """The record under the lease; with a new content id if the file was changed from outside."""
-        status = await trio.to_thread.run_sync(os.fstat, lease.chain.nodes[0].fd)
+        status = await in_thread(os.fstat, lease.chain.nodes[0].fd)
         vdi = self.records.vdis.get(ref)
         if vdi.sm_config.get(STAMP_KEY) == str(FileStamp.of(status)):
             return vdi
@@ -292,13 +293,13 @@ class ChainOperations(CbtLifecycle):
     async def _run(self, repository: Repository, lease: Lease, fork: Fork, uuids: tuple[str, ...]) -> None:
         try:
             try:
-                await trio.to_thread.run_sync(fork.prepare)
+                await in_thread(fork.prepare)
                 if fork.new_leaf is not None:
                     lease.move_to(fork.new_leaf)
                 await repository.restructure(fork.publish, uuids)
             finally:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(fork.discard)
+                    await in_thread(fork.discard)
         except OSError as error:
             if error.errno in _NO_SPACE:
                 total, used = await repository.space()

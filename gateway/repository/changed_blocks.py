@@ -18,6 +18,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.threads import in_thread
 from gateway.images.cbtlog import all_changed, clipped, united
 from gateway.images.changes import EXACT_BLOCKS, Changes
 from gateway.images.vhd.image import open_vhd
@@ -25,8 +26,6 @@ from gateway.repository.cbt_logs import CbtLogs, way_between
 from gateway.repository.cbt_question import KnownVDIs, ask, sm_error
 from gateway.repository.repository import Repository
 from gateway.repository.sr_lifecycle import SRLifecycle
-
-_run = trio.to_thread.run_sync
 
 log = structlog.get_logger("gateway.repository")
 
@@ -59,11 +58,11 @@ class ChangedBlocks(SRLifecycle):
             async with self._logs_of(last.sr):
                 await repository.require_available()
                 logs = CbtLogs(repository.directory, repository.files)
-                headers = await _run(logs.headers)
+                headers = await in_thread(logs.headers)
                 way = way_between(headers, first.uuid, last.uuid)
                 if not way:
                     raise _unrelated("Source and target VDI are unrelated")
-                question = await _run(ask, self._known(repository), way, headers, logs)
+                question = await in_thread(ask, self._known(repository), way, headers, logs)
                 for pair in question.pairs:
                     # One by one, so that those there are will be let go of.
                     leases.append(await self._lease_pair(repository, pair, holder))  # noqa: PERF401
@@ -77,7 +76,7 @@ class ChangedBlocks(SRLifecycle):
                     bits = united(bits, more)
                 return clipped(bits, last.virtual_size)[: 4 * -(-last.virtual_size // (2 << 20))]
 
-            return await _run(answer)
+            return await in_thread(answer)
         finally:
             for leased in leases:
                 for lease in leased:
@@ -87,7 +86,7 @@ class ChangedBlocks(SRLifecycle):
         self, repository: Repository, older: str, newer: str, holder: Holder, held: Lease | None
     ) -> bytes:
         """What has changed between two of which one follows the other; `held` is a lease on one of them."""
-        kept = await _run(CbtLogs(repository.directory, repository.files).read, newer)
+        kept = await in_thread(CbtLogs(repository.directory, repository.files).read, newer)
         known = self._known(repository)
         size = max(known.size(uuid) for uuid in (older, newer))
         if kept is not None and known.is_complete(newer, kept.header):
@@ -100,7 +99,7 @@ class ChangedBlocks(SRLifecycle):
             one = await self._chain_of(repository, older, holder, held)
             two = await self._chain_of(repository, newer, holder, held)
             changes = Changes(size, _EXACT_IN_LOGS)
-            await _run(changes.add_difference, one.chain.nodes, two.chain.nodes)
+            await in_thread(changes.add_difference, one.chain.nodes, two.chain.nodes)
             return united(bytes(changes.bits), kept.bits)
         finally:
             for lease in (one, two):
@@ -125,13 +124,13 @@ class ChangedBlocks(SRLifecycle):
     async def _seal(self, repository: Repository, uuid: str, holder: Holder, lease: Lease | None) -> None:
         """Make the log of a snapshot say all. `lease`, if any, is held on it or on the one before it."""
         logs = CbtLogs(repository.directory, repository.files)
-        kept = await _run(logs.read, uuid)
+        kept = await in_thread(logs.read, uuid)
         if kept is None or kept.header.consistent:
             return
         if kept.header.parent is not None:
             bits = await self._bits_between(repository, kept.header.parent, uuid, holder, lease)
             kept = kept.add(bits)
-        await _run(logs.write, uuid, replace(kept, header=replace(kept.header, consistent=True)))
+        await in_thread(logs.write, uuid, replace(kept, header=replace(kept.header, consistent=True)))
 
     def _known(self, repository: Repository) -> KnownVDIs:
         return KnownVDIs(self.records, repository.images)

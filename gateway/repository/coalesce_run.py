@@ -21,6 +21,7 @@ import trio
 
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.images.files import FileIdentity, identity_of
 from gateway.images.vhd.image import open_vhd
@@ -367,7 +368,7 @@ class CoalesceRun:
         return run
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        return await trio.to_thread.run_sync(call, *arguments, limiter=self._limiter)
+        return await in_thread(call, *arguments, limiter=self._limiter)
 
 
 def _require_same(fd: int, identity: FileIdentity) -> None:

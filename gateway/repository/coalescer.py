@@ -21,6 +21,7 @@ from gateway.core.leases import Holder, LeaseMode, LeaseRefused, Leases
 from gateway.core.limits import Limits
 from gateway.core.records import SR, Records
 from gateway.core.tasks import Tasks
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.images.vhd.merge import extra_space
 from gateway.repository.coalesce_plan import Candidate, Plan, Refusal, Switches, child_size, make_plan
@@ -288,7 +289,7 @@ class Coalescer:
         def plan() -> Plan:
             return make_plan(found, switches, total - used, skip=skip, keep=keep, extra_bytes=_extra_bytes)
 
-        made = await trio.to_thread.run_sync(plan)
+        made = await in_thread(plan)
         if made.problems and made.problems != self._plan.problems:
             log.warning("nothing is coalesced in this SR", sr=self._uuid, problems=list(made.problems))
         return made

@@ -23,6 +23,7 @@ from gateway.core.limits import Limits
 from gateway.core.records import VDI, Host, ImageFormat, Records
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.core.tasks import Tasks
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
@@ -333,7 +334,7 @@ class Inventory(ChainOperations):
             path = self.repository(vdi.sr).image_path(vdi.uuid)
             ours = any(mode is not LeaseMode.READ for mode in self.leases.modes_for(ref))
             try:
-                stamp = FileStamp.of(await trio.to_thread.run_sync(os.stat, path))
+                stamp = FileStamp.of(await in_thread(os.stat, path))
             except FileNotFoundError:
                 raise XenAPIError("VDI_MISSING") from None
             recorded = vdi.sm_config.get(STAMP_KEY)

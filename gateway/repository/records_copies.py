@@ -12,6 +12,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.records import SR, VDI, Records
+from gateway.core.threads import in_thread
 from gateway.repository.records_file import encode_records
 from gateway.repository.repository import Repository
 
@@ -55,7 +56,7 @@ class RecordsCopies:
             # Each lease of a VDI is an event, and changes no record: nothing is encoded to find that out.
             if self._written.get(sr) == (record, vdis):
                 return
-            content = await trio.to_thread.run_sync(encode_records, record, vdis)
+            content = await in_thread(encode_records, record, vdis)
             try:
                 await repository.write_records(content)
             except (OSError, XenAPIError) as error:

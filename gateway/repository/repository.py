@@ -15,6 +15,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Lease, LeaseMode, Leases
 from gateway.core.records import VDI, ImageFormat
+from gateway.core.threads import in_thread
 from gateway.images.errors import MissingParent
 from gateway.images.files import FILES, FileCalls
 from gateway.repository.cbt_logs import recover_logs
@@ -92,7 +93,7 @@ class Repository(Survey):
                 owner.release()
                 raise
 
-        return await trio.to_thread.run_sync(make)
+        return await in_thread(make)
 
     @classmethod
     async def attach(
@@ -152,7 +153,7 @@ class Repository(Survey):
                 owner.release()
                 raise
 
-        return await trio.to_thread.run_sync(attach)
+        return await in_thread(attach)
 
     async def detach(self) -> None:
         """Let another gateway have the SR. Who holds leases here keeps them, so end those first."""

@@ -21,6 +21,7 @@ import trio
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Lease, LeaseMode
 from gateway.core.records import ImageFormat
+from gateway.core.threads import in_thread
 from gateway.images.chain import ChainFiles, NodeKind, OpenNode, open_disk
 from gateway.images.disk import Disk
 from gateway.images.file_locks import FileUse, lock_file
@@ -110,12 +111,12 @@ class Staging:
         """
         if self.committed is not None:
             raise ValueError("this staging file was committed already")
-        await trio.to_thread.run_sync(self._finish, limiter=self._limiter)
+        await in_thread(self._finish, limiter=self._limiter)
         async with self._structure_lock:
             with trio.CancelScope(shield=True):
                 if self._lease is not None:
                     self._lease.move_to(identity_of(self._filling.fd))
-                await trio.to_thread.run_sync(self._publish, limiter=self._limiter)
+                await in_thread(self._publish, limiter=self._limiter)
 
     def discard(self) -> None:
         """Close everything and, unless it was committed, remove the file. Blocks."""

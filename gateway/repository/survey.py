@@ -19,6 +19,7 @@ import structlog
 import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 from gateway.images.errors import ImageError
 from gateway.images.files import FileCalls, FileIdentity
 from gateway.repository.directory import (
@@ -285,7 +286,7 @@ class Survey:
             raise DirectoryUnavailable(self.directory.root, "the marker of the SR is missing; is it mounted?")
 
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
-        return await trio.to_thread.run_sync(call, *arguments, limiter=self._threads)
+        return await in_thread(call, *arguments, limiter=self._threads)
 
 
 def identity_at(path: str) -> FileIdentity:

@@ -21,6 +21,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, LeaseMode
 from gateway.core.records import VDI, ImageFormat
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
+from gateway.core.threads import in_thread
 from gateway.images.chain import ChainFiles, NodeKind
 from gateway.images.disk import Disk, Extent, ExtentKind
 from gateway.images.files import FILES, FileCalls
@@ -144,13 +145,13 @@ async def _reading(inventory: "Inventory", holder: Holder, wait: float | None) -
     lease = await inventory.lease(holder.vdi, LeaseMode.READ, holder, wait)
     try:
         vdi = await inventory.vdi_under(holder.vdi, lease)
-        blocks = await trio.to_thread.run_sync(stored_blocks, lease.chain)
-        disk = await trio.to_thread.run_sync(lease.open_disk)
+        blocks = await in_thread(stored_blocks, lease.chain)
+        disk = await in_thread(lease.open_disk)
         try:
             yield _Reading(vdi, disk, blocks)
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(disk.close)
+                await in_thread(disk.close)
     finally:
         await _end(lease)
 
@@ -264,7 +265,7 @@ class _Filling:
             fill(self.source.disk, staging.disk, self.copied, check=check, files=self.files)
 
         # A thread of its own: those that serve everybody are not for hours of work.
-        await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
+        await in_thread(work, limiter=trio.CapacityLimiter(1))
 
     def content_id(self, size: int, image_format: ImageFormat) -> str:
         """The source's if the copy has the same bytes in the same blocks, else a new one."""

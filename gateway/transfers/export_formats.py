@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from gateway.core.threads import in_thread
 from gateway.images.allocation import differing_blocks
 from gateway.images.export_layout import SparseFormat, sparse_layout
 from gateway.images.layout import Layout, entity_tag, raw_layout
@@ -91,12 +92,12 @@ async def open_export(
     `known` spares looking again for the blocks of a chain that was exported lately. Raises ImageTooLarge for
     what the format can't hold, ImageError, OSError.
     """
-    disk, opened = await trio.to_thread.run_sync(_open, source, known, limiter=threads)
+    disk, opened = await in_thread(_open, source, known, limiter=threads)
     try:
         yield opened
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(disk.close, limiter=threads)
+            await in_thread(disk.close, limiter=threads)
 
 
 async def base_of(lease: "Lease", base: "Lease", uuid: str, content_id: str) -> Base:
@@ -104,7 +105,7 @@ async def base_of(lease: "Lease", base: "Lease", uuid: str, content_id: str) -> 
 
     Raises UnrelatedChains, ImageError, OSError. Only `lease` is needed from then on.
     """
-    blocks = await trio.to_thread.run_sync(differing_blocks, lease.chain, base.chain)
+    blocks = await in_thread(differing_blocks, lease.chain, base.chain)
     return Base(uuid, content_id, blocks)
 
 

@@ -18,6 +18,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder
 from gateway.core.records import VDI
 from gateway.core.refs import new_ref, new_uuid
+from gateway.core.threads import in_thread
 from gateway.images.disk import Disk
 from gateway.repository.inventory import MAX_RAW_SIZE
 from gateway.repository.staging import staging_path
@@ -298,7 +299,7 @@ async def fill_target(
     finally:
         with trio.CancelScope(shield=True):
             try:
-                await trio.to_thread.run_sync(transfer.spool.remove)
+                await in_thread(transfer.spool.remove)
             except OSError as error:
                 # How the import ended is known by now, and this is no part of it.
                 log.warning("what an import kept could not be removed", error=str(error))

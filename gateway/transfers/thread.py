@@ -19,6 +19,7 @@ from typing import Final, Protocol, TypeVar
 import outcome
 import trio
 
+from gateway.core.threads import start_thread
 from gateway.images.heap import give_back_soon
 from gateway.transfers.body import TransferAborted
 
@@ -78,7 +79,7 @@ async def _run_in_thread(work: Callable[[], T]) -> outcome.Outcome[T]:
         give_back_soon()
         token.run_sync_soon(ended.set)
 
-    threading.Thread(target=run, name="transfer", daemon=True).start()
+    await start_thread(threading.Thread(target=run, name="transfer", daemon=True))
     with trio.CancelScope(shield=True):
         await ended.wait()
     return results[0]

@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import trio
 
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 from gateway.xenapi.types import Int32, WireValue, is_large, moment_text
 
 if TYPE_CHECKING:
@@ -165,5 +165,5 @@ async def _answer(request: Request, api: Api, caller: Caller) -> bytes:
     except XenAPIError as error:
         return dump_failure(request, error.error_info)
     if is_large(value):
-        return await trio.to_thread.run_sync(dump_success, request, value)
+        return await in_thread(dump_success, request, value)
     return dump_success(request, value)

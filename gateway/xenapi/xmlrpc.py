@@ -16,9 +16,8 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 from xml.parsers import expat
 
-import trio
-
 from gateway.core.errors import XenAPIError
+from gateway.core.threads import in_thread
 from gateway.xenapi.types import Int32, WireValue, is_large, moment_text, parse_moment
 
 if TYPE_CHECKING:
@@ -371,5 +370,5 @@ async def _answer(method: str, params: list[Any], api: Api, caller: Caller) -> b
         return dump_failure(error.error_info)
     write = _document if method == "system.listMethods" else dump_success
     if is_large(value):
-        return await trio.to_thread.run_sync(write, value)
+        return await in_thread(write, value)
     return write(value)
