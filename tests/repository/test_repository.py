@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gateway.images.vhd.create import create_dynamic
 from gateway.repository.directory import DirectoryOwned, DirectoryUnavailable
 from gateway.repository.repository import Repository
 from tests.repository.conftest import SR_UUID, listing
+from tests.repository.failing_once import FailingOnce
 from tests.repository.test_scan import make_child
 
 A, B = "00000001-0000-4000-8000-000000000000", "00000002-0000-4000-8000-000000000000"
@@ -301,6 +303,37 @@ async def test_a_foreign_replacement_under_the_lease_is_not_renamed_over(reposit
     lease.release()
     assert os.stat(image.path).st_ino == foreign
     assert staged(repository) == []
+
+
+async def test_what_comes_into_the_sr_meanwhile_under_a_new_images_uuid_stays(repository: Repository) -> None:
+    image = repository.directory.image(A, "vhd")
+    async with repository.staging_new(A, 4 * MIB, "vhd") as staging:
+        create_dynamic(image, 2 * MIB)
+        foreign = os.stat(image).st_ino
+        with pytest.raises(FileExistsError):
+            await staging.commit()
+    assert os.stat(image).st_ino == foreign
+    assert staged(repository) == []
+
+
+@pytest.mark.parametrize("image_format", ["vhd", "raw"])
+async def test_a_new_image_that_cannot_be_begun_leaves_nothing(
+    tmp_path: Path, leases: Leases, image_format: ImageFormat
+) -> None:
+    files = FailingOnce()
+    repository = await Repository.create(str(tmp_path / "sr"), SR_UUID, leases, who="me", files=files)
+    for number in itertools.count():
+        files.left = number
+        try:
+            async with repository.staging_new(A, 4 * MIB, image_format):
+                files.left, begun = float("inf"), True
+        except OSError:
+            begun = False
+        assert staged(repository) == [], number
+        if begun:
+            break
+    assert number >= 2
+    await repository.detach()
 
 
 async def test_a_full_file_system_is_enospc_and_leaves_the_old_image(tmp_path: Path, leases: Leases) -> None:

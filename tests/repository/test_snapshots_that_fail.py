@@ -15,6 +15,7 @@ from gateway.repository.scan import ScannedImage, Scanner
 from tests.repository.chains import Chains, H, L, Q, image
 from tests.repository.conftest import SR_UUID, OpenInventory
 from tests.repository.failing_once import FailingOnce
+from tests.repository.tracked import marked
 from tests.repository.vdis import MIB, content, root_of, write
 
 
@@ -29,8 +30,11 @@ async def test_what_fails_anywhere_leaves_no_vdi(
             sr = await inventory.sr_create("sr", str(tmp_path / f"sr{number}"))
             ref = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk")
             await write(inventory, ref, b"\x11" * 4096)
+            first: list[str] = []
             if what == "tracked snapshot":
                 await inventory.vdi_enable_cbt(ref)
+                first = [await inventory.vdi_snapshot(ref)]
+                await write(inventory, ref, b"\x22" * 4096, 2 * MIB)
             expected = content(inventory, ref)
             files.left = number
             try:
@@ -40,13 +44,18 @@ async def test_what_fails_anywhere_leaves_no_vdi(
                 failed = True
             done, files.left = files.left >= 0, float("inf")
             await inventory.sr_scan(sr)
-            made = [vdi for vdi in inventory.records.vdis_of_sr(sr) if vdi.managed and vdi.ref != ref]
+            made = [
+                vdi
+                for vdi in inventory.records.vdis_of_sr(sr)
+                if vdi.managed and vdi.ref not in (ref, *first)
+            ]
             assert [vdi.name_label for vdi in made] == ([] if failed else ["disk"]), number
             for vdi in (inventory.records.vdis.get(ref), *made):
                 assert content(inventory, vdi.ref) == expected, number
-            assert len([*root_of(inventory, sr).glob("*.cbtlog")]) == (
-                1 + len(made) if what == "tracked snapshot" else 0
-            )
+            for since in first:
+                assert marked(await inventory.vdi_list_changed_blocks(since, ref)) == {2 * MIB >> 16}, number
+            assert len([*root_of(inventory, sr).glob("*.cbtlog")]) == (2 + len(made) if first else 0)
+            assert os.listdir(inventory.repository(sr).directory.staging) == [], number
             failures += failed
             if done:
                 break
