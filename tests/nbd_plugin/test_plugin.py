@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.nbd_plugin.conftest import MAY_TRIM
+
 
 class Closing:
     """An open export; it may not be possible to make durable what was written to it."""
@@ -46,15 +48,21 @@ def test_what_storage_fails_names_the_disk_and_the_remedy(
     told: list[int] = []
     monkeypatch.setattr(plugin.nbdkit, "set_error", told.append)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, trim: bool = False) -> None:
         raise OSError(number, "it failed")
 
-    export = SimpleNamespace(vdi="1234", disk=SimpleNamespace(flush=fail, pwrite=fail))
-    for request, arguments in ((plugin.flush, (0,)), (plugin.pwrite, (b"x", 0, 0))):
+    export = SimpleNamespace(vdi="1234", disk=SimpleNamespace(flush=fail, pwrite=fail, zero=fail))
+    requests = (
+        (plugin.flush, (0,)),
+        (plugin.pwrite, (b"x", 0, 0)),
+        (plugin.zero, (512, 0, MAY_TRIM)),
+        (plugin.trim, (512, 0, 0)),
+    )
+    for request, arguments in requests:
         with pytest.raises(OSError, match=f"the VDI 1234: it failed; .*{remedy}") as failed:
             request(export, *arguments)
         assert type(failed.value).__name__ == "RequestFailed"
-    assert told == [errno.EIO if number == errno.EIO else errno.ENOSPC] * 2
+    assert told == [errno.EIO if number == errno.EIO else errno.ENOSPC] * 4
 
 
 def test_a_disk_for_which_files_run_short_is_closed_and_its_client_not_waited_for_without_end(

@@ -67,6 +67,13 @@ def test_who_writes_nonsense_is_disconnected(control: Control, nonsense: bytes) 
     assert control.orders == []
 
 
+def test_a_gateway_that_ends_with_messages_unread_is_gone_and_no_fault(control: Control) -> None:
+    """As one that was killed: the kernel tells that as a connection that was reset."""
+    control.gateway.close()
+    control.events.wait(30)
+    assert len(control.links) == 0
+
+
 def test_of_a_message_that_did_not_fit_nothing_follows(
     control: Control, capsys: pytest.CaptureFixture[str]
 ) -> None:
