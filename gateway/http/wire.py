@@ -88,7 +88,9 @@ class Wire:
 
     async def receive_some(self, limit: int = 65536) -> bytes:
         """Some bytes, b"" at the end of file. Raises WireBroken."""
-        await trio.lowlevel.checkpoint_if_cancelled()
+        # Of TLS one record comes at a time, and it may hold one byte: with thousands of them there, everybody
+        # else gets a turn here.
+        await trio.lowlevel.checkpoint()
         while True:
             try:
                 return self._socket.recv(limit)

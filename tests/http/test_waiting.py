@@ -74,6 +74,38 @@ async def test_a_handler_that_waits_learns_that_its_client_has_gone(
         await waiting.ended.wait()
 
 
+async def test_others_have_their_turn_between_records_of_tls_that_are_there(
+    authority: trustme.CA, trust: ssl.SSLContext
+) -> None:
+    ours, theirs = trio.socket.socketpair()
+    stream = trio.SSLStream(trio.SocketStream(theirs), trust, server_hostname="localhost")
+    plain = socket.socket(fileno=ours.detach())
+    wire = Wire(plain, tls(authority))
+    turns, seen = 0, []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.do_handshake)
+        await wire.handshake()
+        await wait_all_tasks_blocked()
+        for _ in range(50):
+            await stream.send_all(b"x")
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        nursery.start_soon(others)
+        for _ in range(50):
+            assert await wire.receive_some() == b"x"
+            seen.append(turns)
+        nursery.cancel_scope.cancel()
+    wire.close()
+    theirs.close()
+    # Who comes first in a round of the loop differs from round to round.
+    assert len(set(seen)) >= 25
+
+
 async def test_the_next_request_does_not_hide_that_the_client_has_gone() -> None:
     (bound,) = listen("127.0.0.1", 0)
     async with served(Listener(bound)) as waiting:
