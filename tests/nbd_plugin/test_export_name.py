@@ -46,6 +46,7 @@ def test_a_name_says_which_vdi_for_whom_and_how(name: str, expected: ExportName)
         UUID.replace("5", "\u0665"),  # a digit elsewhere
         f"{UUID}?",
         f"{UUID}?mode",
+        f"{UUID}?made=rw",
         f"{UUID}?mode=",
         f"{UUID}?mode=RW",
         f"{UUID}?mode=rw&mode=ro",
