@@ -4,7 +4,8 @@ A dynamic or differencing VHD is read in the order of its file: footer, header, 
 blocks by their place in the file, whatever order the table has; at last the footer. A fixed one is the disk,
 then its footer. A dynamic VHD is a whole disk: sectors that it lacks are zeroes. A differencing one is a
 patch: sectors that it has replace those of the disk, all others stay. Of which disk it is the patch can't be
-known, because exports name a parent by an id that no VDI keeps.
+known, because exports name a parent by an id that no VDI keeps. qemu-img and Xen Orchestra's converter of
+VMDKs round the size up to whole cylinders: a VDI of the size before needs room for the data alone.
 
 The trap: nothing here can be read again, so all that the header and the table show is checked before the
 first block. Sources: as gateway/images/vhd/format.py.
@@ -59,7 +60,7 @@ def begin_vhd(
         if not begin.startswith(_COOKIE):
             refuse_others(begin, BodyFormat.VHD)
             return begin_flat(reader, fits, room=room, wanted=BodyFormat.VHD, is_new=is_new)
-        vhd = _begin_sparse(reader, fits)
+        vhd = _begin_sparse(reader, fits, room)
     except ImageError as error:
         raise _told(error) from error
     if is_new and vhd.patches:
@@ -73,12 +74,15 @@ def _told(error: ImageError) -> XenAPIError:
     return unsupported_image(_NAME, error.problem)
 
 
-def _begin_sparse(reader: BodyReader, fits: Fits) -> "SparseVhd":
+def _begin_sparse(reader: BodyReader, fits: Fits, room: int | None) -> "SparseVhd":
     footer = Footer.unpack(reader.read(FOOTER_SIZE), _NAME)
     if footer.disk_type is DiskType.FIXED:
         raise CorruptImage(_NAME, "it begins with the footer of a fixed disk, which belongs at its end")
     _check_size(footer)
-    fits(footer.current_size)
+    virtual_size = footer.current_size
+    if room is not None and room < virtual_size and _rounded_up(footer, room):
+        virtual_size = room
+    fits(virtual_size)
     if footer.data_offset % SECTOR or not FOOTER_SIZE <= footer.data_offset <= _FURTHEST:
         raise CorruptImage(_NAME, f"the header can't be at {footer.data_offset}")
     reader.skip(footer.data_offset - reader.position)
@@ -102,7 +106,7 @@ def _begin_sparse(reader: BodyReader, fits: Fits) -> "SparseVhd":
         reader.fill_whole(view.cast("B"))
     if sys.byteorder == "little":
         table.byteswap()
-    vhd = SparseVhd(reader, footer, header.block_size, table)
+    vhd = SparseVhd(reader, footer, header.block_size, table, virtual_size, fits)
     vhd.check_places(round_up_to_sector(reader.position) // SECTOR)
     return vhd
 
@@ -118,21 +122,28 @@ def _check_size(footer: Footer) -> None:
         ) from None
 
 
+def _rounded_up(footer: Footer, size: int) -> bool:
+    """Whether the disk may be one of `size` bytes whose last cylinder was made whole."""
+    cylinders, heads, per_track = footer.geometry
+    cylinder = heads * per_track * SECTOR
+    return footer.current_size == cylinders * cylinder and footer.current_size - size < cylinder
+
+
 @dataclass(slots=True)
 class SparseVhd:
-    """A dynamic or differencing VHD whose block allocation table has been read."""
+    """A dynamic or differencing VHD whose block allocation table has been read.
+
+    Of its disk `virtual_size` bytes are taken; `fits` refuses more of them, should data lie behind these.
+    """
 
     reader: BodyReader
     footer: Footer
     block_size: int
     table: "array[int]"
+    virtual_size: int
+    fits: Fits
     expected: int = 0
     _places: "array[int] | None" = field(default=None, init=False)
-
-    @property
-    def virtual_size(self) -> int:
-        """Bytes of the disk."""
-        return self.footer.current_size
 
     @property
     def patches(self) -> bool:
@@ -156,7 +167,7 @@ class SparseVhd:
         last = len(self.table) - 1
         whole = (self._bitmap_size + self.block_size) // SECTOR
         # The last block may be cut off where the disk ends.
-        rest = self.virtual_size - last * self.block_size
+        rest = self.footer.current_size - last * self.block_size
         short = (self._bitmap_size + rest) // SECTOR
         end = first
         for block, entry in self._in_file_order():
@@ -216,7 +227,7 @@ class SparseVhd:
                 if reversed_bits:
                     bitmap = bitmap.translate(REVERSED_BITS)
                 start = block * self.block_size
-                length = min(self.block_size, self.virtual_size - start)
+                length = min(self.block_size, self.footer.current_size - start)
                 for done in range(0, length, len(buffer)):
                     count = min(len(buffer), length - done)
                     reader.fill_whole(view[:count])
@@ -225,7 +236,7 @@ class SparseVhd:
                 if start != ended or ended - begun >= WRITEBACK_BYTES:
                     start_writeback(disk, begun, ended - begun, files)
                     begun = start
-                ended = start + length
+                ended = max(start, min(start + length, self.virtual_size))
         try:
             self._check_end()
         except ImageError as error:
@@ -235,9 +246,16 @@ class SparseVhd:
         self, disk: Disk, buffer: bytearray, view: memoryview, *, count: int, offset: int, mask: int
     ) -> None:
         """Write the sectors of a part of a block that its bitmap says are there."""
-        sectors, wanted = len(buffer) // SECTOR, count // SECTOR
-        beyond = sectors - wanted
-        full = (1 << wanted) - 1 << beyond
+        sectors = len(buffer) // SECTOR
+        wanted = max(0, min(count, self.virtual_size - offset)) // SECTOR
+        full = (1 << wanted) - 1 << sectors - wanted
+        if wanted < count // SECTOR:
+            for first, last in bit_runs(mask & ~full, sectors):
+                if any(view[first * SECTOR : min(last * SECTOR, count)]):
+                    self.fits(self.footer.current_size)
+            if not wanted:
+                return
+            count = wanted * SECTOR
         present = mask & full
         if present == full:
             store(disk, buffer, view, count, offset, fresh=not self.patches)

@@ -13,7 +13,7 @@ import pytest
 
 from gateway.core.errors import XenAPIError
 from gateway.images.vhd.create import create_dynamic
-from gateway.images.vhd.format import SECTOR, TAP_LITTLE_ENDIAN_BITMAPS, UNUSED, DiskType
+from gateway.images.vhd.format import SECTOR, TAP_LITTLE_ENDIAN_BITMAPS, UNUSED, DiskType, Footer
 from gateway.transfers.body import BodyEnded, BodyReader
 from gateway.transfers.import_vhd import begin_vhd
 from tests.images.disks import libvhdi_reads, make_child, open_leaf
@@ -122,6 +122,42 @@ def test_what_qemu_wrote(subformat: str, tmp_path: Path) -> None:
     command = ["qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", f"subformat={subformat},force_size=on"]
     subprocess.run([*command, raw, vhd], check=True)
     assert take(vhd.read_bytes(), len(data)) == data
+
+
+@pytest.mark.parametrize("size", [9 * MIB + 512, 12 * MIB])
+def test_a_size_that_was_rounded_up_to_cylinders_needs_room_for_the_data_alone(
+    size: int, tmp_path: Path
+) -> None:
+    raw, vhd = tmp_path / "x.raw", tmp_path / "x.vhd"
+    data = bytearray(size)
+    data[3 * MIB : 4 * MIB] = os.urandom(MIB)
+    data[-512:] = os.urandom(512)
+    raw.write_bytes(data)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vpc", raw, vhd], check=True)
+    rounded = Footer.unpack(vhd.read_bytes()[:512], "x").current_size
+    assert rounded > size
+    sizes = []
+
+    def fits(wanted: int) -> None:
+        sizes.append(wanted)
+        if wanted > room:
+            raise XenAPIError("VDI_TOO_SMALL", "x", str(room))
+
+    def import_into(room: int) -> bytes:
+        disk = Memory(room)
+        file = vhd.read_bytes()
+        incoming = begin_vhd(BodyReader(Pieces(file, pieces()), len(file)), fits, room=room)
+        assert incoming.virtual_size == min(room, rounded)
+        incoming.receive(disk)
+        return bytes(disk.data)
+
+    for room in (rounded + 512, rounded, size):
+        assert import_into(room) == data.ljust(room, b"\0")
+    # Here data would be lost, which shows late; then it is more than a cylinder, which shows at once.
+    for room, asked in ((size - 512, rounded), (size - MIB, rounded)):
+        with pytest.raises(XenAPIError, match="VDI_TOO_SMALL"):
+            import_into(room)
+        assert sizes.pop() == asked
 
 
 def test_the_first_tapdisk_wrote_its_bits_the_other_way_round() -> None:
