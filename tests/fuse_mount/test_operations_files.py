@@ -257,3 +257,17 @@ async def test_the_log_names_the_disk_that_could_not_be_opened_and_none_where_no
         ("readdir", None),
         ("releasedir", None),
     ]
+
+
+async def test_a_disk_of_another_size_is_opened_although_nobody_says_how_large_it_is(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_vdi: str) -> None:
+        raise OSError(errno.EHOSTDOWN, "the gateway is away")
+
+    inode = await house.inode("disks/web/disk.raw")
+    house.fake.file.size = 9 * MIB
+    monkeypatch.setattr(house.fake, "describe", refuse)
+    handle = (await house.operations.open(inode, os.O_RDONLY, CONTEXT)).fh
+    assert await house.operations.read(handle, 0, 1) == b"x"
+    assert house.asked_again == [inode]
