@@ -14,7 +14,7 @@ import os
 import stat
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Any, Final
 
@@ -208,7 +208,7 @@ class FileTarget(ExportTarget):
         self.offset += count  # the file is a hole there
 
     def finish(self) -> None:
-        os.fsync(self._fd)
+        self._sync(FILES.sync)
         os.rename(self._part, self.name)
         FILES.sync_directory(os.path.dirname(self.name) or ".")
         self._remove_note()
@@ -267,8 +267,16 @@ class FileTarget(ExportTarget):
             self.etag, self._size, self.offset = etag, size, min(offset, size - 1)
             self._written_back = self.offset
 
+    def _sync(self, sync: Callable[[int], None]) -> None:
+        try:
+            sync(self._fd)
+        except OSError:
+            # It is unknown which bytes were lost, and the next sync would say that all are there.
+            self.drop()
+            raise
+
     def _write_note(self) -> None:
-        os.fdatasync(self._fd)
+        self._sync(FILES.datasync)
         content = {"vdi": self._vdi, "etag": self.etag, "size": self._size, "offset": self.offset}
         temporary = f"{self._note}.new"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
