@@ -1,4 +1,4 @@
-"""How a command reaches the running gateway: XML-RPC with the standard library, in a session of its own.
+"""How a command reaches the running gateway: JSON-RPC with the standard library, in a session of its own.
 
 Knows the state directory of a gateway on this machine, --url for any other, and the user's client.toml. The
 trap: the password must never be in the process list or the environment, so it comes from a file or is asked
@@ -8,11 +8,10 @@ for on the terminal.
 import contextlib
 import getpass
 import http.client
+import json
 import re
 import ssl
 import sys
-import xml.parsers.expat
-import xmlrpc.client
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +26,9 @@ from gateway.cli.output import CommandError, UsageError
 from gateway.state import ADMINISTRATOR, STATE_DIR_VARIABLE, StateDirectory, StateError, read_password_file
 
 CALL_SECONDS: Final = 120.0
+_LOGOUT_SECONDS: Final = 5.0
 DEFAULT_STATE_DIR: Final = "./state"
+_REFUSED: Final = 1  # the code of every XenAPI failure
 # What XML has no way to say; bytes of an argument that are no UTF-8 are among it.
 _NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -127,9 +128,7 @@ class Connection:
         self.door: Final = login.door
         self._login: Final = login
         self._password: str | None = None
-        self._proxy = xmlrpc.client.ServerProxy(
-            f"http://{self.door.host}/", transport=_Transport(self.door, CALL_SECONDS)
-        )
+        self._http = DoorHTTPConnection(self.door, CALL_SECONDS)
         self.session = ""
         self.log_in()
 
@@ -148,11 +147,13 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, KeyboardInterrupt):
+                self.restart(_LOGOUT_SECONDS)  # the gateway may be one that answers no more
             if not isinstance(error, DoorClosedError):
                 with contextlib.suppress(CommandError):
                     self._answer("session.logout", self.session)
         finally:
-            self._proxy("close")()
+            self._http.close()
 
     def call(self, method: str, *parameters: Any) -> Any:
         """The value of one call. CallRefusedError carries the gateway's own line."""
@@ -160,16 +161,14 @@ class Connection:
 
     def restart(self, seconds: float) -> None:
         """Forget the connection under the session: the next call opens another, and waits so long for it."""
-        self._proxy("close")()
-        self._proxy = xmlrpc.client.ServerProxy(
-            f"http://{self.door.host}/", transport=_Transport(self.door, seconds)
-        )
+        self._http.close()
+        self._http = DoorHTTPConnection(self.door, seconds)
 
     def _answer(self, method: str, *parameters: Any) -> Any:
         check_speakable(parameters)
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": parameters}).encode()
         try:
-            answer: Any = getattr(self._proxy, method)(*parameters)
-            status = answer.get("Status")
+            return _value(method, self._posted(body))
         except (OSError, http.client.HTTPException, ssl.SSLError) as error:
             text = getattr(error, "strerror", None) or str(error) or type(error).__name__
             # A port that wants TLS resets what comes without.
@@ -177,21 +176,37 @@ class Connection:
             raise DoorClosedError(
                 f"{self.door.url} broke the connection off: {text}; is it running{doubt or '?'}"
             ) from None
-        except (
-            xmlrpc.client.Error,
-            xml.parsers.expat.ExpatError,
-            AttributeError,
-            ValueError,
-            SyntaxError,
-        ) as error:
-            text = getattr(error, "errmsg", None) or getattr(error, "faultString", None) or str(error)
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise CommandError(
-                f"{self.door.url} doesn't answer as a gateway does: {text}; check the address"
+                f"{self.door.url} doesn't answer as a gateway does: {error}; check the address"
             ) from None
-        if status == "Success":
-            return answer.get("Value")
-        code, *details = answer.get("ErrorDescription") or ["INTERNAL_ERROR", "no description"]
-        raise CallRefusedError(method, code, details)
+
+    def _posted(self, body: bytes) -> bytes:
+        """The answer to one request. A connection that has waited may have been closed meanwhile: then it is
+        sent once more."""
+        waited = self._http.sock is not None
+        try:
+            self._http.request("POST", "/jsonrpc", body, {"Content-Type": "application/json"})
+            answer = self._http.getresponse()
+            text = answer.read()
+        except BaseException as error:
+            self._http.close()
+            if not waited or not isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                raise
+            return self._posted(body)
+        if answer.status != 200:
+            raise ValueError(f"{answer.status} {answer.reason}")
+        return text
+
+
+def _value(method: str, text: bytes) -> Any:
+    answer = json.loads(text)
+    error = answer.get("error")
+    if error is None:
+        return answer["result"]
+    if error["code"] != _REFUSED:
+        raise ValueError(error["message"])
+    raise CallRefusedError(method, error["message"], error["data"])
 
 
 class CallRefusedError(CommandError):
@@ -226,7 +241,9 @@ def check_speakable(value: Any) -> None:
         check_speakable(each)
 
 
-class _HTTPConnection(http.client.HTTPConnection):
+class DoorHTTPConnection(http.client.HTTPConnection):
+    """A connection through a door, opened when it is needed; `seconds` are waited for each answer."""
+
     def __init__(self, door: Door, seconds: float) -> None:
         super().__init__(door.host, timeout=seconds)
         self._door = door
@@ -234,25 +251,3 @@ class _HTTPConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = self._door.open(min(CONNECT_SECONDS, self.timeout or CONNECT_SECONDS))
         self.sock.settimeout(self.timeout)
-
-
-class _Transport(xmlrpc.client.Transport):
-    """XML-RPC through a door, on one connection that is kept."""
-
-    user_agent = "vdi-gateway"
-
-    def __init__(self, door: Door, seconds: float) -> None:
-        super().__init__()
-        self._door = door
-        self._seconds = seconds
-        self._kept: _HTTPConnection | None = None
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        if self._kept is None:
-            self._kept = _HTTPConnection(self._door, self._seconds)
-        return self._kept
-
-    def close(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from fuse_mount.catalogue import Changes, Sr, Vdi
-from gateway.cli.connection import error_text
+from gateway.cli.connection import DoorHTTPConnection, error_text
 from gateway.cli.door import Door
 from gateway.cli.output import CommandError
 
@@ -184,7 +184,7 @@ class _Connection:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._guard = threading.Lock()
-        self._http: _HTTPConnection | None = None
+        self._http: DoorHTTPConnection | None = None
         self._calling = False
         self._ended = False
 
@@ -225,11 +225,11 @@ class _Connection:
         if self._ended:
             raise ConnectionError("the connection was ended")
 
-    def _begin(self) -> "_HTTPConnection":
+    def _begin(self) -> DoorHTTPConnection:
         with self._guard:
             self._expect_answer()
             if self._http is None:
-                self._http = _HTTPConnection(self._door)
+                self._http = DoorHTTPConnection(self._door, ANSWER_SECONDS)
             self._calling = True
             return self._http
 
@@ -239,16 +239,6 @@ class _Connection:
             if self._http is not None and (broken or self._ended):
                 self._http.close()
                 self._http = None
-
-
-class _HTTPConnection(http.client.HTTPConnection):
-    def __init__(self, door: Door) -> None:
-        super().__init__(door.host, timeout=ANSWER_SECONDS)
-        self._door = door
-
-    def connect(self) -> None:
-        self.sock = self._door.open()
-        self.sock.settimeout(ANSWER_SECONDS)
 
 
 def _vdi(event: _Event) -> Vdi:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.cli.connection import Connection
+from gateway.cli.connection import Connection, DoorHTTPConnection
 from tests.conftest import RunningGateway
 
 
@@ -54,3 +54,22 @@ def test_a_copy_that_is_there_has_its_name(
         house.run("vdi-copy", disk, "--name", "copied")
     [copy] = house.call("VDI.get_by_name_label", "copied")
     assert house.call("VDI.get_uuid", copy) != disk
+
+
+def test_a_session_ends_though_its_call_was_not_answered(
+    house: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = DoorHTTPConnection.getresponse
+
+    def receiving(self: DoorHTTPConnection) -> Any:
+        answers.append("")
+        if len(answers) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return receive(self)
+
+    answers: list[str] = []
+    monkeypatch.setattr(DoorHTTPConnection, "getresponse", receiving)
+    with pytest.raises(KeyboardInterrupt):
+        house.run("vdi-list")
+    sessions = house.call("session.get_all_records").values()
+    assert [each for each in sessions if each["originator"] == "vdi-gateway"] == []
