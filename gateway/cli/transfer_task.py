@@ -1,15 +1,16 @@
 """The task under which a command sends or fetches a disk, and how the gateway's last word is read."""
 
 import contextlib
+import math
 import time
 from typing import Any, Final
 
-from gateway.cli.connection import Connection, error_text, speakable
+from gateway.cli.connection import CallRefusedError, Connection, error_text, speakable
 from gateway.cli.exchange import Exchange, Head
 from gateway.cli.following import first_interrupt_waits
 from gateway.cli.output import CommandError
 
-_CANCEL_SECONDS: Final = 5.0
+CANCEL_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 0.2
 _UNDECIDED: Final = ("pending", "cancelling")
 
@@ -44,9 +45,10 @@ class TransferTask:
 
     def cancel(self) -> bool:
         """Have the gateway stop; waits a few seconds at most. False when it couldn't be told."""
-        self._connection.restart(_CANCEL_SECONDS)
+        self._connection.restart(CANCEL_SECONDS)
         try:
-            self._connection.call("task.cancel", self.ref)
+            with contextlib.suppress(CallRefusedError):  # it has ended
+                self._connection.call("task.cancel", self.ref)
         except CommandError:
             return False
         return True
@@ -58,9 +60,11 @@ class TransferTask:
         except CommandError:
             return False
 
-    def ended(self) -> dict[str, Any]:
-        """Wait for its end; the task as it is then. CommandError when the gateway can't be asked."""
-        while (record := self.record())["status"] in _UNDECIDED:
+    def ended(self, seconds: float = math.inf) -> dict[str, Any]:
+        """Wait for its end; the task as it is then, or after so many seconds. CommandError when the gateway
+        can't be asked."""
+        until = time.monotonic() + seconds
+        while (record := self.record())["status"] in _UNDECIDED and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS)
         return record
 

@@ -20,7 +20,7 @@ from gateway.cli.connection import Connection
 from gateway.cli.exchange import PIECE_BYTES, SENDFILE_BYTES, ConnectionLostError, Exchange
 from gateway.cli.output import CommandError, UsageError
 from gateway.cli.progress import Display, Transfer
-from gateway.cli.transfer_task import TransferTask, refusal
+from gateway.cli.transfer_task import CANCEL_SECONDS, TransferTask, refusal
 from gateway.core.errors import XenAPIError
 from gateway.images.files import length_of, next_data, next_hole
 from gateway.transfers.formats import MAGIC_BYTES, BodyFormat, recognise
@@ -162,12 +162,12 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
                 _Sender(exchange, source, size, transfer).run()
                 line = exchange.rest(head.length or 0)
             except (KeyboardInterrupt, CommandError, OSError) as error:
-                if begun and not isinstance(error, ConnectionLostError) and not task.cancel():
-                    display.note(f"the task {task.ref} could not be cancelled; the gateway ends it by itself")
+                if begun and not isinstance(error, ConnectionLostError):
+                    _cancel(connection, sent, task, display)
                 raise
     except ConnectionLostError as lost:
         # Perhaps only the last line was lost.
-        _judge_by_task(connection, task, lost, display)
+        _judge_by_task(connection, sent, task, lost, display)
         return _made_by(connection, task) if sent.is_new else None
     except OSError as error:
         raise CommandError(f"{source.name}: {error.strerror or error}; nothing was changed") from None
@@ -177,7 +177,8 @@ def upload(connection: Connection, sent: Upload, display: Display, transfer: Tra
     if line.startswith(b"failure "):
         raise CommandError(line.decode("utf-8", "replace").strip().removeprefix("failure "))
     if len(line) != head.length or not line.startswith(b"success"):
-        _judge_by_task(connection, task, ConnectionLostError("the gateway ended the connection"), display)
+        ended = ConnectionLostError("the gateway ended the connection")
+        _judge_by_task(connection, sent, task, ended, display)
     if not sent.is_new:
         return None
     # A gateway that is being stopped finishes what it has, and can be asked nothing more.
@@ -194,8 +195,21 @@ def _length(size: int | None) -> dict[str, str]:
     return {"Transfer-Encoding": "chunked"} if size is None else {"Content-Length": str(size)}
 
 
+def _cancel(connection: Connection, sent: Upload, task: TransferTask, display: Display) -> None:
+    """Cancel, and say what became of it if it isn't nothing: the gateway may have had all of it."""
+    status = ""
+    with contextlib.suppress(CommandError):
+        if task.cancel():
+            status = task.ended(CANCEL_SECONDS)["status"]
+        if status == "success":
+            made = f"; the new disk is {_made_by(connection, task)}" if sent.is_new else ""
+            display.note(f"the import was done already{made}")
+    if status not in ("success", "failure", "cancelled"):
+        display.note(f"the task {task.ref} could not be cancelled; look with task-watch")
+
+
 def _judge_by_task(
-    connection: Connection, task: TransferTask, lost: ConnectionLostError, display: Display
+    connection: Connection, sent: Upload, task: TransferTask, lost: ConnectionLostError, display: Display
 ) -> None:
     """What became of an upload whose connection is lost: the gateway may have all of it, and go on."""
     connection.restart(10.0)
@@ -205,8 +219,7 @@ def _judge_by_task(
         record = task.ended()
         failure = task.failure()
     except KeyboardInterrupt:
-        if not task.cancel():
-            display.note(f"the task {task.ref} could not be cancelled; look with task-watch")
+        _cancel(connection, sent, task, display)
         raise
     except CommandError:
         raise CommandError(

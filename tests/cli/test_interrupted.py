@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from gateway.cli.connection import Connection, DoorHTTPConnection
+from gateway.cli.exchange import Exchange
+from gateway.cli.main import run
 from tests.conftest import RunningGateway
 
 
@@ -73,3 +75,22 @@ def test_a_session_ends_though_its_call_was_not_answered(
         house.run("vdi-list")
     sessions = house.call("session.get_all_records").values()
     assert [each for each in sessions if each["originator"] == "vdi-gateway"] == []
+
+
+def test_an_import_that_was_done_already_is_told(
+    house: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = Exchange.rest
+
+    def reading(self: Exchange, limit: int) -> bytes:
+        line = rest(self, limit)
+        os.kill(os.getpid(), signal.SIGINT)
+        return line
+
+    monkeypatch.setattr(Exchange, "rest", reading)
+    (tmp_path / "made").write_bytes(os.urandom(2 << 20))
+    with pytest.raises(KeyboardInterrupt):
+        run(("vdi-import", str(tmp_path / "made"), "sr=disks", "--state-dir", str(house.state_dir)))
+    [disk] = house.call("VDI.get_by_name_label", "made")
+    uuid = house.call("VDI.get_uuid", disk)
+    assert f"the import was done already; the new disk is {uuid}" in capsys.readouterr().err
