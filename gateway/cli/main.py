@@ -5,6 +5,7 @@ sub-command is loaded only when it runs, because a command that asks a running g
 the gateway itself. And cyclopts takes its time: it is loaded where a Ctrl-C is expected already.
 """
 
+import gc
 import io
 import os
 import select
@@ -12,8 +13,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gateway.cli.loading import loading
 from gateway.cli.output import CommandError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -100,13 +103,17 @@ def application(*, loaded: bool = False) -> "App":
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code."""
-    from cyclopts import CycloptsError  # noqa: PLC0415
+    with loading():
+        from cyclopts import CycloptsError  # noqa: PLC0415
 
-    from gateway.cli.words import translated  # noqa: PLC0415
+        from gateway.cli.words import translated  # noqa: PLC0415
 
     name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
     try:
-        app = application(loaded=list(arguments) in ([], ["--help"], ["-h"]))
+        with loading():
+            app = application(loaded=list(arguments) in ([], ["--help"], ["-h"]))
+            if name != PROGRAM:
+                import_module(COMMANDS[arguments[0]].partition(":")[0])
         code = app(translated(app, arguments) if name != PROGRAM else list(arguments))
     except CycloptsError as error:
         return _complain(name, f"{_one_line(error)} Try: {name} --help", 2)
@@ -186,7 +193,7 @@ def _open_closed_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the same holds for processes of ours
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
@@ -240,4 +247,6 @@ def main() -> None:
         _drop(sys.stdout)
         code = _complain(PROGRAM, _unwritten(error), 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt, and the exit code is to tell
-    sys.exit(_written(code))
+    code = _written(code)
+    gc.freeze()  # or the interpreter looks for garbage in all that it leaves anyway
+    sys.exit(code)

@@ -1,11 +1,13 @@
 """`vdi-gateway serve`: checks the arguments, then hands over to gateway.app."""
 
+import gc
 import sys
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from gateway.cli.arguments import FileName, Flag, Texts
+from gateway.cli.loading import loading
 from gateway.cli.output import CommandError, UsageError
 from gateway.config import Config, ConfigError, Origins
 from gateway.state import STATE_DIR_VARIABLE
@@ -81,9 +83,11 @@ def serve(
     present = read(origins)
 
     # The gateway itself is loaded only now: bad arguments answer at once.
-    from gateway.app import serve  # noqa: PLC0415
-    from gateway.listening import ServeRefused  # noqa: PLC0415
-    from gateway.reload import Configuration  # noqa: PLC0415
+    with loading():
+        from gateway.app import serve  # noqa: PLC0415
+        from gateway.listening import ServeRefused  # noqa: PLC0415
+        from gateway.reload import Configuration  # noqa: PLC0415
+    gc.freeze()  # nor while it runs
 
     try:
         serve(state_dir, Configuration(origins, present), ready=announce)
