@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice, check_speakable
+from gateway.cli.following import first_interrupt_waits
 from gateway.cli.output import one_line, print_json, print_note, size_text
 from gateway.cli.sr import find_sr
 from gateway.cli.vdi import Disk, find_vdi, print_made
@@ -49,8 +50,10 @@ def vdi_clone(disk: Disk, *, new: NewDisk | None = None, gateway: GatewayChoice 
 def _fork(method: str, disk: str, new: NewDisk, gateway: GatewayChoice | None) -> int:
     check_speakable(new.name)  # it is told only when the disk is made
     with (gateway or GatewayChoice()).connect() as connection:
-        made = connection.call(method, find_vdi(connection, disk)[0], {})
-        return print_made(connection, made, new.name, json=new.json)
+        reference, _ = find_vdi(connection, disk)
+        with first_interrupt_waits():  # or there would be one that is called like the disk, and nobody knows
+            made = connection.call(method, reference, {})
+            return print_made(connection, made, new.name, json=new.json)
 
 
 def vdi_revert(

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag
 from gateway.cli.connection import Connection, GatewayChoice
-from gateway.cli.following import Followed, made_by
+from gateway.cli.following import Followed, first_interrupt_waits, made_by
 from gateway.cli.output import CommandError, UsageError, print_json, size_text
 from gateway.cli.progress import Display, Transfer, clock_text
 from gateway.cli.sr import find_sr
@@ -139,9 +139,10 @@ def _clones(connection: Connection, disk: _Disk, count: int, name: str | None) -
     made: list[_Disk] = []
     try:
         for label in _free_names(connection, name or disk.name, count):
-            ref = connection.call("VDI.clone", disk.ref, {})
-            made.append(_Disk.of(connection, ref))
-            connection.call("VDI.set_name_label", ref, label)
+            with first_interrupt_waits():
+                ref = connection.call("VDI.clone", disk.ref, {})
+                made.append(_Disk.of(connection, ref))
+                connection.call("VDI.set_name_label", ref, label)
     except (CommandError, KeyboardInterrupt) as error:
         there = ", ".join(each.uuid for each in (disk, *made))
         left = f"{len(made)} of {count} clones were made, these disks stay: {there}"

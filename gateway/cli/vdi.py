@@ -6,6 +6,7 @@ from cyclopts import Parameter
 
 from gateway.cli.arguments import Flag, Texts
 from gateway.cli.connection import CallRefusedError, Connection, GatewayChoice
+from gateway.cli.following import first_interrupt_waits
 from gateway.cli.listing import Column, Row, Shape, print_list
 from gateway.cli.output import CommandError, UsageError, parse_size, print_json, print_note, size_text
 from gateway.cli.sr import find_sr
@@ -47,29 +48,27 @@ def vdi_create(
     """
     wanted = parse_size(size, "SIZE")
     with (gateway or GatewayChoice()).connect() as connection:
-        reference = connection.call(
-            "VDI.create",
-            {
-                "name_label": name,
-                "name_description": description,
-                "SR": find_sr(connection, sr),
-                "virtual_size": str(wanted),
-                "type": type,
-                "sharable": False,
-                "read_only": False,
-                "other_config": {},
-                "sm_config": pairs(sm_config or [], "--sm-config"),
-            },
-        )
-        record: dict[str, Any] = connection.call("VDI.get_record", reference)
-    given = int(record["virtual_size"])
-    if json:
-        print_json(
-            {"uuid": record["uuid"], "ref": reference, "virtual_size": given, "requested_size": wanted}
-        )
-        return 0
-    print(record["uuid"])
-    _note_rounding(wanted, given)
+        asked = {
+            "name_label": name,
+            "name_description": description,
+            "SR": find_sr(connection, sr),
+            "virtual_size": str(wanted),
+            "type": type,
+            "sharable": False,
+            "read_only": False,
+            "other_config": {},
+            "sm_config": pairs(sm_config or [], "--sm-config"),
+        }
+        with first_interrupt_waits():  # or there would be a disk that nobody was told of
+            reference = connection.call("VDI.create", asked)
+            record: dict[str, Any] = connection.call("VDI.get_record", reference)
+            uuid, given = record["uuid"], int(record["virtual_size"])
+            if json:
+                print_json({"uuid": uuid, "ref": reference, "virtual_size": given, "requested_size": wanted})
+            else:
+                print(uuid)
+    if not json:
+        _note_rounding(wanted, given)
     return 0
 
 

@@ -48,14 +48,31 @@ def test_no_task_stays_behind(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_copy_that_is_there_has_its_name(
-    house: RunningGateway, disk: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("command", "interrupted"),
+    [
+        (("vdi-copy", "DISK", "--name"), "VDI.get_physical_utilisation"),
+        (("vdi-clone", "DISK", "--name"), "VDI.clone"),
+        (("vdi-create", "--size", "2MiB", "--name"), "VDI.create"),
+    ],
+)
+def test_what_is_there_is_told_and_has_its_name(
+    house: RunningGateway,
+    disk: str,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    interrupted: str,
 ) -> None:
-    interrupt_at(monkeypatch, "VDI.get_physical_utilisation")
+    interrupt_at(monkeypatch, interrupted)
+    label = f"made by {interrupted}"
+    words = [disk if word == "DISK" else word for word in command]
     with pytest.raises(KeyboardInterrupt):
-        house.run("vdi-copy", disk, "--name", "copied")
-    [copy] = house.call("VDI.get_by_name_label", "copied")
-    assert house.call("VDI.get_uuid", copy) != disk
+        run((*words, label, "--state-dir", str(house.state_dir)))
+    [made] = house.call("VDI.get_by_name_label", label)
+    if interrupted != "VDI.get_physical_utilisation":
+        assert capsys.readouterr().out.strip() == house.call("VDI.get_uuid", made)
 
 
 def test_a_session_ends_though_its_call_was_not_answered(
