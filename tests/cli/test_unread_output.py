@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -70,6 +71,13 @@ def test_a_name_that_the_encoding_lacks_is_escaped(house: RunningGateway, encodi
 
 def test_streams_that_are_closed_lead_nowhere() -> None:
     command = f"{program()} config-show <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=clean_environment(), check=False).returncode == 0
+
+
+def test_nor_do_those_of_what_a_command_starts() -> None:
+    script = "import subprocess as s; from gateway.cli import main as m; m._open_closed_streams();"
+    script += " raise SystemExit(s.call('cat && echo && echo >&2', shell=True))"
+    command = f"{sys.executable} -c {shlex.quote(script)} <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], env=clean_environment(), check=False).returncode == 0
 
 
