@@ -26,6 +26,7 @@ from gateway.images.file_locks import is_locked_wholly, lock_wholly
 
 ADMINISTRATOR = "root"
 STATE_DIR_VARIABLE = "VDI_GATEWAY_STATE_DIR"
+_LONGEST_LINE = 4096  # bytes; a disk that is given for a password file has no line end for gigabytes
 
 
 class StateError(Exception):
@@ -182,11 +183,15 @@ class StateDirectory:
 def read_password_file(path: str) -> str:
     """The first line of a password file. StateError when it is empty or can't be read."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with open(path, "rb") as file:
+            line = file.readline(_LONGEST_LINE)
+        lines = line.decode().splitlines()
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise StateError(f"the password file {path} can't be read: {error}") from error
     if not lines or not lines[0]:
         raise StateError(f"the password file {path} is empty; write the password on its first line")
+    if len(line) == _LONGEST_LINE:
+        raise StateError(f"the first line of {path} is too long for a password; give the file that has it")
     return lines[0]

@@ -53,6 +53,12 @@ def test_a_password_that_can_not_be_sent_is_not_shown(house: RunningGateway, tmp
     assert "secret" not in said
 
 
+def test_a_disk_is_no_password_file(house: RunningGateway, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+    where = ("--url", house.url, "--password-file", str(tmp_path / "disk.raw"))
+    assert "disk.raw is too long for a password" in error(house.run("vdi-list", *where))
+
+
 def test_a_file_may_have_any_name(house: RunningGateway, disk: str, tmp_path: Path) -> None:
     for name in (b"\xff\x01.raw", "Übung \"'.raw".encode()):
         file = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
