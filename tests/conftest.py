@@ -4,6 +4,7 @@ The trap that is closed here: where CI is set, pytest explains two images that d
 """
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -203,6 +204,17 @@ def clean_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("VDI_GATEWAY_") and name != "PYTHONUNBUFFERED"
     }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The modules and thousands of tests stay: nobody needs to look for garbage among them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
