@@ -1,7 +1,9 @@
 """`vdi-gateway serve`: checks the arguments, then hands over to gateway.app."""
 
 import gc
+import os
 import sys
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -105,6 +107,6 @@ def read(origins: Origins) -> Config:
 
 
 def announce(line: str) -> None:
-    """The one line on stdout."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """The one line on stdout. That nobody can read it is no reason not to serve."""
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())

@@ -166,6 +166,22 @@ def test_a_gateway_that_cannot_tell_the_commands_where_it_is_serves_all_the_same
         gateway.kill()
 
 
+def test_a_gateway_whose_ready_line_finds_no_space_serves_all_the_same(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, open("/dev/full", "wb") as full:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        with subprocess.Popen(
+            [program(), "serve", "--state-dir", tmp_path / "state", "--http", "127.0.0.1:0", "--nbd", "off"],
+            stdout=full,
+            env={**clean_environment(), "NOTIFY_SOCKET": str(tmp_path / "notify")},
+        ) as process:
+            try:
+                assert systemd.recv(64).startswith(b"READY=1")
+            finally:
+                process.terminate()
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("option", ["--http", "--https", "--nbd"])
 def test_a_host_that_can_be_no_name_is_refused_in_one_line(tmp_path: Path, option: str) -> None:
     addresses = ("--http", "127.0.0.1:0", option, "gateway..example:8443")
