@@ -103,6 +103,9 @@ class RawDisk:
                 except OSError as error:
                     self._failed = error
                     raise
+                except MemoryError:
+                    self._dirty = True
+                    raise
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the data and the holes of the range."""

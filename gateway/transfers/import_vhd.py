@@ -21,6 +21,7 @@ from gateway.core.errors import XenAPIError
 from gateway.images.disk import Disk
 from gateway.images.errors import CorruptImage, ImageError, ImageTooLarge
 from gateway.images.files import FILES, FileCalls
+from gateway.images.vhd.bits import bit_runs
 from gateway.images.vhd.format import (
     FOOTER_SIZE,
     HEADER_SIZE,
@@ -34,7 +35,7 @@ from gateway.images.vhd.format import (
     round_up_to_sector,
 )
 from gateway.images.vhd.image import MAX_BLOCKS, REVERSED_BITS
-from gateway.images.vhd.levels import bit_runs, sectors_present
+from gateway.images.vhd.levels import sectors_present
 from gateway.transfers.body import BodyEnded, BodyReader
 from gateway.transfers.formats import BodyFormat, Fits, corrupt_image, refuse_others, unsupported_image
 from gateway.transfers.import_flat import FlatDisk, begin_flat

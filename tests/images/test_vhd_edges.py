@@ -95,12 +95,12 @@ def test_of_two_edges_in_one_sector_none_undoes_the_other(image: Path) -> None:
 
 def _tell_who_waits(monkeypatch: pytest.MonkeyPatch, disk: Any, files: Meeting) -> None:
     turns = disk._turns
-    enter = turns.enter
+    enter: Callable[[], int] = turns.enter
 
-    def told() -> None:
+    def told() -> int:
         # Who waits here goes on when the edge is written; others have nothing to wait for.
         if threading.current_thread() is files.thread and turns._alone:
             files.come.set()
-        enter()
+        return enter()
 
     monkeypatch.setattr(turns, "enter", told)

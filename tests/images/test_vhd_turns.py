@@ -44,11 +44,11 @@ def test_who_wants_to_be_alone_waits_for_who_writes(started: Started) -> None:
         with turns.alone():
             alone.set()
 
-    turns.enter()
+    turn = turns.enter()
     started(be_alone)
     until(lambda: turns._alone)
     assert not alone.wait(0.1)
-    turns.leave()
+    turns.leave(turn)
     assert alone.wait(20)
 
 
@@ -57,10 +57,10 @@ def test_who_comes_while_somebody_is_alone_waits_and_is_then_counted(started: St
     entered, may_leave, again = threading.Event(), threading.Event(), threading.Event()
 
     def write() -> None:
-        turns.enter()
+        turn = turns.enter()
         entered.set()
         assert may_leave.wait(20)
-        turns.leave()
+        turns.leave(turn)
 
     def be_alone_again() -> None:
         with turns.alone():
@@ -91,9 +91,9 @@ def test_of_two_who_come_together_the_writer_stands_back(started: Started) -> No
         turns._writing.add(threading.get_ident())
         started(be_alone)
         until(lambda: turns._alone)
-        turns.enter()
+        turn = turns.enter()
         entered.set()
-        turns.leave()
+        turns.leave(turn)
 
     started(write)
     assert alone.wait(20)

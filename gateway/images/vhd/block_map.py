@@ -19,9 +19,10 @@ from itertools import islice
 from typing import Final
 
 from gateway.images.errors import UnsupportedImage
+from gateway.images.vhd.bits import bit_runs
 from gateway.images.vhd.format import BLOCK_SIZE, SECTOR, DiskType
 from gateway.images.vhd.image import MAX_BLOCKS, VhdFile
-from gateway.images.vhd.levels import FlatLevel, Level, ReadLevel, SparseLevel, WrittenLeaf, bit_runs
+from gateway.images.vhd.levels import FlatLevel, Level, ReadLevel, SparseLevel, WrittenLeaf
 from gateway.images.vhd.writer import LeafWriter
 
 # Places: the offset in the file, a multiple of 512, plus the number of the level, which begins at 1.

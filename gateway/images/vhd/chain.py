@@ -4,7 +4,8 @@ The block map tells where bytes lie; a request inside one of its granules is two
 is written goes into the leaf, at once, and the map learns of it.
 
 The traps: a write takes the map's lock after its data is in the file, so that no reader is led to what isn't
-there yet; and nobody may close a disk while a request of another thread runs.
+there yet; nobody may close a disk while a request of another thread runs; and a change in which memory ran
+out may be known to the map or the writer in part, so it is the last one.
 """
 
 import threading
@@ -108,16 +109,20 @@ class VhdChain:
         length = len(buf)
         check_range(offset, length, self.size)
         block_size = self._leaf.block_size
-        if (offset | length) % SECTOR:
-            self._write_edges(writer, memoryview(buf), offset)
-            return
-        within = offset % block_size
-        if 0 < length <= block_size - within:
-            self._write(writer, offset // block_size, within, buf)
-            return
-        view = memoryview(buf)
-        for block, start, done, size in self._blocks(offset, length):
-            self._write(writer, block, start, view[done : done + size])
+        try:
+            if (offset | length) % SECTOR:
+                self._write_edges(writer, memoryview(buf), offset)
+                return
+            within = offset % block_size
+            if 0 < length <= block_size - within:
+                self._write(writer, offset // block_size, within, buf)
+                return
+            view = memoryview(buf)
+            for block, start, done, size in self._blocks(offset, length):
+                self._write(writer, block, start, view[done : done + size])
+        except MemoryError:
+            writer.give_up()
+            raise
 
     def zero(self, offset: int, length: int, *, trim: bool) -> None:
         """Make a range read as zeroes.
@@ -127,18 +132,11 @@ class VhdChain:
         """
         writer = self._writing()
         check_range(offset, length, self.size)
-        stop = offset + length
-        first = min(-(-offset // SECTOR) * SECTOR, stop)
-        last = max(stop // SECTOR * SECTOR, first)
-        for edge, size in ((offset, first - offset), (last, stop - last)):
-            if size:
-                self._write_edges(writer, ZEROES[:size], edge)
-        if trim:
-            self._trim(writer, first, last)
-            return
-        for block, within, _, size in self._blocks(first, last - first):
-            for start in range(0, size, len(ZEROES)):
-                self._write(writer, block, within + start, ZEROES[: size - start])
+        try:
+            self._zero(writer, offset, offset + length, trim)
+        except MemoryError:
+            writer.give_up()
+            raise
 
     def flush(self) -> None:
         """Make every completed write durable."""
@@ -237,6 +235,7 @@ class VhdChain:
     def _writing(self) -> LeafWriter:
         check_writable(self.read_only)
         assert self._writer is not None
+        self._writer.check()
         return self._writer
 
     def _blocks(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
@@ -251,14 +250,27 @@ class VhdChain:
 
     def _write(self, writer: LeafWriter, block: int, within: int, data: Buffer) -> None:
         """Write whole sectors inside one block."""
-        self._turns.enter()
+        turn = self._turns.enter()
         try:
             if writer.write(block, within, data):
                 return
             self._note_written(writer, block, within, len(data))
         finally:
-            self._turns.leave()
+            self._turns.leave(turn)
         writer.relieve()
+
+    def _zero(self, writer: LeafWriter, offset: int, stop: int, trim: bool) -> None:
+        first = min(-(-offset // SECTOR) * SECTOR, stop)
+        last = max(stop // SECTOR * SECTOR, first)
+        for edge, size in ((offset, first - offset), (last, stop - last)):
+            if size:
+                self._write_edges(writer, ZEROES[:size], edge)
+        if trim:
+            self._trim(writer, first, last)
+            return
+        for block, within, _, size in self._blocks(first, last - first):
+            for start in range(0, size, len(ZEROES)):
+                self._write(writer, block, within + start, ZEROES[: size - start])
 
     def _note_written(self, writer: LeafWriter, block: int, within: int, length: int) -> None:
         with self._lock:
@@ -270,7 +282,7 @@ class VhdChain:
         for block, within, size in self._map.stored_blocks(start, stop):
             first = block * self._leaf.block_size + within
             hide = self._map.stored_below(first, first + size)
-            self._turns.enter()
+            turn = self._turns.enter()
             try:
                 punched = writer.punch(block, within, size, allocate=hide)
                 if punched:
@@ -279,7 +291,7 @@ class VhdChain:
                             writer.set_written(block, within, size)
                         self._map.renew(block)
             finally:
-                self._turns.leave()
+                self._turns.leave(turn)
             if punched:
                 writer.relieve()
 

@@ -144,17 +144,3 @@ def clip(mask: int, start: int, sectors: int, size: int) -> int:
     """Clear the bits of sectors that begin at or beyond `size` bytes."""
     beyond = sectors - max(0, -(-(size - start) // SECTOR))
     return mask if beyond <= 0 else mask >> beyond << beyond
-
-
-def bit_runs(mask: int, sectors: int) -> list[tuple[int, int]]:
-    """Return the runs [first, last) of set bits, the highest of `sectors` bits being number 0."""
-    find = f"{mask:0{sectors}b}".find  # no arithmetic is as fast
-    runs: list[tuple[int, int]] = []
-    first = find("1")
-    while first >= 0:
-        last = find("0", first)
-        if last < 0:
-            last = sectors
-        runs.append((first, last))
-        first = find("1", last)
-    return runs

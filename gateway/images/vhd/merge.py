@@ -23,9 +23,10 @@ from typing import Final, Protocol
 from gateway.images.errors import CorruptImage, ImageError, UnsupportedImage
 from gateway.images.files import FILES, FileCalls, length_of, next_data
 from gateway.images.raw import RawDisk, read_range
+from gateway.images.vhd.bits import bit_runs
 from gateway.images.vhd.format import SECTOR, UNUSED, DiskType
 from gateway.images.vhd.image import VhdFile
-from gateway.images.vhd.levels import bit_runs, clip
+from gateway.images.vhd.levels import clip
 from gateway.images.vhd.writer import LeafWriter
 
 _WRITE_BACK: Final = 64 << 20  # bytes

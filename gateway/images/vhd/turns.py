@@ -5,7 +5,8 @@ there in between, that would be undone. So who does it is alone; all others go s
 
 Nearly all writes are of whole sectors, so they take no lock: each notes itself and then looks whether
 somebody is alone, who says so and then looks who is noted. One of two who come together sees the other.
-The traps: who waits to be alone must not have entered himself; and a thread enters once at a time.
+The traps: who waits to be alone must not have entered himself; a thread enters once at a time; and leaving
+must not need memory, or who has none keeps others waiting for ever (a Condition's own `with` needs some).
 """
 
 import threading
@@ -19,41 +20,44 @@ class Turns:
     """Of one leaf. The lock is held for moments only; allocations may wait for a sync and have another."""
 
     def __init__(self) -> None:
-        self._changed: Final = threading.Condition(threading.Lock())
+        self._lock: Final = threading.Lock()
+        self._changed: Final = threading.Condition(self._lock)
         self._writing: Final[set[int]] = set()  # threads
         self._alone = False
 
-    def enter(self) -> None:
-        """Begin to write; waits while somebody is alone. To be followed by `leave`."""
-        self._writing.add(get_ident())
+    def enter(self) -> int:
+        """Begin to write; waits while somebody is alone. To be followed by `leave` with what it returns."""
+        thread = get_ident()
+        self._writing.add(thread)
         while self._alone:
-            self._stand_back()
+            self._stand_back(thread)
+        return thread
 
-    def leave(self) -> None:
+    def leave(self, thread: int) -> None:
         """What was written can be seen."""
-        self._writing.discard(get_ident())
+        self._writing.discard(thread)
         if self._alone:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until all who write have left, and let nobody in meanwhile. One at a time may ask for it."""
         try:
-            with self._changed:
+            with self._lock:
                 self._alone = True
                 while self._writing:
                     self._changed.wait()
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._alone = False
                 self._changed.notify_all()
 
-    def _stand_back(self) -> None:
-        with self._changed:
-            self._writing.discard(get_ident())
+    def _stand_back(self, thread: int) -> None:
+        self._writing.discard(thread)
+        with self._lock:
             self._changed.notify_all()
             while self._alone:
                 self._changed.wait()
-            self._writing.add(get_ident())
+            self._writing.add(thread)

@@ -8,10 +8,12 @@ only what no flush has promised. Closing cuts the file to its end.
 
 Before the first write the BAT is checked as a whole: where blocks overlap, a write would destroy data.
 The traps: the old footer lies where a bitmap may come to lie, so it is cleared; a sync that failed once
-must never be followed by one that succeeds.
+must never be followed by one that succeeds. Nor may one follow a change in which memory ran out: it may be
+known here in part.
 """
 
 import errno
+import os
 import sys
 import threading
 from array import array
@@ -21,6 +23,7 @@ from typing import Final
 
 from gateway.images.errors import CorruptImage, ImageTooLarge, UnsupportedImage
 from gateway.images.files import FILES, Buffer, FileCalls, pread_exactly
+from gateway.images.vhd.bits import set_bits
 from gateway.images.vhd.format import (
     SECTOR,
     TAP_LITTLE_ENDIAN_BITMAPS,
@@ -34,6 +37,7 @@ from gateway.images.vhd.table import next_used
 _ALIGNMENT: Final = 4096  # of a block's data, as blktap has it: copies by reflink need it
 _GROWTH: Final = 64 << 20
 _LARGEST_GROWTH: Final = 1 << 30  # each growth of a published file costs a sync, so it grows with the file
+_NO_MEMORY: Final = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))  # to make one then would need some
 _UNSAVED_BLOCKS: Final = 4096  # then bitmaps and BAT entries are written without being asked
 
 
@@ -182,6 +186,18 @@ class LeafWriter:
         """Make every completed write durable. Fails for good once a sync has failed."""
         self._save(sync=True)
 
+    def give_up(self) -> None:
+        """Memory ran out in a change: promise nothing of what came since the last flush; no other follows."""
+        self._failed = self._failed or _NO_MEMORY
+
+    def check(self) -> None:
+        """Raise OSError if no flush will succeed any more."""
+        if self._failed is not None:
+            raise OSError(
+                self._failed.errno,
+                f"{self._image.path}: an earlier write or sync failed: {self._failed.strerror}",
+            )
+
     def finish(self) -> None:
         """Flush, and put the footer where the last block ends.
 
@@ -306,31 +322,37 @@ class LeafWriter:
     def _save(self, *, sync: bool) -> None:
         """Write bitmaps and BAT entries; with `sync` in the order that a crash at any point forgives."""
         with self._flush_lock:
-            self._check_syncs()
-            with self._lock:
-                bitmaps = [
-                    (block, self._bat[block] * SECTOR, bytes(self._bitmaps[block]))
-                    for block in sorted(self._changed_bitmaps)
-                ]
-                entries = sorted(self._changed_entries)
-                written = self._data_written
-                self._changed_bitmaps = set()
-                self._changed_entries = set()
-                if written:  # else what a write without the lock notes just now would be forgotten
-                    self._data_written = False
-            if not (bitmaps or written):
-                return
+            self.check()
             try:
-                self._write_metadata(bitmaps, entries, sync)
+                self._save_changes(sync)
             except OSError as error:
                 self._failed = self._failed or error
                 raise
-            with self._lock:
-                for block, _, _ in bitmaps:
-                    if block not in self._changed_bitmaps:
-                        self._bitmaps.pop(block, None)
-                if not sync:
-                    self._data_written = True
+            except MemoryError:
+                self.give_up()
+                raise
+
+    def _save_changes(self, sync: bool) -> None:
+        with self._lock:
+            bitmaps = [
+                (block, self._bat[block] * SECTOR, bytes(self._bitmaps[block]))
+                for block in sorted(self._changed_bitmaps)
+            ]
+            entries = sorted(self._changed_entries)
+            written = self._data_written
+            self._changed_bitmaps = set()
+            self._changed_entries = set()
+            if written:  # else what a write without the lock notes just now would be forgotten
+                self._data_written = False
+        if not (bitmaps or written):
+            return
+        self._write_metadata(bitmaps, entries, sync)
+        with self._lock:
+            for block, _, _ in bitmaps:
+                if block not in self._changed_bitmaps:
+                    self._bitmaps.pop(block, None)
+            if not sync:
+                self._data_written = True
 
     def _sync(self) -> None:
         try:
@@ -343,14 +365,7 @@ class LeafWriter:
         """Sync, and fail with a growth, which has the lock: the kernel tells one of two of a lost page."""
         self._sync()
         with self._lock:
-            self._check_syncs()
-
-    def _check_syncs(self) -> None:
-        if self._failed is not None:
-            raise OSError(
-                self._failed.errno,
-                f"{self._image.path}: an earlier sync failed: {self._failed.strerror}",
-            )
+            self.check()
 
     def _write_metadata(self, bitmaps: list[tuple[int, int, bytes]], entries: list[int], sync: bool) -> None:
         if not bitmaps:
@@ -371,22 +386,6 @@ class LeafWriter:
             self._files.pwrite(self._fd, values.tobytes(), table + 4 * first)
         if sync:
             self._sync_all()
-
-
-def set_bits(bitmap: bytearray, first: int, last: int) -> None:
-    """Set the bits [first, last), MSB first."""
-    if first >= last:
-        return
-    begin, end = first >> 3, last >> 3
-    head = 0xFF >> (first & 7)
-    tail = ~(0xFF >> (last & 7)) & 0xFF
-    if begin == end:
-        bitmap[begin] |= head & tail
-        return
-    bitmap[begin] |= head
-    bitmap[begin + 1 : end] = b"\xff" * (end - begin - 1)
-    if tail:
-        bitmap[end] |= tail
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
