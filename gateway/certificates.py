@@ -28,11 +28,11 @@ log = structlog.get_logger("gateway.app")
 
 CA_LIFETIME = datetime.timedelta(days=3650)
 # Clients that follow the CA/Browser Forum refuse more than 398 days, even below a private authority.
-SERVER_LIFETIME = datetime.timedelta(days=397)
+SERVER_LIFETIME = datetime.timedelta(days=396)
 # Renewed this long before its end, so that a gateway that is restarted monthly never serves an expired one.
 RENEW_BEFORE = datetime.timedelta(days=30)
-# Clients whose clock is a little slow must accept a certificate that was made just now.
-CLOCK_SKEW = datetime.timedelta(hours=1)
+# Clients must accept a certificate that was made just now, also if the clock had local time for UTC then.
+CLOCK_SKEW = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,15 @@ def ensure_server_certificate(
         _store_pair(ca_path, ca_key_path, authority)
     server = _load_pair(server_path, server_key_path)
     if server is None or not _still_good(server[0], authority[0], names, now):
-        _store_pair(server_path, server_key_path, _make_server(authority, names, now))
+        server = _make_server(authority, names, now)
+        _store_pair(server_path, server_key_path, server)
+    for path, pair in ((ca_path, authority), (server_path, server)):
+        begin = pair[0].not_valid_before_utc
+        if begin > now:
+            # It isn't replaced: where the clock is slow until it is set, clients would lose what they trust.
+            advice = f"look at this machine's clock; if it is right, remove {path} and send SIGHUP"
+            log.warning("a certificate has not begun", path=path, begin=begin.isoformat(), advice=advice)
+            break
     return ServerCertificate(chain=server_path, key=server_key_path, authority=ca_path)
 
 

@@ -127,6 +127,19 @@ def test_who_has_to_trust_another_authority_is_told(tmp_path: Path, lost: str) -
     assert told == ([] if lost == "server.pem" else [str(tmp_path / "ca.pem")])
 
 
+def test_a_certificate_of_the_future_is_told_and_stays(tmp_path: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    with capture_logs() as lines:
+        ensure_server_certificate(str(tmp_path), NAMES, now + datetime.timedelta(hours=14))
+        assert lines == []
+        (tmp_path / "ca.pem").unlink()
+        ensure_server_certificate(str(tmp_path), NAMES, now + datetime.timedelta(days=5000))
+        made = contents(tmp_path)
+        ensure_server_certificate(str(tmp_path), NAMES, now)
+    assert contents(tmp_path) == made
+    assert f"remove {tmp_path / 'ca.pem'} and send SIGHUP" in lines[-1]["advice"]
+
+
 def test_a_key_of_another_certificate_is_replaced(tmp_path: Path) -> None:
     ensure_server_certificate(str(tmp_path / "a"), NAMES)
     ensure_server_certificate(str(tmp_path / "b"), NAMES)
