@@ -113,7 +113,8 @@ def _filesystem(file: str, remarks: list[str], what: str) -> Filesystem | None:
             seconds=_SECONDS,
             memory=PARSER_MEMORY,
         )
-        if ended.code == _AMBIGUOUS:
+        # blkid of util-linux 2.41 doesn't tell several from nothing.
+        if ended.code == _AMBIGUOUS or (ended.code == _NOTHING_FOUND and not ended.messages):
             return _several(file)
     except ProgramError as error:
         if error.errno == errno.ETIMEDOUT:
@@ -121,8 +122,7 @@ def _filesystem(file: str, remarks: list[str], what: str) -> Filesystem | None:
         remarks.append(f"{what}: {error.strerror}")
         return None
     if ended.code:
-        if ended.code != _NOTHING_FOUND or ended.messages:
-            remarks.append(f"{what}: {ended.complaint}")
+        remarks.append(f"{what}: {ended.complaint}")
         return None
     said = _said(ended)
     if "ID_FS_TYPE" not in said:
@@ -158,7 +158,13 @@ def _said(ended: Ended) -> dict[str, str]:
 
 
 def _several(file: str) -> Filesystem | None:
-    ended = run_program(["wipefs", "--json", "--noheadings", file], seconds=_SECONDS, memory=PARSER_MEMORY)
+    """All that it could be, if more than one; wipefs also names a single one that blkid takes for damaged."""
+    ended = run_program(
+        ["wipefs", "--json", "--noheadings", "--output", "TYPE,USAGE", file],
+        seconds=_SECONDS,
+        memory=PARSER_MEMORY,
+    )
     document: dict[str, Any] = json.loads(ended.output.decode("utf-8", "replace") or "{}", strict=False)
-    kinds = sorted({str(each["type"]) for each in document.get("signatures", ())})
-    return Filesystem(", ".join(kinds), "several", "", "", None) if kinds else None
+    found = [each for each in document.get("signatures", ()) if each["usage"] != "partition-table"]
+    kinds = sorted({str(each["type"]) for each in found})
+    return Filesystem(", ".join(kinds), "several", "", "", None) if len(kinds) > 1 else None

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fuse_mount.programs import Ended, run_program
 from gateway.cli import inspect as command
 from gateway.cli import inspect_session, inspect_volumes
 from gateway.cli.inspect_volumes import Filesystem, Volume, Volumes, read_volumes
@@ -85,7 +87,15 @@ def test_an_empty_disk_is_one_volume_without_a_filesystem(tmp_path: Path) -> Non
     assert volumes.remarks == ()
 
 
-def test_where_two_filesystems_could_be_meant_both_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [8, 2])  # by blkid until util-linux 2.40, and of 2.41
+def test_where_two_filesystems_could_be_meant_both_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int
+) -> None:
+    def with_blkid(arguments: Sequence[str], *, seconds: float, memory: int | None = None) -> Ended:
+        ended = run_program(arguments, seconds=seconds, memory=memory)
+        return replace(ended, code=told) if arguments[0] == "blkid" else ended
+
+    monkeypatch.setattr(inspect_volumes, "run_program", with_blkid)
     disk = sparse(tmp_path / "disk.raw", 400 * MIB)
     run("mkfs.xfs", "-q", disk)
     other = sparse(tmp_path / "other", 400 * MIB)
