@@ -112,7 +112,8 @@ async def test_a_stranger_cannot_fill_the_memory_with_long_names(
                 await gate.login(f"{number}{'x' * (1 << 20)}", "wrong")
             assert len(str(refusal.value)) < 1000
             del refusal
-        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        # Python 3.13 has the frames of the last refusal still.
+        assert tracemalloc.get_traced_memory()[0] < 2 << 20
     finally:
         tracemalloc.stop()
 

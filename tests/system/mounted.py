@@ -195,12 +195,18 @@ def digest(path: Path) -> str:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """What is in the files below a directory, by their paths in it."""
-    return {
-        str(path.relative_to(directory)): digest(path)
-        for path in directory.rglob("*")
-        if path.is_file() and "lost+found" not in path.parts
-    }
+    """What is in the files below a directory, by their paths in it. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = {}
+    # Python 3.13's rglob takes a directory that can't be read for an empty one.
+    for folder, _, names in os.walk(directory, onerror=fail):
+        for path in (Path(folder, name) for name in names):
+            if path.is_file() and "lost+found" not in path.parts:
+                found[str(path.relative_to(directory))] = digest(path)
+    return found
 
 
 def leases(gateway: RunningGateway, vdi: Vdi) -> list[str]:

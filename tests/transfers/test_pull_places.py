@@ -47,10 +47,11 @@ def test_a_redirection_to_something_else_is_refused(location: str) -> None:
 
 @pytest.mark.parametrize("place", ["10.1.2.3", "169.254.169.254", "[::1]", "[::ffff:7f00:1]", "127.0.0.2"])
 def test_each_redirection_is_held_against_the_rules(place: str) -> None:
-    with serving(redirect(f"http://{place}:9/latest/meta-data/")) as server:
+    url = f"http://{place}:9/latest/meta-data/"
+    with serving(redirect(url)) as server:
         error = refusal(server.url)
     assert error.code == "PULL_ERROR_ADDRESS_REFUSED"
-    assert error.params[0] == f"http://{place}:9/latest/meta-data/"
+    assert error.params[0] == str(ImageURL.parse(url))  # Python 3.13 writes such IPv6 addresses otherwise
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0"])
