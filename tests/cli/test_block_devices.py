@@ -66,7 +66,7 @@ def ram_file_system(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def disk(house: RunningGateway, request: pytest.FixtureRequest) -> str:
     """The uuid of a new disk."""
-    done = house.command("vdi-create", request.node.name[:100], str(DISK_BYTES))
+    done = house.run("vdi-create", request.node.name[:100], str(DISK_BYTES))
     assert done.returncode == 0, done
     return done.stdout.strip()
 
@@ -88,7 +88,7 @@ def test_a_device_is_imported(
     data = content()
     (tmp_path / "backing").write_bytes(data)
     device = loop_device(tmp_path / "backing")
-    done = house.command("vdi-import", f"uuid={disk}", f"filename={device}", "--quiet")
+    done = house.run("vdi-import", f"uuid={disk}", f"filename={device}", "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done
     assert exported(house, disk) == data
 
@@ -110,12 +110,12 @@ def test_a_device_of_another_size_is_imported_only_where_it_fits(
     old, new = content(), content(DISK_BYTES // 2)
     filled(house, disk, old)
     (tmp_path / "larger").write_bytes(bytes(DISK_BYTES + 512))
-    done = house.command("vdi-import", disk, str(loop_device(tmp_path / "larger")), "--quiet")
+    done = house.run("vdi-import", disk, str(loop_device(tmp_path / "larger")), "--quiet")
     assert done.returncode == 1
     assert f"has {DISK_BYTES + 512} bytes, the disk {DISK_BYTES}; make the disk larger" in done.stderr
     assert exported(house, disk) == old
     (tmp_path / "smaller").write_bytes(new)
-    done = house.command("vdi-import", disk, str(loop_device(tmp_path / "smaller")))
+    done = house.run("vdi-import", disk, str(loop_device(tmp_path / "smaller")))
     assert (done.returncode, "the rest of the disk stays as it is" in done.stderr) == (0, True), done
     assert exported(house, disk) == new + old[len(new) :]
 
@@ -128,7 +128,7 @@ def test_a_disk_goes_onto_a_larger_device_whose_rest_stays(
     backing = tmp_path / "backing"
     backing.write_bytes(b"\xa5" * (DISK_BYTES + MIB))
     device = loop_device(backing)
-    done = house.command("vdi-export", f"uuid={disk}", f"filename={device}", "--quiet")
+    done = house.run("vdi-export", f"uuid={disk}", f"filename={device}", "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done
     assert backing.read_bytes() == data + b"\xa5" * MIB
     assert backing.stat().st_blocks * 512 <= 2 * MIB  # zeroes were given back
@@ -142,7 +142,7 @@ def test_zeroes_reach_a_device_that_cannot_give_space_back(
     filled(house, disk, data)
     backing = ram_file_system / "backing"
     backing.write_bytes(b"\xa5" * DISK_BYTES)
-    done = house.command("vdi-export", disk, str(loop_device(backing)), "--quiet")
+    done = house.run("vdi-export", disk, str(loop_device(backing)), "--quiet")
     assert (done.returncode, done.stderr) == (0, ""), done
     assert backing.read_bytes() == data
 
@@ -156,7 +156,7 @@ def test_a_broken_export_goes_on_inside_a_device(
     backing.write_bytes(b"\xa5" * DISK_BYTES)
     with Proxy(house.url, cut_after=5 * MIB + 77, reset=False) as proxy:
         password = ("--password-file", str(house.state_dir / "admin-password"))
-        done = house.command("vdi-export", disk, str(loop_device(backing)), "--url", proxy.url, *password)
+        done = house.run("vdi-export", disk, str(loop_device(backing)), "--url", proxy.url, *password)
     assert (done.returncode, proxy.cut) == (0, 1), done
     again = re.search(r"trying again in 0\.5 s at (\d+) bytes", done.stderr)
     assert again is not None, done
@@ -172,12 +172,12 @@ def test_a_device_that_is_too_small_or_in_use_is_refused_and_stays_as_it_was(
     backing = tmp_path / "backing"
     backing.write_bytes(b"\xa5" * (DISK_BYTES - 512))
     device = loop_device(backing)
-    done = house.command("vdi-export", disk, str(device), "--quiet")
+    done = house.run("vdi-export", disk, str(device), "--quiet")
     assert done.returncode == 1
     assert f"{device} has {DISK_BYTES - 512} bytes, the disk {DISK_BYTES}; give a larger" in done.stderr
     holder = os.open(device, os.O_RDONLY | os.O_EXCL)  # as a mounted file system has it
     try:
-        done = house.command("vdi-export", disk, str(device), "--quiet")
+        done = house.run("vdi-export", disk, str(device), "--quiet")
     finally:
         os.close(holder)
     assert (done.returncode, done.stderr) == (

@@ -7,11 +7,11 @@ from tests.conftest import RunningGateway
 
 
 def test_a_snapshot_and_a_clone_are_shown_as_a_tree(house: RunningGateway) -> None:
-    disk = house.command("vdi-create", "tree", "4MiB").stdout.strip()
-    assert house.command("vdi-snapshot", f"uuid={disk}", "new-name-label=kept").returncode == 0
-    made = house.command("vdi-clone", "kept", "--name", "try", "--json")
+    disk = house.run("vdi-create", "tree", "4MiB").stdout.strip()
+    assert house.run("vdi-snapshot", f"uuid={disk}", "new-name-label=kept").returncode == 0
+    made = house.run("vdi-clone", "kept", "--name", "try", "--json")
     clone = json.loads(made.stdout)["uuid"]
-    nodes = json.loads(house.command("vdi-chain", clone, "--json").stdout)
+    nodes = json.loads(house.run("vdi-chain", clone, "--json").stdout)
     assert [node["depth"] for node in nodes] == [1, 2, 2, 2]
     assert nodes[0]["name_label"] == "base copy"
     assert nodes[0]["state"] == ["hidden"]
@@ -21,7 +21,7 @@ def test_a_snapshot_and_a_clone_are_shown_as_a_tree(house: RunningGateway) -> No
         "try": [],
     }
     assert {node["parent"] for node in nodes[1:]} == {nodes[0]["uuid"]}
-    lines = house.command("vdi-chain", "sr=disks").stdout.splitlines()
+    lines = house.run("vdi-chain", "sr=disks").stdout.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith(nodes[0]["uuid"])
     assert f"  {clone}  try: 4 MiB" in "\n".join(lines)
@@ -55,9 +55,9 @@ def test_a_name_that_a_disk_shares_with_its_snapshots_is_the_disks(house: Runnin
 
 
 def test_what_cannot_be_a_snapshot_is_said(house: RunningGateway) -> None:
-    house.command("vdi-create", "flat", "1MiB", "sm-config:image-format=raw")
-    assert "raw image has no snapshots" in error(house.command("vdi-snapshot", "flat"))
-    assert "there is no disk" in error(house.command("vdi-chain", "nowhere"))
+    house.run("vdi-create", "flat", "1MiB", "sm-config:image-format=raw")
+    assert "raw image has no snapshots" in error(house.run("vdi-snapshot", "flat"))
+    assert "there is no disk" in error(house.run("vdi-chain", "nowhere"))
 
 
 def record(uuid: str, parent: str | None) -> dict[str, Any]:

@@ -8,19 +8,19 @@ MIB = 1 << 20
 
 
 def test_what_has_changed_is_listed_after_the_snapshots_data_is_gone(house: RunningGateway) -> None:
-    disk = house.command("vdi-create", "tracked", "4MiB").stdout.strip()
-    assert house.command("vdi-enable-cbt", f"uuid={disk}").returncode == 0
-    first = house.command("vdi-snapshot", disk).stdout.strip()
-    assert house.command("vdi-data-destroy", f"uuid={first}").returncode == 0
-    assert house.command(
-        "vdi-list-changed-blocks", f"vdi-from-uuid={first}", f"vdi-to-uuid={disk}"
-    ).stdout == ("AAAAAAAAAAA=\n")
-    second = house.command("vdi-snapshot", disk).stdout.strip()
-    told = house.command("vdi-list-changed-blocks", first, second, "--json").stdout
+    disk = house.run("vdi-create", "tracked", "4MiB").stdout.strip()
+    assert house.run("vdi-enable-cbt", f"uuid={disk}").returncode == 0
+    first = house.run("vdi-snapshot", disk).stdout.strip()
+    assert house.run("vdi-data-destroy", f"uuid={first}").returncode == 0
+    assert house.run("vdi-list-changed-blocks", f"vdi-from-uuid={first}", f"vdi-to-uuid={disk}").stdout == (
+        "AAAAAAAAAAA=\n"
+    )
+    second = house.run("vdi-snapshot", disk).stdout.strip()
+    told = house.run("vdi-list-changed-blocks", first, second, "--json").stdout
     assert json.loads(told) == {"virtual_size": 4 * MIB, "changed": []}
-    assert "of the type cbt_metadata" in error(house.command("vdi-clone", first))
-    assert house.command("vdi-disable-cbt", disk).returncode == 0
-    assert "unrelated" in error(house.command("vdi-list-changed-blocks", first, disk))
+    assert "of the type cbt_metadata" in error(house.run("vdi-clone", first))
+    assert house.run("vdi-disable-cbt", disk).returncode == 0
+    assert "unrelated" in error(house.run("vdi-list-changed-blocks", first, disk))
 
 
 def test_neighbouring_blocks_are_one_range() -> None:

@@ -12,17 +12,17 @@ from tests.conftest import RunningGateway, clean_environment, program
 
 def make(house: RunningGateway, name: str) -> str:
     """A disk whose snapshot has gone while nothing could be merged."""
-    assert house.command("sr-coalesce", "disks", "--pause").returncode == 0
-    disk = house.command("vdi-create", name, "4MiB").stdout.strip()
+    assert house.run("sr-coalesce", "disks", "--pause").returncode == 0
+    disk = house.run("vdi-create", name, "4MiB").stdout.strip()
     with closing(open_vdi(str(house.state_dir / "access.sock"), disk, write=True)) as opened:
         opened.pwrite(b"1" * 4096, 0)
-    house.command("vdi-snapshot", disk, "--name", f"{name} kept")
-    assert house.command("vdi-destroy", f"{name} kept").returncode == 0
+    house.run("vdi-snapshot", disk, "--name", f"{name} kept")
+    assert house.run("vdi-destroy", f"{name} kept").returncode == 0
     return disk
 
 
 def nodes_of(house: RunningGateway, disk: str) -> list[dict[str, object]]:
-    nodes: list[dict[str, object]] = json.loads(house.command("vdi-chain", disk, "--json").stdout)
+    nodes: list[dict[str, object]] = json.loads(house.run("vdi-chain", disk, "--json").stdout)
     return nodes
 
 
@@ -35,15 +35,15 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_a_paused_sr_stays_as_it_is_and_says_so(house: RunningGateway) -> None:
     disk = make(house, "paused")
-    shown = house.command("vdi-chain", disk)
+    shown = house.run("vdi-chain", disk)
     assert "coalescing is paused" in shown.stderr
     assert len(shown.stdout.splitlines()) == 2
-    assert "coalescing is paused" in error(house.command("sr-coalesce", "disks"))
-    assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
-    assert house.command("sr-coalesce", "disks").returncode == 0
+    assert "coalescing is paused" in error(house.run("sr-coalesce", "disks"))
+    assert house.run("sr-coalesce", "disks", "--resume").returncode == 0
+    assert house.run("sr-coalesce", "disks").returncode == 0
     assert [node["uuid"] for node in nodes_of(house, disk)] == [disk]
-    assert house.command("vdi-chain", disk).stderr == ""
-    both = house.command("sr-coalesce", "disks", "--pause", "--resume")
+    assert house.run("vdi-chain", disk).stderr == ""
+    both = house.run("sr-coalesce", "disks", "--pause", "--resume")
     assert (both.returncode, "give one of them" in both.stderr) == (2, True)
 
 
@@ -51,17 +51,17 @@ def test_it_says_for_whom_a_merge_waits_and_what_was_merged(house: RunningGatewa
     disk = make(house, "held")
     (base,) = [node["uuid"] for node in nodes_of(house, disk) if node["depth"] == 1]
     with closing(open_vdi(str(house.state_dir / "access.sock"), disk, purpose="a test")):
-        assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
-        done = house.command("sr-coalesce", "disks")
+        assert house.run("sr-coalesce", "disks", "--resume").returncode == 0
+        done = house.run("sr-coalesce", "disks")
         assert done.returncode == 3, done.stderr
         assert f"{disk} will be merged into {base}, waits for read by root (a test, process" in done.stdout
         until(lambda: " since 20" in str(nodes_of(house, disk)[1]["coalesce"]))
-        line = house.command("vdi-chain", disk).stdout.splitlines()[1]
+        line = house.run("vdi-chain", disk).stdout.splitlines()[1]
         assert "waits for read by root (a test" in line
-        tasks = json.loads(house.command("task-list", "--json", "status=pending").stdout)
+        tasks = json.loads(house.run("task-list", "--json", "status=pending").stdout)
         (task,) = [task for task in tasks if task["name_label"] == "coalesce"]
         assert task["other_config"]["blocked-by"].startswith("read by root (a test")
-        assert json.loads(house.command("sr-coalesce", "disks", "--json").stdout)["waits"] is True
+        assert json.loads(house.run("sr-coalesce", "disks", "--json").stdout)["waits"] is True
     until(lambda: len(nodes_of(house, disk)) == 1)
 
 
@@ -69,9 +69,9 @@ def test_what_it_merged_and_what_failed_is_listed(house: RunningGateway) -> None
     disk = make(house, "listed")
     (base,) = [node["uuid"] for node in nodes_of(house, disk) if node["depth"] == 1]
     with closing(open_vdi(str(house.state_dir / "access.sock"), disk)):
-        house.command("sr-coalesce", "disks", "--resume")
-        house.command("sr-coalesce", "disks")
-    done = house.command("sr-coalesce", "disks", "--json")
+        house.run("sr-coalesce", "disks", "--resume")
+        house.run("sr-coalesce", "disks")
+    done = house.run("sr-coalesce", "disks", "--json")
     assert done.returncode == 0, done.stderr
     merged = json.loads(done.stdout)["merged"]
     assert merged in ([], [{"vdi": disk, "into": base}])
@@ -84,16 +84,16 @@ def test_ctrl_c_ends_the_waiting_for_merges_and_says_that_they_go_on(house: Runn
             opened.pwrite(bytes([number]) * 4096, 0)
 
     control = str(house.state_dir / "access.sock")
-    assert house.command("sr-coalesce", "disks", "--pause").returncode == 0
-    disk = house.command("vdi-create", "tall", "4MiB").stdout.strip()
+    assert house.run("sr-coalesce", "disks", "--pause").returncode == 0
+    disk = house.run("vdi-create", "tall", "4MiB").stdout.strip()
     taken = []
     for number in range(24):
         write(number)
         taken.append(house.call("VDI.snapshot", house.call("VDI.get_by_uuid", disk), {}))
     house.call("VDI.destroy", taken[3])
-    other = house.command("vdi-create", "other", "4MiB").stdout.strip()
+    other = house.run("vdi-create", "other", "4MiB").stdout.strip()
     with closing(open_vdi(control, disk)):
-        assert house.command("sr-coalesce", "disks", "--resume").returncode == 0
+        assert house.run("sr-coalesce", "disks", "--resume").returncode == 0
 
         def goes_first() -> bool:
             # It tries again when any lease ends; then it goes before those who come, and waits for minutes.

@@ -1,5 +1,6 @@
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,36 @@ import pytest
 from tests.conftest import RunningGateway, clean_environment, program
 
 
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    running = RunningGateway(tmp_path_factory.mktemp("lasting"))
+    running.start()
+    try:
+        yield running
+    finally:
+        try:
+            running.stop()
+        finally:
+            running.kill()
+    assert "Traceback" not in running.log()
+
+
+@pytest.fixture
+def gateway(lasting: RunningGateway) -> Iterator[RunningGateway]:
+    """One for all tests, which a test may stop; each finds it without an SR."""
+    yield lasting
+    lasting.clear()
+
+
 @pytest.fixture
 def with_sr(gateway: RunningGateway, tmp_path: Path) -> RunningGateway:
-    done = gateway.command("sr-create", str(tmp_path / "disks"))
+    done = gateway.run("sr-create", str(tmp_path / "disks"))
     assert (done.returncode, done.stderr) == (0, "")
     return gateway
 
 
 def listed(gateway: RunningGateway) -> list[dict[str, object]]:
-    done = gateway.command("vdi-list", "--json")
+    done = gateway.run("vdi-list", "--json")
     assert done.returncode == 0, done
     disks: list[dict[str, object]] = json.loads(done.stdout)
     return disks
@@ -51,7 +73,7 @@ def test_a_directory_that_cannot_become_an_sr_is_refused_by_its_path(
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
-    assert str(tmp_path / place) in refused(gateway.command("sr-create", str(tmp_path / place)))
+    assert str(tmp_path / place) in refused(gateway.run("sr-create", str(tmp_path / place)))
     assert gateway.call("SR.get_all") == []
 
 
@@ -67,15 +89,15 @@ def test_vdi_create_prints_the_uuid_alone(with_sr: RunningGateway, tmp_path: Pat
 
 
 def test_vdi_create_says_when_the_size_was_rounded_up(with_sr: RunningGateway) -> None:
-    done = with_sr.command("vdi-create", "odd", "3MiB")
+    done = with_sr.run("vdi-create", "odd", "3MiB")
     assert done.returncode == 0
     assert done.stderr == "the size was rounded up from 3145728 to 4194304 bytes, a multiple of 2 MiB\n"
     assert [disk["virtual_size"] for disk in listed(with_sr)] == [4 << 20]
 
 
 def test_vdi_list_is_one_line_of_tabs_for_each_disk(with_sr: RunningGateway) -> None:
-    uuids = {name: with_sr.command("vdi-create", name, "2MiB").stdout.strip() for name in ("b", "a")}
-    lines = with_sr.command("vdi-list").stdout.splitlines()
+    uuids = {name: with_sr.run("vdi-create", name, "2MiB").stdout.strip() for name in ("b", "a")}
+    lines = with_sr.run("vdi-list").stdout.splitlines()
     assert [line.split("\t")[:3] for line in lines] == [
         ["UUID", "Name", "Size"],
         [uuids["a"], "a", "2 MiB"],
@@ -84,17 +106,17 @@ def test_vdi_list_is_one_line_of_tabs_for_each_disk(with_sr: RunningGateway) -> 
 
 
 def test_which_sr_must_be_said_when_there_are_several(with_sr: RunningGateway, tmp_path: Path) -> None:
-    assert with_sr.command("sr-create", str(tmp_path / "more")).returncode == 0
-    line = refused(with_sr.command("vdi-create", "disk", "2MiB"))
+    assert with_sr.run("sr-create", str(tmp_path / "more")).returncode == 0
+    line = refused(with_sr.run("vdi-create", "disk", "2MiB"))
     assert "--sr UUID" in line
     assert "(disks)" in line
     assert "(more)" in line
-    assert with_sr.command("vdi-create", "disk", "2MiB", "--sr", "more").returncode == 0
-    assert "'other'" in refused(with_sr.command("vdi-create", "disk", "2MiB", "--sr", "other"))
+    assert with_sr.run("vdi-create", "disk", "2MiB", "--sr", "more").returncode == 0
+    assert "'other'" in refused(with_sr.run("vdi-create", "disk", "2MiB", "--sr", "other"))
 
 
 def test_without_an_sr_vdi_create_says_how_to_make_one(gateway: RunningGateway) -> None:
-    assert "sr-create" in refused(gateway.command("vdi-create", "disk", "2MiB"))
+    assert "sr-create" in refused(gateway.run("vdi-create", "disk", "2MiB"))
 
 
 def test_a_disk_is_named_by_its_uuid_in_either_case_its_reference_or_a_name_of_its_own(
@@ -114,13 +136,13 @@ def test_a_disk_is_named_by_its_uuid_in_either_case_its_reference_or_a_name_of_i
 
 
 def test_a_refusal_of_the_gateway_is_its_sentence_and_its_code(with_sr: RunningGateway) -> None:
-    line = refused(with_sr.command("vdi-create", "huge", "3000GiB"))
+    line = refused(with_sr.run("vdi-create", "huge", "3000GiB"))
     assert "3221225472000 bytes" in line
     assert "(VDI_TOO_LARGE from VDI.create)" in line
 
 
 def test_sr_attach_is_read_only_until_writable_is_said(with_sr: RunningGateway, tmp_path: Path) -> None:
-    assert with_sr.command("vdi-create", "disk", "2MiB").returncode == 0
+    assert with_sr.run("vdi-create", "disk", "2MiB").returncode == 0
     sr = tmp_path / "disks"
     with_sr.stop()
     before = {path: path.stat().st_mtime_ns for path in sr.rglob("*")}
@@ -128,15 +150,15 @@ def test_sr_attach_is_read_only_until_writable_is_said(with_sr: RunningGateway, 
     other.state_dir.parent.mkdir()
     other.start()
     try:
-        attached = other.command("sr-attach", str(sr))
+        attached = other.run("sr-attach", str(sr))
         assert (attached.returncode, attached.stderr) == (0, "")
         assert [disk["name_label"] for disk in listed(other)] == ["disk"]
-        refused(other.command("vdi-create", "more", "2MiB"))
+        refused(other.run("vdi-create", "more", "2MiB"))
         assert {path: path.stat().st_mtime_ns for path in sr.rglob("*")} == before
-        again = other.command("sr-attach", str(sr), "--writable")
+        again = other.run("sr-attach", str(sr), "--writable")
         assert (again.returncode, again.stdout) == (0, attached.stdout)
-        assert other.command("vdi-create", "more", "2MiB").returncode == 0
-        once_more = other.command("sr-attach", str(sr), "--writable")
+        assert other.run("vdi-create", "more", "2MiB").returncode == 0
+        once_more = other.run("sr-attach", str(sr), "--writable")
         assert (once_more.returncode, once_more.stderr) == (0, "the SR is attached so already\n")
     finally:
         other.kill()
@@ -165,46 +187,46 @@ def test_an_sr_that_another_gateway_has_is_refused_and_can_be_attached_later(
     other.start()
     try:
         assert str(with_sr.state_dir) in refused(
-            other.command("sr-attach", str(tmp_path / "disks"), "--writable")
+            other.run("sr-attach", str(tmp_path / "disks"), "--writable")
         )
         with_sr.stop()
-        assert other.command("sr-attach", str(tmp_path / "disks"), "--writable").returncode == 0
+        assert other.run("sr-attach", str(tmp_path / "disks"), "--writable").returncode == 0
     finally:
         other.kill()
 
 
 def test_an_sr_that_becomes_read_only_is_told(with_sr: RunningGateway, tmp_path: Path) -> None:
     sr = str(tmp_path / "disks")
-    again = with_sr.command("sr-attach", sr, "--writable")
+    again = with_sr.run("sr-attach", sr, "--writable")
     assert (again.returncode, again.stderr) == (0, "the SR is attached so already\n")
-    done = with_sr.command("sr-attach", sr)
+    done = with_sr.run("sr-attach", sr)
     assert (done.returncode, done.stdout) == (0, again.stdout)
     assert "was attached writable and is read-only from now on" in done.stderr
-    assert with_sr.command("sr-list", "--minimal", "params=state").stdout == "read-only\n"
+    assert with_sr.run("sr-list", "--minimal", "params=state").stdout == "read-only\n"
 
 
 def test_a_directory_that_is_not_there_is_not_remembered(gateway: RunningGateway, tmp_path: Path) -> None:
-    assert str(tmp_path / "nothing") in refused(gateway.command("sr-attach", str(tmp_path / "nothing")))
+    assert str(tmp_path / "nothing") in refused(gateway.run("sr-attach", str(tmp_path / "nothing")))
     assert gateway.call("SR.get_all") == []
 
 
 def test_srs_are_attached_again_after_a_restart(with_sr: RunningGateway) -> None:
-    assert with_sr.command("vdi-create", "disk", "2MiB").returncode == 0
+    assert with_sr.run("vdi-create", "disk", "2MiB").returncode == 0
     with_sr.restart()
     assert [disk["name_label"] for disk in listed(with_sr)] == ["disk"]
-    assert with_sr.command("vdi-create", "another", "2MiB").returncode == 0
+    assert with_sr.run("vdi-create", "another", "2MiB").returncode == 0
 
 
 def test_task_list_shows_an_upload_that_failed_and_why(with_sr: RunningGateway) -> None:
-    uuid = with_sr.command("vdi-create", "disk", "2MiB").stdout.strip()
+    uuid = with_sr.run("vdi-create", "disk", "2MiB").stdout.strip()
     config = with_sr.state_dir / "curl.conf"
     config.write_text(f'user = "root:{with_sr.password}"\n')
     curl = ["curl", "-sS", "--config", str(config), "-T", "-", f"{with_sr.url}/import_raw_vdi?vdi={uuid}"]
     curl += ["-H", f"Content-Length: {4 << 20}", "-H", "Transfer-Encoding:"]
     assert subprocess.run(curl, input=bytes(4 << 20), capture_output=True, check=False).returncode != 0
-    (task,) = json.loads(with_sr.command("task-list", "--json").stdout)
+    (task,) = json.loads(with_sr.run("task-list", "--json").stdout)
     assert (task["status"], task["error_info"][0]) == ("failure", "VDI_TOO_SMALL")
-    assert "VDI_TOO_SMALL" in with_sr.command("task-list").stdout
+    assert "VDI_TOO_SMALL" in with_sr.run("task-list").stdout
 
 
 def remote(gateway: RunningGateway, url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -29,8 +29,8 @@ def source_of(house: RunningGateway, tmp_path: Path, name: str) -> tuple[str, Pa
         file.seek(9 * MIB)
         file.write(os.urandom(2 * MIB))
         file.truncate(16 * MIB)
-    uuid = house.command("vdi-create", name, "16MiB", "sr=disks").stdout.strip()
-    done = house.command("vdi-import", uuid, str(path), "--quiet")
+    uuid = house.run("vdi-create", name, "16MiB", "sr=disks").stdout.strip()
+    done = house.run("vdi-import", uuid, str(path), "--quiet")
     assert done.returncode == 0, done
     return uuid, path
 
@@ -42,13 +42,13 @@ def image_of(house: RunningGateway, sr: str, uuid: str) -> Path:
 @pytest.fixture(scope="module")
 def two(house: RunningGateway) -> RunningGateway:
     """A gateway with two SRs, disks and more."""
-    assert house.command("sr-create", str(house.state_dir.parent / "more")).returncode == 0
+    assert house.run("sr-create", str(house.state_dir.parent / "more")).returncode == 0
     return house
 
 
 def test_a_copy_is_a_disk_of_its_own_in_another_sr(two: RunningGateway, tmp_path: Path) -> None:
     uuid, path = source_of(two, tmp_path, "alone")
-    done = two.command("vdi-copy", "alone", "more", "--name", "copied")
+    done = two.run("vdi-copy", "alone", "more", "--name", "copied")
     assert done.returncode == 0, done
     made = done.stdout.strip()
     qemu_compare(image_of(two, "more", made), "vpc", path, "raw")
@@ -61,41 +61,41 @@ def test_a_copy_is_a_disk_of_its_own_in_another_sr(two: RunningGateway, tmp_path
 
 def test_xes_words_copy_a_snapshot_over_its_disk(two: RunningGateway, tmp_path: Path) -> None:
     uuid, path = source_of(two, tmp_path, "over")
-    taken = two.command("vdi-snapshot", uuid, "new-name-label=before").stdout.strip()
+    taken = two.run("vdi-snapshot", uuid, "new-name-label=before").stdout.strip()
     (tmp_path / "changed").write_bytes(os.urandom(MIB))
-    assert two.command("vdi-import", uuid, str(tmp_path / "changed"), "--quiet").returncode == 0
-    done = two.command("vdi-copy", f"uuid={taken}", f"into-vdi-uuid={uuid}", "--quiet", "--json")
+    assert two.run("vdi-import", uuid, str(tmp_path / "changed"), "--quiet").returncode == 0
+    done = two.run("vdi-copy", f"uuid={taken}", f"into-vdi-uuid={uuid}", "--quiet", "--json")
     assert (done.returncode, done.stderr) == (0, ""), done
     assert json.loads(done.stdout)["uuid"] == uuid
     qemu_compare(image_of(two, "disks", uuid), "vpc", path, "raw")
-    done = two.command("vdi-copy", f"uuid={taken}", f"sr-uuid={sr_uuid(two, 'more')}", "--quiet")
+    done = two.run("vdi-copy", f"uuid={taken}", f"sr-uuid={sr_uuid(two, 'more')}", "--quiet")
     qemu_compare(image_of(two, "more", done.stdout.strip()), "vpc", path, "raw")
 
 
 def sr_uuid(house: RunningGateway, name: str) -> str:
-    return house.command("sr-list", f"name-label={name}", "--minimal").stdout.strip()
+    return house.run("sr-list", f"name-label={name}", "--minimal").stdout.strip()
 
 
 def test_a_revert_brings_back_what_the_snapshot_kept(two: RunningGateway, tmp_path: Path) -> None:
     uuid, path = source_of(two, tmp_path, "reverted")
-    two.command("vdi-snapshot", uuid, "new-name-label=kept-for-revert")
+    two.run("vdi-snapshot", uuid, "new-name-label=kept-for-revert")
     (tmp_path / "changed").write_bytes(os.urandom(MIB))
-    assert two.command("vdi-import", uuid, str(tmp_path / "changed"), "--quiet").returncode == 0
-    done = two.command("vdi-revert", "snapshot-uuid=kept-for-revert")
+    assert two.run("vdi-import", uuid, str(tmp_path / "changed"), "--quiet").returncode == 0
+    done = two.run("vdi-revert", "snapshot-uuid=kept-for-revert")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done
-    assert two.command("vdi-export", uuid, str(tmp_path / "back"), "--quiet").returncode == 0
+    assert two.run("vdi-export", uuid, str(tmp_path / "back"), "--quiet").returncode == 0
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
-    assert "not the snapshot of a VDI" in error(two.command("vdi-revert", uuid))
+    assert "not the snapshot of a VDI" in error(two.run("vdi-revert", uuid))
 
 
 def test_what_cannot_be_copied_is_told_in_one_line(two: RunningGateway, tmp_path: Path) -> None:
     uuid, _ = source_of(two, tmp_path, "refused")
-    small = two.command("vdi-create", "small", "2MiB", "sr=more").stdout.strip()
-    assert "several SRs" in error(two.command("vdi-copy", uuid))
-    assert "there is no SR 'nowhere'" in error(two.command("vdi-copy", uuid, "nowhere"))
-    assert "VDI_TOO_SMALL from VDI.copy" in error(two.command("vdi-copy", uuid, "--into", small))
+    small = two.run("vdi-create", "small", "2MiB", "sr=more").stdout.strip()
+    assert "several SRs" in error(two.run("vdi-copy", uuid))
+    assert "there is no SR 'nowhere'" in error(two.run("vdi-copy", uuid, "nowhere"))
+    assert "VDI_TOO_SMALL from VDI.copy" in error(two.run("vdi-copy", uuid, "--into", small))
     assert "keeps its name" in error(
-        two.command("vdi-copy", uuid, "--into", small, "--name-label", "other"), code=2
+        two.run("vdi-copy", uuid, "--into", small, "--name-label", "other"), code=2
     )
 
 

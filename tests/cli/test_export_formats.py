@@ -17,18 +17,18 @@ QEMU = {"vhd": "vpc", "qcow2": "qcow2"}
 @pytest.fixture
 def disk(house: RunningGateway, tmp_path: Path) -> str:
     """The uuid of a new disk of 32 MiB with 13 MiB of data, which `tmp_path` has as `raw`."""
-    uuid = house.command("vdi-create", tmp_path.name, "32MiB").stdout.strip()
+    uuid = house.run("vdi-create", tmp_path.name, "32MiB").stdout.strip()
     (tmp_path / "raw").write_bytes(
         os.urandom(10 * MIB) + bytes(10 * MIB) + os.urandom(3 * MIB) + bytes(9 * MIB)
     )
-    assert house.command("vdi-import", uuid, str(tmp_path / "raw")).returncode == 0
+    assert house.run("vdi-import", uuid, str(tmp_path / "raw")).returncode == 0
     return uuid
 
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
 def test_a_disk_as_an_image(house: RunningGateway, disk: str, tmp_path: Path, image_format: str) -> None:
     out = tmp_path / f"out.{image_format}"
-    done = house.command("vdi-export", f"uuid={disk}", f"filename={out}", f"format={image_format}")
+    done = house.run("vdi-export", f"uuid={disk}", f"filename={out}", f"format={image_format}")
     assert done.returncode == 0, done
     assert lines(done)[-1]["total"] == out.stat().st_size
     qemu_compare(out, QEMU[image_format], tmp_path / "raw", "raw")
@@ -36,13 +36,13 @@ def test_a_disk_as_an_image(house: RunningGateway, disk: str, tmp_path: Path, im
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
 def test_a_delta_beside_its_base(house: RunningGateway, disk: str, tmp_path: Path, image_format: str) -> None:
-    snapshot = house.command("vdi-snapshot", disk).stdout.strip()
+    snapshot = house.run("vdi-snapshot", disk).stdout.strip()
     command = ["vdi-import", disk, str(tmp_path / "head")]
     (tmp_path / "head").write_bytes(b"new" * 10_000)
-    assert house.command(*command).returncode == 0
+    assert house.run(*command).returncode == 0
     full, delta = (tmp_path / f"{uuid}.{image_format}" for uuid in (snapshot, disk))
-    assert house.command("vdi-export", snapshot, str(full), "--format", image_format).returncode == 0
-    done = house.command("vdi-export", disk, str(delta), f"format={image_format}", f"base={snapshot}")
+    assert house.run("vdi-export", snapshot, str(full), "--format", image_format).returncode == 0
+    done = house.run("vdi-export", disk, str(delta), f"format={image_format}", f"base={snapshot}")
     assert done.returncode == 0, done
     assert any(f"it stands on {full.name}" in line.get("note", "") for line in lines(done))
     assert delta.stat().st_size < 4 * MIB < full.stat().st_size
@@ -57,13 +57,11 @@ def test_a_delta_beside_its_base(house: RunningGateway, disk: str, tmp_path: Pat
 def test_a_broken_export_of_an_image_goes_on(house: RunningGateway, disk: str, tmp_path: Path) -> None:
     with Proxy(house.url, cut_after=5 * MIB, cuts=2) as proxy:
         where = remote(house, proxy.url)
-        done = house.command("vdi-export", disk, str(tmp_path / "out.vhd"), "format=vhd", *where)
+        done = house.run("vdi-export", disk, str(tmp_path / "out.vhd"), "format=vhd", *where)
     assert (done.returncode, proxy.cut) == (0, 2), done
     qemu_compare(tmp_path / "out.vhd", "vpc", tmp_path / "raw", "raw")
     whole = subprocess.run(["sha256sum", str(tmp_path / "out.vhd")], capture_output=True, check=True).stdout
-    assert (
-        house.command("vdi-export", disk, str(tmp_path / "out.vhd"), "format=vhd", "--force").returncode == 0
-    )
+    assert house.run("vdi-export", disk, str(tmp_path / "out.vhd"), "format=vhd", "--force").returncode == 0
     again = subprocess.run(["sha256sum", str(tmp_path / "out.vhd")], capture_output=True, check=True).stdout
     assert whole == again
 
@@ -78,7 +76,7 @@ def test_what_does_not_go_together_is_told(house: RunningGateway, disk: str, tmp
         ([".", "format=qcow2"], ".qcow2", 1),
     ]
     for (name, *arguments), words, code in cases:
-        done = house.command("vdi-export", disk, str(tmp_path / name), *arguments)
+        done = house.run("vdi-export", disk, str(tmp_path / name), *arguments)
         assert words in error(done, code)
     assert sorted(path.name for path in tmp_path.glob("out*")) == []
 
@@ -86,8 +84,8 @@ def test_what_does_not_go_together_is_told(house: RunningGateway, disk: str, tmp
 def test_a_raw_disk_may_have_any_name_and_an_unrelated_base_is_told(
     house: RunningGateway, disk: str, tmp_path: Path
 ) -> None:
-    assert house.command("vdi-export", disk, str(tmp_path / "out.vhd"), "format=raw").returncode == 0
+    assert house.run("vdi-export", disk, str(tmp_path / "out.vhd"), "format=raw").returncode == 0
     assert (tmp_path / "out.vhd").read_bytes() == (tmp_path / "raw").read_bytes()
-    other = house.command("vdi-create", "another", "32MiB").stdout.strip()
-    said = error(house.command("vdi-export", disk, str(tmp_path / "x.vhd"), "format=vhd", f"base={other}"))
+    other = house.run("vdi-create", "another", "32MiB").stdout.strip()
+    said = error(house.run("vdi-export", disk, str(tmp_path / "x.vhd"), "format=vhd", f"base={other}"))
     assert "no file is part of both their chains" in said

@@ -25,14 +25,14 @@ def test_what_can_not_be_read_is_refused_unless_it_is_said_to_be_the_disk(
     house: RunningGateway, tmp_path: Path, kind: str
 ) -> None:
     file, name = unreadable(kind, tmp_path), f"{tmp_path.name}-{kind}"
-    disk = house.command("vdi-create", name, "4MiB").stdout.strip()
+    disk = house.run("vdi-create", name, "4MiB").stdout.strip()
     for where in ([disk, str(file)], [str(file), "--sr", "disks", "--name", f"new {name}"]):
-        done = house.command("vdi-import", *where)
+        done = house.run("vdi-import", *where)
         assert (done.returncode, done.stdout) == (1, "")
         assert f"{file} can't be imported: it is" in done.stderr
-    assert f"new {name}" not in house.command("vdi-list").stdout
-    assert house.command("vdi-import", disk, str(file), "--format", "raw").returncode == 0
+    assert f"new {name}" not in house.run("vdi-list").stdout
+    assert house.run("vdi-import", disk, str(file), "--format", "raw").returncode == 0
     got = tmp_path / "got"
-    assert house.command("vdi-export", disk, str(got)).returncode == 0
+    assert house.run("vdi-export", disk, str(got)).returncode == 0
     content = file.read_bytes()
     assert got.read_bytes()[: len(content)] == content

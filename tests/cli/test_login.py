@@ -126,29 +126,29 @@ def test_on_this_machine_no_password_is_needed(house: RunningGateway) -> None:
     hidden = secret.with_name("hidden")
     os.rename(secret, hidden)
     try:
-        assert house.command("vdi-list").returncode == 0
-        assert "the socket" in house.command("status").stdout
+        assert house.run("vdi-list").returncode == 0
+        assert "the socket" in house.run("status").stdout
     finally:
         os.rename(hidden, secret)
 
 
 def test_a_user_may_do_what_the_role_allows(house: RunningGateway, tmp_path: Path) -> None:
     (tmp_path / "pw").write_text("first\n")
-    assert house.command("user-add", "reader", "--new-password-file", str(tmp_path / "pw")).returncode == 0
+    assert house.run("user-add", "reader", "--new-password-file", str(tmp_path / "pw")).returncode == 0
     as_reader = ("--url", house.url, "--user", "reader", "--password-file", str(tmp_path / "pw"))
     assert run("vdi-list", *as_reader).returncode == 0
     refused = run("vdi-create", "x", "2MiB", "--sr", "disks", *as_reader)
     assert (refused.returncode, "RBAC_PERMISSION_DENIED" in refused.stderr) == (1, True), refused
     (tmp_path / "pw").write_text("second\n")
     assert run("vdi-list", *as_reader).returncode == 1
-    done = house.command("user-passwd", "reader", "--new-password-file", str(tmp_path / "pw"))
+    done = house.run("user-passwd", "reader", "--new-password-file", str(tmp_path / "pw"))
     assert done.returncode == 0, done
     assert run("vdi-list", *as_reader).returncode == 0
-    assert house.command("user-disable", "reader").returncode == 0
+    assert house.run("user-disable", "reader").returncode == 0
     assert run("vdi-list", *as_reader).returncode == 1
-    assert house.command("user-list", "--minimal", "params=name", "disabled=true").stdout == "reader\n"
-    assert house.command("user-disable", "reader", "--enable").returncode == 0
-    assert "root" in house.command("session-list", "params=auth-user-name").stdout
+    assert house.run("user-list", "--minimal", "params=name", "disabled=true").stdout == "reader\n"
+    assert house.run("user-disable", "reader", "--enable").returncode == 0
+    assert "root" in house.run("session-list", "params=auth-user-name").stdout
 
 
 def test_the_wrong_one_of_http_and_https_is_told(house: RunningGateway) -> None:

@@ -18,7 +18,7 @@ MIB = 1 << 20
 @pytest.fixture
 def disk(house: RunningGateway, request: pytest.FixtureRequest) -> str:
     """The uuid of a new disk of 32 MiB."""
-    done = house.command("vdi-create", request.node.name[:100], "32MiB")
+    done = house.run("vdi-create", request.node.name[:100], "32MiB")
     assert done.returncode == 0, done
     return done.stdout.strip()
 
@@ -58,13 +58,13 @@ def test_a_sparse_disk_comes_back_as_it_was(
 ) -> None:
     urls = {"http": house.url, "https": house.https_url}
     where = remote(house, urls[door]) if door in urls else ()
-    done = house.command("vdi-import", f"uuid={disk}", f"filename={sparse}", *where)
+    done = house.run("vdi-import", f"uuid={disk}", f"filename={sparse}", *where)
     assert (done.returncode, done.stdout) == (0, ""), done
     last = lines(done)[-1]
     assert (last["state"], last["bytes"], last["total"]) == ("done", 32 * MIB, 32 * MIB)
     assert last["physical_bytes"] == 3 * MIB + 4096
     out = tmp_path / "out.raw"
-    done = house.command("vdi-export", f"uuid={disk}", f"filename={out}", "--quiet", *where)
+    done = house.run("vdi-export", f"uuid={disk}", f"filename={out}", "--quiet", *where)
     assert (done.returncode, done.stdout, "{" in done.stderr) == (0, "", False), done
     assert out.read_bytes() == sparse.read_bytes()
     assert out.stat().st_blocks * 512 <= 4 * MIB
@@ -119,11 +119,11 @@ def test_a_pipe_of_another_length_changes_nothing(
 def test_a_shorter_file_leaves_the_rest_as_it_was(
     house: RunningGateway, disk: str, sparse: Path, tmp_path: Path
 ) -> None:
-    assert house.command("vdi-import", disk, str(sparse)).returncode == 0
+    assert house.run("vdi-import", disk, str(sparse)).returncode == 0
     (tmp_path / "short").write_bytes(b"y" * MIB)
-    done = house.command("vdi-import", disk, str(tmp_path / "short"))
+    done = house.run("vdi-import", disk, str(tmp_path / "short"))
     assert "the rest of the disk stays as it is" in lines(done)[0]["note"]
-    assert house.command("vdi-export", disk, str(tmp_path / "out")).returncode == 0
+    assert house.run("vdi-export", disk, str(tmp_path / "out")).returncode == 0
     assert (tmp_path / "out").read_bytes() == b"y" * MIB + sparse.read_bytes()[MIB:]
 
 
@@ -135,17 +135,17 @@ def test_what_cannot_be_imported_is_told_in_one_line(
     os.truncate(large, 33 * MIB)
     image.write_bytes(b"QFI\xfb" + bytes(MIB))
     empty.touch()
-    assert "vdi-resize" in error(house.command("vdi-import", disk, str(large)))
-    assert "its version is 0" in error(house.command("vdi-import", disk, str(image)))
-    assert "either a disk" in error(house.command("vdi-import", disk, str(image), "sr=disks"), 2)
-    assert "--format" in error(house.command("vdi-import", disk, str(image), "format=tar"), 2)
-    assert "--size" in error(house.command("vdi-import", "-", "sr=disks"), 2)
-    assert "there is no SR" in error(house.command("vdi-import", str(image), "sr=nowhere"))
-    assert "is empty" in error(house.command("vdi-import", disk, str(empty)))
-    assert "No such file" in error(house.command("vdi-import", disk, str(tmp_path / "none")))
-    assert "is a directory" in error(house.command("vdi-import", disk, str(tmp_path)))
-    assert "no disk 'nobody'" in error(house.command("vdi-import", "nobody", str(image), "--format", "raw"))
-    assert house.command("vdi-import", disk, str(image), "--format", "raw").returncode == 0
+    assert "vdi-resize" in error(house.run("vdi-import", disk, str(large)))
+    assert "its version is 0" in error(house.run("vdi-import", disk, str(image)))
+    assert "either a disk" in error(house.run("vdi-import", disk, str(image), "sr=disks"), 2)
+    assert "--format" in error(house.run("vdi-import", disk, str(image), "format=tar"), 2)
+    assert "--size" in error(house.run("vdi-import", "-", "sr=disks"), 2)
+    assert "there is no SR" in error(house.run("vdi-import", str(image), "sr=nowhere"))
+    assert "is empty" in error(house.run("vdi-import", disk, str(empty)))
+    assert "No such file" in error(house.run("vdi-import", disk, str(tmp_path / "none")))
+    assert "is a directory" in error(house.run("vdi-import", disk, str(tmp_path)))
+    assert "no disk 'nobody'" in error(house.run("vdi-import", "nobody", str(image), "--format", "raw"))
+    assert house.run("vdi-import", disk, str(image), "--format", "raw").returncode == 0
 
 
 @pytest.mark.parametrize("form", ["qcow2", "vpc", "fixed", "vmdk", "vhdx"])
@@ -156,9 +156,9 @@ def test_an_image_is_known_by_its_file(
     options = {"fixed": ["-o", "subformat=fixed,force_size=on"], "vpc": ["-o", "force_size=on"]}
     command = ["qemu-img", "convert", "-f", "raw", "-O", driver, *options.get(form, [])]
     subprocess.run([*command, str(sparse), str(image)], check=True)
-    done = house.command("vdi-import", f"uuid={disk}", f"filename={image}", "--quiet")
+    done = house.run("vdi-import", f"uuid={disk}", f"filename={image}", "--quiet")
     assert (done.returncode, done.stdout) == (0, ""), done
-    assert house.command("vdi-export", disk, str(tmp_path / "out")).returncode == 0
+    assert house.run("vdi-export", disk, str(tmp_path / "out")).returncode == 0
     assert (tmp_path / "out").read_bytes() == sparse.read_bytes()
 
 
@@ -168,7 +168,7 @@ def test_a_new_disk_is_made_of_an_image_from_a_pipe_or_a_file(
     environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(house.state_dir)}
     image = tmp_path / "gold.qcow2"
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(sparse), str(image)], check=True)
-    (sr,) = json.loads(house.command("sr-list", "--json").stdout)
+    (sr,) = json.loads(house.run("sr-list", "--json").stdout)
     piped = subprocess.run(
         [program(), "vdi-import", "-", f"sr={sr['uuid']}", "format=qcow2", "name=piped", "--quiet"],
         input=image.read_bytes(),
@@ -176,20 +176,20 @@ def test_a_new_disk_is_made_of_an_image_from_a_pipe_or_a_file(
         capture_output=True,
         check=True,
     )
-    filed = house.command("vdi-import", str(image), f"sr={sr['name_label']}", "--quiet")
+    filed = house.run("vdi-import", str(image), f"sr={sr['name_label']}", "--quiet")
     for uuid, name in ((piped.stdout.decode().strip(), "piped"), (filed.stdout.strip(), "gold.qcow2")):
-        (row,) = json.loads(house.command("vdi-list", "--json", f"uuid={uuid}").stdout)
+        (row,) = json.loads(house.run("vdi-list", "--json", f"uuid={uuid}").stdout)
         assert row["name_label"] == name
-        assert house.command("vdi-export", uuid, str(tmp_path / name)[:-1], "--quiet").returncode == 0
+        assert house.run("vdi-export", uuid, str(tmp_path / name)[:-1], "--quiet").returncode == 0
         assert Path(str(tmp_path / name)[:-1]).read_bytes() == sparse.read_bytes()
 
 
 def test_the_gateways_refusal_is_told(house: RunningGateway, disk: str, sparse: Path) -> None:
-    assert house.command("vdi-param-set", disk, "read-only=true").returncode == 0
-    said = error(house.command("vdi-import", disk, str(sparse)))
+    assert house.run("vdi-param-set", disk, "read-only=true").returncode == 0
+    said = error(house.run("vdi-import", disk, str(sparse)))
     assert "status 409" in said
     assert "read-only" in said
-    pending = house.command("task-list", "--minimal", "status=pending", "name-label=vdi-import")
+    pending = house.run("task-list", "--minimal", "status=pending", "name-label=vdi-import")
     assert pending.stdout == "\n"
 
 
@@ -198,18 +198,18 @@ def test_a_file_that_exists_is_replaced_by_force_only(
 ) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
-    assert "--force" in error(house.command("vdi-export", disk, str(out)))
+    assert "--force" in error(house.run("vdi-export", disk, str(out)))
     assert out.read_text() == "mine"
-    assert house.command("vdi-export", disk, str(out), "--force").returncode == 0
+    assert house.run("vdi-export", disk, str(out), "--force").returncode == 0
     assert out.stat().st_size == 32 * MIB
 
 
 def test_a_broken_export_goes_on_by_itself(
     house: RunningGateway, disk: str, sparse: Path, tmp_path: Path
 ) -> None:
-    assert house.command("vdi-import", disk, str(sparse)).returncode == 0
+    assert house.run("vdi-import", disk, str(sparse)).returncode == 0
     with Proxy(house.url, cut_after=10 * MIB, cuts=2) as proxy:
-        done = house.command("vdi-export", disk, str(tmp_path / "out"), *remote(house, proxy.url))
+        done = house.run("vdi-export", disk, str(tmp_path / "out"), *remote(house, proxy.url))
     assert done.returncode == 0, done
     assert proxy.cut == 2
     notes = [line["note"] for line in lines(done) if "note" in line]
@@ -247,12 +247,12 @@ def test_the_same_command_goes_on_with_an_interrupted_export(
     house: RunningGateway, disk: str, tmp_path: Path
 ) -> None:
     (tmp_path / "source").write_bytes(os.urandom(32 * MIB))
-    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    assert house.run("vdi-import", disk, str(tmp_path / "source")).returncode == 0
     out = tmp_path / "out"
     kept = broken_export(house, disk, out)
     # What was being written when the signal came counts as blocks of the file, but not as kept.
     assert 4 * MIB <= kept < 32 * MIB
-    done = house.command("vdi-export", disk, str(out))
+    done = house.run("vdi-export", disk, str(out))
     assert done.returncode == 0, done
     assert f"going on with {out} at {kept} bytes" in lines(done)[0]["note"]
     assert out.read_bytes() == (tmp_path / "source").read_bytes()
@@ -264,16 +264,16 @@ def test_an_export_that_has_all_bytes_already_ends_well_and_its_task_too(
 ) -> None:
     source = os.urandom(32 * MIB)
     (tmp_path / "source").write_bytes(source)
-    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    assert house.run("vdi-import", disk, str(tmp_path / "source")).returncode == 0
     broken_export(house, disk, tmp_path / "out")
     (tmp_path / "out.part").write_bytes(source)
     note = tmp_path / "out.part.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "offset": len(source)}))
-    before = {task["uuid"] for task in json.loads(house.command("task-list", "--json").stdout)}
-    done = house.command("vdi-export", disk, str(tmp_path / "out"))
+    before = {task["uuid"] for task in json.loads(house.run("task-list", "--json").stdout)}
+    done = house.run("vdi-export", disk, str(tmp_path / "out"))
     assert done.returncode == 0, done
     assert (tmp_path / "out").read_bytes() == source
-    tasks = json.loads(house.command("task-list", "--json").stdout)
+    tasks = json.loads(house.run("task-list", "--json").stdout)
     new = {(task["name_label"], task["status"]) for task in tasks if task["uuid"] not in before}
     assert new == {("vdi-export", "success")}
 
@@ -282,12 +282,12 @@ def test_an_export_of_a_disk_that_has_changed_begins_anew(
     house: RunningGateway, disk: str, tmp_path: Path
 ) -> None:
     (tmp_path / "source").write_bytes(os.urandom(32 * MIB))
-    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    assert house.run("vdi-import", disk, str(tmp_path / "source")).returncode == 0
     out = tmp_path / "out"
     broken_export(house, disk, out)
     (tmp_path / "source").write_bytes(os.urandom(16 * MIB) + bytes(16 * MIB))
-    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
-    done = house.command("vdi-export", disk, str(out))
+    assert house.run("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    done = house.run("vdi-export", disk, str(out))
     assert any("beginning anew" in line.get("note", "") for line in lines(done)), done
     assert out.read_bytes() == (tmp_path / "source").read_bytes()
     assert out.stat().st_blocks * 512 <= 17 * MIB
@@ -297,7 +297,7 @@ def test_a_full_disk_of_the_client_is_told_and_the_part_is_kept(
     house: RunningGateway, disk: str, tmp_path: Path
 ) -> None:
     (tmp_path / "source").write_bytes(os.urandom(32 * MIB))
-    assert house.command("vdi-import", disk, str(tmp_path / "source")).returncode == 0
+    assert house.run("vdi-import", disk, str(tmp_path / "source")).returncode == 0
     out = tmp_path / "out"
     command = f"trap '' XFSZ; ulimit -f {20 << 10}; exec {program()} vdi-export {disk} {out} --progress none"
     environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(house.state_dir)}
@@ -306,13 +306,13 @@ def test_a_full_disk_of_the_client_is_told_and_the_part_is_kept(
     )
     assert str(out) in error(done)
     assert "Traceback" not in done.stderr
-    assert house.command("vdi-export", disk, str(out)).returncode == 0
+    assert house.run("vdi-export", disk, str(out)).returncode == 0
     assert out.read_bytes() == (tmp_path / "source").read_bytes()
 
 
 def test_a_gateway_that_is_killed_in_an_import_is_told(gateway: RunningGateway, tmp_path: Path) -> None:
-    assert gateway.command("sr-create", str(tmp_path / "disks")).returncode == 0
-    uuid = gateway.command("vdi-create", "disk", "32MiB").stdout.strip()
+    assert gateway.run("sr-create", str(tmp_path / "disks")).returncode == 0
+    uuid = gateway.run("vdi-create", "disk", "32MiB").stdout.strip()
     environment = {**clean_environment(), "VDI_GATEWAY_STATE_DIR": str(gateway.state_dir)}
     process = subprocess.Popen(
         [program(), "vdi-import", uuid, "-", "--quiet"],
@@ -335,10 +335,10 @@ def test_a_gateway_that_is_killed_in_an_import_is_told(gateway: RunningGateway, 
 def test_a_disk_grows_keeps_its_content_and_does_not_shrink(
     house: RunningGateway, disk: str, sparse: Path, tmp_path: Path
 ) -> None:
-    assert house.command("vdi-import", disk, str(sparse)).returncode == 0
-    done = house.command("vdi-resize", f"uuid={disk}", "disk-size=65MiB")
+    assert house.run("vdi-import", disk, str(sparse)).returncode == 0
+    done = house.run("vdi-resize", f"uuid={disk}", "disk-size=65MiB")
     assert done.returncode == 0, done
     assert "rounded up" in done.stderr
-    assert house.command("vdi-export", disk, str(tmp_path / "out")).returncode == 0
+    assert house.run("vdi-export", disk, str(tmp_path / "out")).returncode == 0
     assert (tmp_path / "out").read_bytes() == sparse.read_bytes() + bytes(34 * MIB)
-    assert "can only become larger" in error(house.command("vdi-resize", disk, "1MiB"))
+    assert "can only become larger" in error(house.run("vdi-resize", disk, "1MiB"))

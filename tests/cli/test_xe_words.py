@@ -47,17 +47,17 @@ def test_a_word_that_is_unknown_is_named(given: str, words: str) -> None:
 
 def test_filters_fields_and_minimal_output_are_as_in_xe(house: RunningGateway) -> None:
     uuids = {
-        name: house.command("vdi-create", f"name-label={name}", "virtual-size=2MiB").stdout.strip()
+        name: house.run("vdi-create", f"name-label={name}", "virtual-size=2MiB").stdout.strip()
         for name in ("one", "two")
     }
-    done = house.command("vdi-list", "--minimal")
+    done = house.run("vdi-list", "--minimal")
     assert sorted(done.stdout.strip().split(",")) == sorted(uuids.values())
-    done = house.command("vdi-list", "name-label=two", "params=uuid,virtual-size,read-only")
+    done = house.run("vdi-list", "name-label=two", "params=uuid,virtual-size,read-only")
     assert done.stdout == f"uuid\tvirtual-size\tread-only\n{uuids['two']}\t2097152\tfalse\n"
-    done = house.command("vdi-list", "--minimal", "params=name-label", "sr-name-label=disks")
+    done = house.run("vdi-list", "--minimal", "params=name-label", "sr-name-label=disks")
     assert done.stdout == "one,two\n"
-    assert house.command("vdi-list", "--minimal", "name-label=none").stdout == "\n"
-    found = json.loads(house.command("vdi-list", "--json", "params=uuid,sm-config", "name-label=one").stdout)
+    assert house.run("vdi-list", "--minimal", "name-label=none").stdout == "\n"
+    found = json.loads(house.run("vdi-list", "--json", "params=uuid,sm-config", "name-label=one").stdout)
     assert [disk["uuid"] for disk in found] == [uuids["one"]]
     for arguments, words in (
         (("name-lable=x",), "'name-lable'"),
@@ -65,12 +65,12 @@ def test_filters_fields_and_minimal_output_are_as_in_xe(house: RunningGateway) -
         (("--minimal", "params=uuid,type"), "one field"),
         (("something",), "'something'"),
     ):
-        done = house.command("vdi-list", *arguments)
+        done = house.run("vdi-list", *arguments)
         assert (done.returncode, done.stdout, words in done.stderr) == (2, "", True), done
 
 
 def test_a_disks_parameters_are_set_and_its_keys_removed(house: RunningGateway) -> None:
-    uuid = house.command("vdi-create", "plain", "2MiB").stdout.strip()
+    uuid = house.run("vdi-create", "plain", "2MiB").stdout.strip()
     arguments = (
         f"uuid={uuid}",
         "name-label=a name",
@@ -78,32 +78,30 @@ def test_a_disks_parameters_are_set_and_its_keys_removed(house: RunningGateway) 
         "other-config:x.y=z",
         "tags=a,b",
     )
-    assert house.command("vdi-param-set", *arguments).returncode == 0
-    shown = house.command("vdi-list", f"uuid={uuid}", "params=name-label,other-config,tags").stdout
+    assert house.run("vdi-param-set", *arguments).returncode == 0
+    shown = house.run("vdi-list", f"uuid={uuid}", "params=name-label,other-config,tags").stdout
     assert shown.splitlines()[1] == "a name\towner: me; x.y: z\ta; b"
-    assert house.command("vdi-param-set", "a name", "other-config:owner=").returncode == 0
-    assert house.command("vdi-list", f"uuid={uuid}", "--minimal", "params=other-config").stdout == "x.y: z\n"
+    assert house.run("vdi-param-set", "a name", "other-config:owner=").returncode == 0
+    assert house.run("vdi-list", f"uuid={uuid}", "--minimal", "params=other-config").stdout == "x.y: z\n"
     for value in ("true", "false"):
-        assert house.command("vdi-param-set", uuid, f"read-only={value}").returncode == 0
-        shown = house.command("vdi-list", f"uuid={uuid}", "--minimal", "params=read-only").stdout
+        assert house.run("vdi-param-set", uuid, f"read-only={value}").returncode == 0
+        shown = house.run("vdi-list", f"uuid={uuid}", "--minimal", "params=read-only").stdout
         assert shown == f"{value}\n"
-    assert house.command("vdi-param-set", uuid).returncode == 2
-    assert house.command("vdi-destroy", f"uuid={uuid}").returncode == 0
-    assert house.command("vdi-destroy", f"uuid={uuid}").returncode == 1
+    assert house.run("vdi-param-set", uuid).returncode == 2
+    assert house.run("vdi-destroy", f"uuid={uuid}").returncode == 0
+    assert house.run("vdi-destroy", f"uuid={uuid}").returncode == 1
 
 
 def test_an_sr_is_made_scanned_and_forgotten_in_xes_words(house: RunningGateway, tmp_path: Path) -> None:
-    done = house.command(
-        "sr-create", "name-label=more", "type=file", f"device-config:location={tmp_path}/more"
-    )
+    done = house.run("sr-create", "name-label=more", "type=file", f"device-config:location={tmp_path}/more")
     assert done.returncode == 0, done
     uuid = done.stdout.strip()
-    shown = house.command("sr-list", f"uuid={uuid}", "params=name-label,state,location").stdout
+    shown = house.run("sr-list", f"uuid={uuid}", "params=name-label,state,location").stdout
     assert shown.splitlines()[1] == f"more\tattached\t{tmp_path}/more"
-    assert house.command("sr-scan", f"uuid={uuid}").returncode == 0
-    assert house.command("sr-forget", "more").returncode == 0
-    assert house.command("sr-list", "--minimal", f"uuid={uuid}").stdout == "\n"
-    assert house.command("sr-attach", f"{tmp_path}/more", "--writable").stdout.strip() == uuid
+    assert house.run("sr-scan", f"uuid={uuid}").returncode == 0
+    assert house.run("sr-forget", "more").returncode == 0
+    assert house.run("sr-list", "--minimal", f"uuid={uuid}").stdout == "\n"
+    assert house.run("sr-attach", f"{tmp_path}/more", "--writable").stdout.strip() == uuid
 
 
 def test_tasks_are_watched_and_cancelled(house: RunningGateway) -> None:
@@ -116,16 +114,16 @@ def test_tasks_are_watched_and_cancelled(house: RunningGateway) -> None:
     ) as watching:
         assert watching.stdout is not None
         assert json.loads(watching.stdout.readline())["status"] == "pending"
-        assert house.command("task-cancel", f"uuid={uuid}").returncode == 0
+        assert house.run("task-cancel", f"uuid={uuid}").returncode == 0
         assert json.loads(watching.stdout.readline())["status"] == "cancelled"
     assert watching.returncode == 1
-    assert "TASK_CANCELLED" in house.command("task-list", f"uuid={uuid}").stdout
+    assert "TASK_CANCELLED" in house.run("task-list", f"uuid={uuid}").stdout
 
 
 def test_status_and_hosts_are_told(house: RunningGateway) -> None:
-    found = json.loads(house.command("status", "--json").stdout)
+    found = json.loads(house.run("status", "--json").stdout)
     assert [sr["state"] for sr in found["srs"] if sr["name_label"] == "disks"] == ["attached"]
-    assert house.command("host-list", "--minimal").stdout.strip() == house.call(
+    assert house.run("host-list", "--minimal").stdout.strip() == house.call(
         "host.get_uuid", house.call("host.get_all")[0]
     )
 
