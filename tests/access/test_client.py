@@ -16,19 +16,26 @@ from tests.system.site import MIB, Site, Vdi, wait_until
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    gateway = RunningGateway(tmp_path)
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
+    gateway = RunningGateway(tmp_path_factory.mktemp("gateway"))
     gateway.state_dir.mkdir(mode=0o700)
     (gateway.state_dir / "config.toml").write_text('[limits]\nlease_wait = "300ms"\n')
     gateway.start()
     try:
-        yield Site(gateway, tmp_path / "sr")
+        yield gateway
     finally:
         if gateway.running:
             gateway.stop()
         gateway.kill()
     assert "Traceback" not in gateway.log(), gateway.log()
+
+
+@pytest.fixture
+def site(gateway: RunningGateway, tmp_path: Path) -> Iterator[Site]:
+    """With an SR of the test's own."""
+    yield Site(gateway, tmp_path / "sr")
+    gateway.clear()
 
 
 def socket_of(site: Site) -> str:
@@ -167,7 +174,9 @@ def test_a_disk_outlives_the_gateway_and_is_known_to_the_next_one(site: Site, wh
     vdi = site.create_vdi()
     client = OtherProcess(site, vdi, what)
     assert client.move() == "moved"
-    wait_until(lambda: bool(site.gateway.call("task.get_all")), "the task of the bytes")
+    wait_until(
+        lambda: any(task.startswith("OpaqueRef:") for task in operations(site, vdi)), "the task of the bytes"
+    )
     [task] = operations(site, vdi)
     site.gateway.kill()
     assert client.move() == "moved"
