@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from gateway.cli.main import run
@@ -33,6 +34,17 @@ settings.load_profile("any load")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and their child processes with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def log_plainly() -> None:
+    """As structlog does by itself, but for its tracebacks: it colours the source and shows all variables."""
+    structlog.reset_defaults()
+    processors = structlog.get_config()["processors"][:-1]
+    plain = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*processors, plain])
+
+
+log_plainly()
 
 
 class RunningGateway:

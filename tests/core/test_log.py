@@ -9,6 +9,7 @@ import structlog
 
 from gateway.core.errors import XenAPIError
 from gateway.core.log import configure, masked
+from tests.conftest import log_plainly
 
 REF = "OpaqueRef:0a1b2c3d-0000-4000-8000-000000000000"
 
@@ -16,7 +17,7 @@ REF = "OpaqueRef:0a1b2c3d-0000-4000-8000-000000000000"
 @pytest.fixture(autouse=True)
 def configuration_put_back() -> Iterator[None]:
     yield
-    structlog.reset_defaults()
+    log_plainly()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import xmlrpc.client
 from typing import Any
 
 import pytest
-import structlog
 import trio
 import trio.testing
 
@@ -15,6 +14,7 @@ from gateway.core.task import TaskStatus
 from gateway.xenapi.datamodel import Call
 from gateway.xenapi.jsonrpc import read_jsonrpc
 from gateway.xenapi.xmlrpc import dump_value, read_xmlrpc
+from tests.conftest import log_plainly
 
 from .estate_for_tests import ADMIN, CALLER, Site, refusal
 
@@ -170,7 +170,7 @@ async def test_the_log_of_a_failure_has_no_session(site: Site) -> None:
         site.inventory.answer = ZeroDivisionError("by zero")
         await refusal(site, "VDI.destroy", ADMIN, "OpaqueRef:x")
     finally:
-        structlog.reset_defaults()
+        log_plainly()
     assert "VDI.destroy" in log.getvalue()
     assert ADMIN not in log.getvalue()
 
@@ -190,7 +190,7 @@ async def test_a_failing_storage_is_one_line_of_the_log_and_what_nobody_expects_
             else:
                 await refusal(site, name, ADMIN, "OpaqueRef:x")
     finally:
-        structlog.reset_defaults()
+        log_plainly()
     tracebacks = [line for line in log.getvalue().splitlines() if "Traceback" in line]
     assert "bad disk" in log.getvalue()
     assert len(tracebacks) == 1
