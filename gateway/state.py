@@ -17,6 +17,7 @@ somebody else's by now, who must not be sent the password.
 import json
 import os
 import secrets
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,9 @@ class StateDirectory:
         )
 
     def _none_runs(self) -> StateError:
+        command = f"vdi-gateway serve --state-dir {shlex.quote(self.path)}"
         return StateError(
-            f"no gateway runs on {self.path}; start it with `vdi-gateway serve --state-dir {self.path}"
+            f"no gateway runs on {self.path}; start it with `{command}"
             " --http 127.0.0.1:8080`, or name a running one with --state-dir or --url"
         )
 

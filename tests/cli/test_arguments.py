@@ -84,10 +84,11 @@ def test_a_wrong_argument_is_one_line_that_names_it_and_says_what_to_do(
 
 
 def test_without_a_running_gateway_commands_say_how_to_start_one(tmp_path: Path) -> None:
-    done = run("vdi-list", cwd=tmp_path)
+    (tmp_path / "my disks").mkdir()
+    done = run("vdi-list", cwd=tmp_path / "my disks")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
-    assert f"vdi-gateway serve --state-dir {tmp_path}/state" in done.stderr
+    assert f"vdi-gateway serve --state-dir '{tmp_path}/my disks/state'" in done.stderr
 
 
 def test_a_current_directory_that_was_removed_is_told(tmp_path: Path) -> None:
