@@ -13,7 +13,7 @@ from gateway.images.vhd.merge import Merge
 from gateway.images.vhd.relink import set_parent
 from tests.images.disks import inspect
 from tests.images.merges import merge, opened, stop_after
-from tests.repository.chains import BLOCK, K1, SIZE, C, L, P, Q, image
+from tests.repository.chains import BLOCK, K1, K2, SIZE, C, L, P, Q, image
 
 NEW = "00000109-0000-4000-8000-000000000000"
 SNAPSHOT = "00000110-0000-4000-8000-000000000000"
@@ -99,6 +99,10 @@ def new_leaf(root: Path) -> None:
 
 def linked(root: Path) -> None:
     os.link(image(root, L), image(root, NEW))
+
+
+def on_the_base_copy(root: Path) -> None:
+    set_parent(str(image(root, K2)), str(image(root, NEW)))
 
 
 def torn(root: Path) -> None:

@@ -23,8 +23,10 @@ from tests.repository.journal_steps import (
     a_new_leaf_with_blocks,
     file,
     journal,
+    linked,
     lost_its_end,
     new_leaf,
+    on_the_base_copy,
     relinked,
     removed,
     renamed,
@@ -69,6 +71,11 @@ STAYING = {
     ),
     "a new leaf with blocks": ((a_new_leaf_with_blocks,), f"{L}.vhd.new", "blocks of its own"),
     "a new leaf alone": ((new_leaf, removed(f"{L}.vhd")), f"{L}.vhd.new", f"{L}.vhd is missing"),
+    "a base copy that another image stands on": (
+        (linked, new_leaf, on_the_base_copy),
+        f"{L}.vhd.new",
+        f"{NEW}.vhd and {L}.vhd are one file",
+    ),
     "what SM's other storage does": ((journal("clone", L, f"{NEW}_{SNAPSHOT}"),), f"clone_{L}", "only SM"),
     "a resize": ((file(f".journal-{L}"),), f".journal-{L}", "only SM"),
 }
