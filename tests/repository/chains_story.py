@@ -291,6 +291,11 @@ class Story:
         await self.house.settled(self.sr)
         await self._set_paused(True)
 
+    async def _complete_coalesce(self, _: str, __: Step) -> None:
+        self._begin()
+        await self.assert_all_merged()
+        await self._set_paused(True)
+
     async def _interrupted_coalesce(self, ref: str, step: Step) -> None:
         """Paused in the middle of a copy, as if by somebody; what is left is the next one's."""
         self._files.arm(step.value % 5, self._pause_now)
@@ -298,9 +303,11 @@ class Story:
         self._files.disarm()
 
     def _pause_now(self) -> None:
-        # Whoever is interrupted right here learns it as soon as it looks.
+        # Whoever is interrupted right here learns it as soon as he looks. He can be told only by a task that
+        # waits for his thread again, which it does at the latest before the second call.
         with suppress(trio.Cancelled):
             trio.from_thread.run(self._set_paused, True)
+            trio.from_thread.run_sync(self._files.disarm)
 
     async def _set_paused(self, paused: bool) -> None:
         records = self.inventory.records.srs

@@ -35,7 +35,7 @@ def random_steps(rng: random.Random, count: int) -> list[Step]:
     """Anything, after merges of both kinds that are interrupted first and done then."""
     # Behind the first of two blocks; inline, a journal is written before.
     inline, leaf = (Step("interrupted coalesce", 0, 0, calls) for calls in (1, 0))
-    merged = [Step("write", 0, 0, 2), Step("coalesce", 0, 0, 1)]
+    merged = [Step("write", 0, 0, 2), Step("complete coalesce", 0, 0, 1)]  # also of what rests after that
     grown = [Step("fill", 0, 0, 5), Step("fill", 0, 2 * MIB, 6), Step("snapshot", 0, 0, 1)]
     # Snapshots come behind the first VDI.
     destroyed = Step("destroy", 1, 0, 1)
