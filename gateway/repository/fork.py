@@ -4,16 +4,18 @@ The result is that of XenServer's FileSR: the base copy has a new uuid, the chil
 their directory. Both are made in the staging directory; then the base copy's name is linked to the leaf's
 file, the children are renamed into place, the leaf's name last, and the base copy is marked as hidden.
 Whoever reads the leaf keeps his descriptors and reads on. A leaf that is itself an empty child isn't
-multiplied: the new child stands beside it. All calls here block.
+multiplied: the new child stands beside it. Where the file system has no hard links (SMB, FAT), the leaf is
+renamed to the base copy and has no name for a moment, as in FileSR. All calls here block.
 
-The trap: after a crash, the base copy and the leaf may be one file under two names. So a journal lies beside
-the marker (SM fails the scan of an SR over names it doesn't know) from before the first step until after the
-last. The rename over the leaf decides: before it all is undone, after it the base copy is hidden. The second
-child goes in both cases, for nobody has been told of it.
+The trap: after a crash, the base copy and the leaf may be one file under two names, or without links the base
+copy may be all there is. So a journal lies beside the marker (SM fails the scan of an SR over names it doesn't
+know) from before the first step until after the last. The rename to the leaf's name decides: before it all is
+undone, after it the base copy is hidden. The second child goes in both cases, for nobody has been told of it.
 
 When all files are there, the journal becomes what intended.py keeps until the records are durable.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -49,6 +51,7 @@ MAX_CHAIN_LENGTH: Final = 30
 _JOURNAL_FORMAT: Final = INTENDED_FORMAT  # as which it is read once all files are there
 _JOURNAL: Final = re.compile(r"fork-[0-9a-f-]{36}\.json")
 _LONGEST_JOURNAL: Final = 16 << 20
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})  # link(2); which one, differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class Fork:
         journal = self._journal.path(directory)
         base = directory.image(self._journal.base, "vhd")
         replace_file(journal, msgspec.json.encode(self._journal) + b"\n", files)
-        files.link(self._lease.leaf_path, base)
+        self._name_base(base)
         files.sync_directory(directory.root)
         if self._staged_child is not None:
             files.rename(self._staged_child, child)
@@ -184,6 +187,17 @@ class Fork:
         else:
             files.rename(journal, intended_path(directory, self._journal.child))
         files.sync_directory(directory.service)
+
+    def _name_base(self, base: str) -> None:
+        leaf = self._lease.leaf_path
+        try:
+            self._files.link(leaf, base)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Links to a file of somebody else's may be forbidden, too; one that can't be hidden stays.
+            os.close(os.open(leaf, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+            self._files.rename(leaf, base)
 
 
 class Revert:
@@ -279,6 +293,10 @@ def recover_forks(directory: SRDirectory, files: FileCalls) -> dict[str, str]:
 
 def _recover(directory: SRDirectory, journal: _Journal, files: FileCalls) -> None:
     leaf, base, child = (directory.image(uuid, "vhd") for uuid in (journal.leaf, journal.base, journal.child))
+    if not is_there(leaf) and is_there(base):
+        # First of all, and whatever the child is: a scan that finds no leaf forgets the VDI.
+        files.rename(base, leaf)
+        files.sync_directory(directory.root)
     if journal.child and _is_empty_child(child, base):
         files.unlink(child)
         files.sync_directory(directory.root)

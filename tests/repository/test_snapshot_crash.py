@@ -1,5 +1,6 @@
 """A snapshot or revert that fails or is killed at any call is undone or finished, and no byte is lost."""
 
+import errno
 import itertools
 import os
 from contextlib import suppress
@@ -66,16 +67,26 @@ async def after_the_crash(state: CrashState, leases: Leases) -> Repository:
     return repository
 
 
-@pytest.mark.parametrize("source", [PARENT, CHILD])
+class WithoutLinks(RecordingFileCalls):
+    """As on a file system that has none."""
+
+    def link(self, source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+
+@pytest.mark.parametrize(
+    ("source", "calls"),
+    [(PARENT, RecordingFileCalls), (PARENT, WithoutLinks), (CHILD, RecordingFileCalls)],
+)
 async def test_after_a_crash_at_any_point_a_snapshot_is_undone_or_finished(
-    tmp_path: Path, leases: Leases, source: str
+    tmp_path: Path, leases: Leases, source: str, calls: type[RecordingFileCalls]
 ) -> None:
     root = str(tmp_path / "sr")
     initial = await prepare(root, leases)
     if source == PARENT:
         os.unlink(os.path.join(root, f"{CHILD}.vhd"))
     expected = initial[source]
-    files = RecordingFileCalls(Path(root))
+    files = calls(Path(root))
     repository = await Repository.attach(root, leases, writable=True, who="recorded", files=files)
     await repository.scan()
     lease = await repository.lease(source, LeaseMode.REPLACE, HOLDER)
