@@ -8,9 +8,10 @@ multiplied: the new child stands beside it. Where the file system has no hard li
 renamed to the base copy and has no name for a moment, as in FileSR. All calls here block.
 
 The trap: after a crash, the base copy and the leaf may be one file under two names, or without links the base
-copy may be all there is. So a journal lies beside the marker (SM fails the scan of an SR over names it doesn't
-know) from before the first step until after the last. The rename to the leaf's name decides: before it all is
-undone, after it the base copy is hidden. The second child goes in both cases, for nobody has been told of it.
+copy may be all there is. So a journal lies beside the marker (SM fails the scan of an SR over names that it
+doesn't know) from before the first step until after the last. The rename to the leaf's name decides: before
+it all is undone, after it the base copy is hidden. The second child goes in both cases, for nobody has been
+told of it.
 
 When all files are there, the journal becomes what intended.py keeps until the records are durable.
 """
