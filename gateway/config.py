@@ -8,7 +8,6 @@ import difflib
 import ipaddress
 import os
 import socket
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +25,7 @@ from gateway.options import (
     address,
     path_text,
 )
+from gateway.toml_file import read_toml
 from gateway.transfers.pull_source import PullRules
 
 FILE_NAME: Final = "config.toml"
@@ -180,8 +180,8 @@ def _is_there(file: str) -> bool:
 def _of_file(file: str) -> dict[str, Setting]:
     try:
         with open(file, "rb") as opened:
-            document = tomllib.load(opened)
-    except (ValueError, RecursionError) as error:  # also what is no text, and numbers of thousands of digits
+            document = read_toml(opened)
+    except ValueError as error:  # also what is no text, and numbers of thousands of digits
         raise ConfigError(f"{file}: this is not TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give a file that this user may read") from error

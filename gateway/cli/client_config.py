@@ -11,12 +11,12 @@ The trap: a password in this file belongs to its `url` and its `user` alone; it 
 
 import os
 import stat
-import tomllib
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gateway.cli.known_hosts import configuration_directory
 from gateway.cli.output import CommandError
+from gateway.toml_file import read_toml
 
 KEYS: Final = ("url", "user", "password", "password-file", "ca-file")
 
@@ -39,12 +39,12 @@ def load_client_config(path: str | None = None) -> ClientConfig:
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            content = tomllib.load(file)
+            content = read_toml(file)
     except FileNotFoundError:
         return ClientConfig(path)
     except OSError as error:
         raise CommandError(f"{path} can't be read: {error.strerror}; correct its permissions") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also what is no text
         raise CommandError(f"{path} is no TOML: {error}; correct it") from None
     if stat.S_IMODE(status.st_mode) & 0o077:
         raise CommandError(f"{path} can be read by others and may hold a password; chmod 600 {path}")

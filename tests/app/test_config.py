@@ -118,6 +118,7 @@ def test_an_argument_comes_before_the_file_and_the_file_before_the_default(tmp_p
         (f"[limits]\nconnections = {'[' * 5000}", ["this is not TOML"]),
         ("[limits]\nconnections = 1\nconnections = 2", ["this is not TOML"]),
         (f"[limits]\nconnections = {'1' * 5000}", ["this is not TOML"]),
+        ("# " + "x" * (1 << 20), ["this is not TOML", "larger than 1048576 bytes"]),
     ],
 )
 def test_a_mistake_is_named_with_the_file_and_its_path(text: str, words: list[str], tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_the_password_of_the_config_file_goes_to_its_own_gateway_only(
         ("password = 5", 0o600, "password must be text"),
         ('password = "x"\npassword-file = "y"', 0o600, "keep one of them"),
         ("this is no toml", 0o600, "is no TOML"),
+        ("url = " + "[" * 5000, 0o600, "nested too deeply"),
+        ("# " + "x" * (1 << 20), 0o600, "larger than 1048576 bytes"),
         ('url = "gateway.example"', 0o600, "https://host:8443"),
     ],
 )
