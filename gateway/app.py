@@ -357,10 +357,7 @@ class _Gateway:
     async def _reload(self, nbd: Nbd | None) -> None:
         async with self.configuration.reloading:
             await self.configuration.reload()
-            if self.context is not None:
-                await in_thread(self._reload_certificate, self.context)
-            if nbd is not None:
-                await nbd.renew()
+            await self._reload_certificates(nbd)
 
     def _reload_certificate(self, context: ReloadableContext) -> None:
         before = context.authority
@@ -371,7 +368,13 @@ class _Gateway:
     async def _renew(self, context: ReloadableContext, nbd: Nbd | None) -> None:
         while True:
             await trio.sleep(RENEWAL_SECONDS)
-            if context.authority is not None:
-                await in_thread(context.reload)
-                if nbd is not None:
-                    await nbd.renew()
+            # A reload at the same time would make another pair in the same two files.
+            async with self.configuration.reloading:
+                if context.authority is not None:
+                    await self._reload_certificates(nbd)
+
+    async def _reload_certificates(self, nbd: Nbd | None) -> None:
+        if self.context is not None:
+            await in_thread(self._reload_certificate, self.context)
+        if nbd is not None:
+            await nbd.renew()

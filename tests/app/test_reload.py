@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -245,6 +247,26 @@ def test_sighup_takes_the_certificate_from_another_place(configured: RunningGate
         lambda: json.loads((configured.state_dir / "gateway.json").read_text())["authority"] is None,
         configured,
     )
+
+
+def test_its_own_certificate_is_renewed_unasked(
+    configured: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = tmp_path / "impatient"
+    impatient.write_text(
+        f"#!{sys.executable}\nimport sys\nimport gateway.app\ngateway.app.RENEWAL_SECONDS = 0.1\n"
+        "from gateway.cli.main import main\nsys.exit(main())\n"
+    )
+    impatient.chmod(0o700)
+    monkeypatch.setattr("tests.conftest.program", lambda: str(impatient))
+    configured.start()
+    chain = configured.state_dir / "tls" / "server.pem"
+    host_and_port = address(configured.https_url)
+    first = ssl.get_server_certificate(host_and_port)
+    assert chain.read_text().startswith(first)
+    chain.unlink()
+    wait_for(lambda: ssl.get_server_certificate(host_and_port) != first, configured)
+    assert chain.read_text().startswith(ssl.get_server_certificate(host_and_port))
 
 
 def test_a_wrong_file_keeps_it_from_starting(configured: RunningGateway) -> None:
