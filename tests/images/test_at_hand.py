@@ -17,6 +17,7 @@ from gateway.images.disk import FileDisk
 from gateway.images.vhd.create import create_dynamic
 from tests.images.disks import make_child, open_leaf, put, read, read_all
 from tests.images.exports import random_chain
+from tests.page_cache import drop
 
 MIB = 1 << 20
 STEP = 64 << 10
@@ -36,14 +37,6 @@ def _the_kernel_tells(tmp_path: Path) -> None:
 
 def opened(path: Path, *, writable: bool = False) -> FileDisk:
     return open_disk(open_chain_files(str(path), writable=writable), read_only=not writable)
-
-
-def drop(*paths: Path) -> None:
-    """Have the page cache let go of the files."""
-    for path in paths:
-        with path.open("rb+") as file:
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.mark.parametrize("seed", range(12))

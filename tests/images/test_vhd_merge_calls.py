@@ -1,7 +1,6 @@
 """By which calls a merge copies, when it syncs and what it lets the kernel forget; stopping and going on."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,11 @@ from gateway.images.vhd.merge import Merge
 from tests.images.disks import content, entries, make_child, noise, put
 from tests.images.merges import merge, never, opened, stop_after
 from tests.images.watched_calls import Watched
+from tests.page_cache import cached
 
 SECTOR = 512
 MIB = 1 << 20
 BLOCK = 2 * MIB
-
-
-def cached(path: Path) -> int:
-    """How many bytes of a file are in the page cache."""
-    fincore = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
-    return int(subprocess.run(fincore, check=True, capture_output=True, text=True).stdout)
 
 
 def test_whole_blocks_go_by_one_call_each(tmp_path: Path) -> None:
