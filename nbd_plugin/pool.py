@@ -50,9 +50,7 @@ class Pool:
     @property
     def is_ready(self) -> bool:
         """Whether all that should run have said so."""
-        return self._on_demand or (
-            len(self.present) == self._wanted and all(each.ready for each in self.present)
-        )
+        return len(self.present) == self._wanted and all(each.ready for each in self.present)
 
     @property
     def waits_for_demand(self) -> bool:
