@@ -32,9 +32,11 @@ JOURNAL_NAME: Final = re.compile(
     rf"(?:coalesce|relink|leaf|clone)_{UUID_PATTERN}|OLD_{UUID_PATTERN}\.vhd|{UUID_PATTERN}\.vhd\.new|\.journal-{UUID_PATTERN}"
 )
 # What SM and file systems keep beside images. A file on NFS that is removed or renamed over while open here
-# is called .nfs… until it is closed (fs/nfs/unlink.c): it has gone, whatever it stands on.
+# is called .nfs… until it is closed (fs/nfs/unlink.c), one on a file system of libfuse .fuse_hidden…
+# (lib/fuse.c): it has gone, whatever it stands on.
 _KNOWN: Final = re.compile(
-    rf"{UUID_PATTERN}\.(?:cbtlog|vhdcache)|filelog\.txt|lost\+found|{re.escape(SERVICE_NAME)}|\.nfs[0-9a-f]{{24}}"
+    rf"{UUID_PATTERN}\.(?:cbtlog|vhdcache)|filelog\.txt|lost\+found|{re.escape(SERVICE_NAME)}"
+    r"|\.nfs[0-9a-f]{24}|\.fuse_hidden[0-9a-f]{16}"
 )
 _SETTLED_NS: Final = 2_000_000_000
 

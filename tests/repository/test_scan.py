@@ -96,10 +96,11 @@ def test_a_copy_of_an_image_under_another_name_is_told_with_what_it_stands_on(tm
     assert result.images[B].error is None
 
 
-def test_what_nfs_keeps_of_a_file_that_went_while_it_was_open_is_no_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".nfs000000000008000500000001", ".fuse_hidden00000a73000005b6"])
+def test_what_is_kept_of_a_file_that_went_while_it_was_open_is_no_copy(tmp_path: Path, name: str) -> None:
     create_dynamic(str(tmp_path / f"{A}.vhd"), 2 * MIB)
     make_child(tmp_path, B, A)
-    (tmp_path / f"{B}.vhd").rename(tmp_path / ".nfs000000000008000500000001")
+    (tmp_path / f"{B}.vhd").rename(tmp_path / name)
     result = scan(tmp_path)
     assert not result.strange
     assert not [*result.errors()]
