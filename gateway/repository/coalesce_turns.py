@@ -319,9 +319,12 @@ class Turns:
         work = self._works.pop(key, None)
         if work is not None:
             work.blocked = None
-            await work.tell()
-            await work.note(noted)
-            await work.end(error)
+            try:
+                await work.tell()
+                await work.note(noted)
+            finally:
+                # Nobody else would: the coalescer, and with it the gateway, would wait for it for ever.
+                await work.end(error)
 
     def _about(self, key: Key) -> dict[str, str]:
         kind, child, parent = key

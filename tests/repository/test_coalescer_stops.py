@@ -12,6 +12,7 @@ from gateway.core.errors import XenAPIError
 from gateway.core.leases import LeaseMode
 from gateway.core.task import Task, TaskStatus
 from gateway.images.vhd.create import create_dynamic, set_hidden
+from gateway.repository.coalesce_work import Work
 from gateway.repository.coalescer import PAUSED_KEY
 from gateway.repository.scan import ScanResult
 from tests.repository.coalesce_house import (
@@ -221,6 +222,22 @@ async def test_an_sr_is_let_go_of_at_the_next_block_and_merged_later(
         await house.settled(sr)
         assert content(house.inventory, ref)[::MIB] == PATTERN
         assert len(house.chain(ref)) == 1
+
+
+async def test_a_merge_whose_task_cannot_be_changed_ends_with_its_task(
+    open_house: OpenHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_memory(_work: Work, *_arguments: object, **_more: object) -> None:
+        raise MemoryError
+
+    async with open_house() as house:
+        with monkeypatch.context() as patch, trio.fail_after(20):
+            patch.setattr(Work, "note", no_memory)
+            sr, ref = await make_copyable(house, tmp_path)
+            await house.coalescer(sr).answered()
+        await house.settled(sr)
+        assert [task.status for task in house.coalesced()] == [TaskStatus.SUCCESS]
+        assert content(house.inventory, ref)[::MIB] == PATTERN
 
 
 async def test_an_error_that_nobody_foresaw_ends_one_attempt_and_not_the_gateway(
