@@ -56,11 +56,11 @@ class RecordsCopies:
             # Each lease of a VDI is an event, and changes no record: nothing is encoded to find that out.
             if self._written.get(sr) == (record, vdis):
                 return
-            content = await in_thread(encode_records, record, vdis)
             try:
-                await repository.write_records(content)
-            except (OSError, XenAPIError) as error:
-                log.warning("the copy of the records was not written", sr=record.uuid, why=str(error))
+                await repository.write_records(await in_thread(encode_records, record, vdis))
+            except (OSError, XenAPIError, MemoryError) as error:
+                why = str(error) or "no memory"
+                log.warning("the copy of the records was not written", sr=record.uuid, why=why)
                 return
             self._written[sr] = record, vdis
 

@@ -71,6 +71,22 @@ async def test_what_changes_no_record_encodes_none(
     assert [[vdi.name_label for vdi in vdis] for vdis in encoded] == [["another"]]
 
 
+async def test_a_copy_for_which_there_is_no_memory_is_made_later(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(_sr: SR, _vdis: list[VDI]) -> bytes:
+        raise MemoryError
+
+    sr = await inventory.sr_create("sr", str(tmp_path / "sr"))
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.repository.records_copies.encode_records", no_memory)
+        await inventory.vdi_create(sr=sr, virtual_size=MIB, name_label="new")
+        await inventory._copies.write(sr)
+    await inventory._copies.write(sr)
+    copy = json.loads((tmp_path / "sr" / ".vdi-gateway" / "records.json").read_bytes())
+    assert [vdi["name_label"] for vdi in copy["vdis"]] == ["new"]
+
+
 async def test_an_older_database_gives_way_to_a_copy_that_knows_the_file(
     open_inventory: OpenInventory, tmp_path: Path
 ) -> None:
