@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.events import Events
 from gateway.core.leases import Holder, LeaseMode, Leases
@@ -218,16 +219,15 @@ class Attachments:
         return {} if self._coalescers is None else self._coalescers.state(sr)
 
     async def refresh_sizes(self, sr: str) -> None:
-        """Bring the sizes of an attached SR up to date."""
+        """Bring the sizes of an attached SR up to date. A failure is logged: what changed them is done."""
         try:
             total, used = await self.repository(sr).space()
-        except OSError as error:
+            allocated = sum(vdi.virtual_size for vdi in self.records.vdis_of_sr(sr))
+            await self.records.srs.change(
+                sr, physical_size=total, physical_utilisation=used, virtual_allocation=allocated
+            )
+        except (OSError, DatabaseFailed) as error:
             log.warning("the size of the SR is not known", sr=sr, why=str(error))
-            return
-        allocated = sum(vdi.virtual_size for vdi in self.records.vdis_of_sr(sr))
-        await self.records.srs.change(
-            sr, physical_size=total, physical_utilisation=used, virtual_allocation=allocated
-        )
 
     def is_written(self, vdi: VDI) -> bool:
         """Whether somebody here writes to the VDI in place now."""

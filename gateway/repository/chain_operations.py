@@ -80,17 +80,34 @@ class ChainOperations(CbtLifecycle):
             finally:
                 committed = new is not None and new.staging.committed is not None
                 image = repository.images.get(vdi.uuid)
-                if committed and new is not None and image is not None:
-                    with trio.CancelScope(shield=True):
-                        await self.records.vdis.add(_with_content(new.vdi, image, new.vdi.content_id))
-                        await self.refresh_sizes(vdi.sr)
-                # What is there and couldn't be looked at keeps its name for the next attach.
-                if image is not None or not committed:
-                    with trio.CancelScope(shield=True):
-                        await in_thread(forget_intended, *intended, repository.files)
+                with trio.CancelScope(shield=True):
+                    try:
+                        if committed and new is not None and image is not None:
+                            await self._add_new(repository, _with_content(new.vdi, image, new.vdi.content_id))
+                    finally:
+                        # What is there and has no record keeps its name for the next attach.
+                        gone = image is not None and vdi.uuid not in repository.images
+                        if not committed or gone or vdi.ref in self.records.vdis:
+                            await in_thread(forget_intended, *intended, repository.files)
         finally:
             self._being_created.discard(vdi.uuid)
             del self._being_filled[vdi.uuid]
+
+    async def _add_new(self, repository: Repository, vdi: VDI) -> None:
+        """The image of a VDI is there and gets its record; if it can't have one, the image goes."""
+        try:
+            await self.records.vdis.add(vdi)
+        except BaseException:
+            await self._remove_unknown(repository, vdi)
+            raise
+        await self.refresh_sizes(vdi.sr)
+
+    async def _remove_unknown(self, repository: Repository, vdi: VDI) -> None:
+        """Remove an image of which nobody is told: a scan would find it, as a VDI without a name."""
+        try:
+            await repository.destroy_image(vdi.uuid, Holder("the gateway", "destroy", vdi.ref), wait=0)
+        except (XenAPIError, ImageError, OSError) as error:
+            log.warning("the image of a VDI that was not made was not removed", vdi=vdi.uuid, why=str(error))
 
     async def vdi_snapshot(
         self,
@@ -206,6 +223,9 @@ class ChainOperations(CbtLifecycle):
                         if tracked:
                             await self.settle_snapshot_log(repository, source, uuid)
                     with trio.CancelScope(shield=True):
+                        # First, so that nothing can fail any more once there is a snapshot.
+                        image = repository.images[source.uuid]
+                        await self._same_content(source.ref, image, source.content_id)
                         new = [made] if child else []
                         if fork.has_base:
                             new.append(base_copy)
@@ -217,7 +237,6 @@ class ChainOperations(CbtLifecycle):
                     raise
                 with trio.CancelScope(shield=True):
                     await in_thread(fork.settle)
-                    await self._same_content(source.ref, repository.images[source.uuid], source.content_id)
                     await self.refresh_sizes(source.sr)
         finally:
             self._being_created.difference_update((uuid, base))

@@ -24,7 +24,6 @@ from gateway.core.records import VDI, Host, ImageFormat, Records
 from gateway.core.refs import NULL_REF, new_ref, new_uuid
 from gateway.core.tasks import Tasks
 from gateway.core.threads import in_thread
-from gateway.images.errors import ImageError
 from gateway.images.files import FILES, FileCalls
 from gateway.images.vhd.format import MAX_VIRTUAL_SIZE, SECTOR, round_up_to_sector, round_up_virtual_size
 from gateway.repository.chain_operations import ChainOperations
@@ -181,22 +180,10 @@ class Inventory(ChainOperations):
                 tags=tuple(tags),
             )
             with trio.CancelScope(shield=True):
-                try:
-                    await self.records.vdis.add(described(vdi, image, writable=True, written=False))
-                except BaseException:
-                    await self._remove_unknown(repository, vdi)
-                    raise
-                await self.refresh_sizes(sr)
+                await self._add_new(repository, described(vdi, image, writable=True, written=False))
         finally:
             self._being_created.discard(uuid)
         return vdi.ref
-
-    async def _remove_unknown(self, repository: Repository, vdi: VDI) -> None:
-        """Remove an empty image of which nobody is told: a scan would find it, as a VDI without a name."""
-        try:
-            await repository.destroy_image(vdi.uuid, Holder("the gateway", "destroy", vdi.ref), wait=0)
-        except (XenAPIError, ImageError, OSError) as error:
-            log.warning("the image of a VDI that was not made was not removed", vdi=vdi.uuid, why=str(error))
 
     async def vdi_resize(
         self, ref: str, size: int, *, who: str = "XenAPI", task: str | None = None, wait: float | None = None

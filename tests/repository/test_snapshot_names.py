@@ -103,6 +103,7 @@ async def test_a_gateway_that_dies_before_the_record_finds_a_filled_vdi_with_its
 
         async def killed(_record: VDI) -> None:
             monkeypatch.setattr(inventory._copies, "write", nothing)
+            monkeypatch.setattr(inventory, "_remove_unknown", nothing)
             raise Killed
 
         monkeypatch.setattr(inventory.records.vdis, "add", killed)

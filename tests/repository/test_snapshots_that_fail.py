@@ -1,15 +1,19 @@
-"""A snapshot or clone that fails at any of its steps leaves no VDI behind, and no disk reads otherwise."""
+"""What makes a VDI and fails at any of its steps leaves none behind, and no disk reads otherwise."""
 
 import errno
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.core.database import DatabaseFailed
 from gateway.core.errors import XenAPIError
 from gateway.core.leases import Holder, Leases
 from gateway.core.records import VDI
+from gateway.core.refs import new_ref, new_uuid
+from gateway.repository.inventory import Inventory
 from gateway.repository.repository import Repository
 from gateway.repository.scan import ScannedImage, Scanner
 from tests.repository.chains import Chains, H, L, Q, image
@@ -60,6 +64,61 @@ async def test_what_fails_anywhere_leaves_no_vdi(
             if done:
                 break
     assert failures > 20
+
+
+@pytest.mark.parametrize("what", ["create", "fill", "clone", "snapshot"])
+async def test_where_the_database_is_full_a_vdi_is_made_or_a_failure_is_told(
+    inventory: Inventory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    run = inventory.records.vdis._database.run
+    left = 0
+
+    async def full_once(work: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise DatabaseFailed("(database or disk is full)")
+        return await run(work)
+
+    ended = set()
+    for number in itertools.count():
+        sr = await inventory.sr_create("sr", str(tmp_path / f"sr{number}"))
+        ref = await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk")
+        await write(inventory, ref, b"\x11" * 4096)
+        left = number
+        with monkeypatch.context() as patch:
+            patch.setattr(inventory.records.vdis._database, "run", full_once)
+            try:
+                await make_one(inventory, what, ref)
+                failed = False
+            except DatabaseFailed:
+                failed = True
+        if left >= 0:
+            break
+        ended.add(failed)
+        await inventory.sr_scan(sr)
+        managed = [vdi.name_label for vdi in inventory.records.vdis_of_sr(sr) if vdi.managed]
+        assert managed == ["disk"] * (1 if failed else 2), number
+        assert content(inventory, ref).startswith(b"\x11" * 4096), number
+        service = set(os.listdir(inventory.repository(sr).directory.service))
+        assert service <= {"sr.json", "staging", "owner", "records.json", "records.json.new"}, number
+    assert ended == {True, False}
+
+
+async def make_one(inventory: Inventory, what: str, ref: str) -> None:
+    """Make a VDI called "disk", as another is."""
+    sr = inventory.records.vdis.get(ref).sr
+    match what:
+        case "create":
+            await inventory.vdi_create(sr=sr, virtual_size=4 * MIB, name_label="disk")
+        case "fill":
+            new = VDI(ref=new_ref(), uuid=new_uuid(), sr=sr, virtual_size=4 * MIB, name_label="disk")
+            async with inventory.vdi_new(new, Holder("root", "import", new.ref)) as filled:
+                await filled.staging.commit()
+        case "clone":
+            await inventory.vdi_clone(ref)
+        case _:
+            await inventory.vdi_snapshot(ref)
 
 
 async def test_what_could_be_looked_at_after_a_change_is_noted_although_one_file_cannot(
