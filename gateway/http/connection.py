@@ -71,6 +71,9 @@ class Connection:
                 await trio.lowlevel.checkpoint()
         except (WireBroken, trio.TooSlowError) as broken:
             log.debug("connection broken", address=self.wire.address, why=str(broken))
+        except Exception:
+            # Outside of any request, and no matter of the others that are served.
+            log.exception("connection failed", address=self.wire.address)
         finally:
             self.wire.close()
 

@@ -247,6 +247,23 @@ async def test_an_unexpected_failure_is_500_without_details() -> None:
     assert any(entry["log_level"] == "error" for entry in logs)
 
 
+async def test_who_has_no_memory_for_the_end_of_a_connection_ends_that_alone(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_memory(_wire: Wire, _limit: int, _seconds: float) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as logs:
+        patch.setattr(Wire, "half_close_and_drain", no_memory)
+        async with gate.client() as client:
+            await client.head("POST", "/", {"connection": "close", "content-length": "1"})
+            await client.send(b"x")
+            assert (await client.answer()).body == b"http:x"
+            assert await client.rest() == b""
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["connection failed"]
+    assert (await gate.ask("POST", "/", body=b"y")).body == b"http:y"
+
+
 def test_cookies() -> None:
     assert parse_cookies("a=1; b=2;c = 3") == {"a": "1", "b": "2", "c ": " 3"}
     assert parse_cookies("a=1&b=%20x&a=2") == {"a": "1", "b": " x"}
