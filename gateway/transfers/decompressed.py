@@ -49,6 +49,8 @@ _MAGIC: Final = {
 
 def compression_of(begin: bytes) -> Compression | None:
     """What a body that begins so is compressed with."""
+    if len(begin) >= 4 and int.from_bytes(begin[:4], "little") in _SKIPPABLE:
+        return Compression.ZSTD  # pzstd tells the lengths of its frames so, each before it.
     return next((each for each, magic in _MAGIC.items() if begin.startswith(magic)), None)
 
 

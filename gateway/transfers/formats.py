@@ -56,6 +56,8 @@ _OTHERS: Final = (
     (0, b"\x1f\x8b\x08", "compressed by gzip", _UNPACK),
     (0, b"\xfd7zXZ\0", "compressed by xz", _UNPACK),
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd", _UNPACK),
+    # Frames to be skipped (RFC 8878, section 3.1.2), with which pzstd begins.
+    *((0, bytes((low, 0x2A, 0x4D, 0x18)), "compressed by zstd", _UNPACK) for low in range(0x50, 0x60)),
     (0, b"BZh", "compressed by bzip2", _UNPACK),
     (0, b"PK\x03\x04", "a ZIP archive", _UNPACK),
     # What a server sends instead of a file: a list, a form to log in, an excuse.

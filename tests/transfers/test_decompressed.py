@@ -29,6 +29,7 @@ PROGRAMS = {
     "zstd --long": ("zstd", "-c", "-q", "--long=27"),
     "zstd --no-check": ("zstd", "-c", "-q", "--no-check", "-19"),
     "zstd --fast": ("zstd", "-c", "-q", "--fast=5"),
+    "pzstd": ("pzstd", "-c", "-q"),
 }
 
 
@@ -105,7 +106,8 @@ def test_padding_is_as_the_programs_take_it() -> None:
 def test_skippable_frames_of_zstd_are_skipped() -> None:
     frame = packed(b"data", "zstd", "-c", "-q")
     skipped = b"\x5a\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
-    assert unpacked(frame + skipped + frame) == b"datadata"
+    assert unpacked(skipped + frame + skipped + frame) == b"datadata"
+    assert packed(skipped + frame, "zstd", "-dc") == b"data"
     assert "cut off" in refusal(frame + skipped[:-1])
 
 
@@ -224,4 +226,5 @@ def test_a_zstd_with_a_dictionary_is_refused(tmp_path: Path) -> None:
 def test_other_beginnings_are_not_compressed() -> None:
     for begin in (b"", b"\x1f", b"\x1f\x8b", b"BZh9", b"QFI\xfb", bytes(6), b"\xfd7zXZ"):
         assert compression_of(begin) is None
+    assert compression_of(b"\x4f\x2a\x4d\x18") is compression_of(b"\x60\x2a\x4d\x18") is None
     assert compression_of(b"\x1f\x8b\x08\0\0\0") is Compression.GZIP

@@ -72,3 +72,12 @@ def test_a_web_page_is_no_raw_disk(page: bytes) -> None:
     with pytest.raises(XenAPIError) as refused:
         recognise(page)
     assert "a web page" in refused.value.params[1]
+
+
+@pytest.mark.parametrize("program", ["gzip", "xz", "zstd", "pzstd"])
+def test_what_a_program_has_packed_is_no_raw_disk(program: str) -> None:
+    body = subprocess.run([program, "-c"], input=bytes(1 << 20), stdout=subprocess.PIPE, check=True).stdout
+    with pytest.raises(XenAPIError) as refused:
+        recognise(body)
+    assert refused.value.code == "IMPORT_ERROR_UNSUPPORTED_IMAGE"
+    assert f"compressed by {program.removeprefix('p')}; unpack it" in refused.value.params[1]
